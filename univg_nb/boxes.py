@@ -1,0 +1,195 @@
+"""Boxes on the 0-1000 grid: reading one out of a reply, writing one, IoU.
+
+A box is ``(x1, y1, x2, y2)``: top left and bottom right corner, integers, 0 to 1000
+relative to the image's width and height (the Qwen2-VL convention; PF sec. 1, 9).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Box = tuple[int, int, int, int]
+GRID = 1000
+
+OK = "ok"
+NO_ANSWER = "no_answer"
+NO_BOX = "no_box"
+INVERTED = "inverted"
+OUT_OF_RANGE = "out_of_range"
+STATUSES = (OK, NO_ANSWER, NO_BOX, INVERTED, OUT_OF_RANGE)
+MODES = ("answer", "released")
+
+
+class ParsedBox(NamedTuple):
+    """What `parse_box` found: the box (or None) and one of `STATUSES`."""
+
+    box: Box | None
+    status: str
+
+
+# Every quantifier is possessive and every alternative starts with a bracket that the
+# rest cannot contain more than once: nothing is ever scanned more than a fixed number
+# of times, so a hostile reply of a megabyte costs milliseconds.
+_S = r"\s*+"
+_N = r"([+-]?[0-9]++(?:\.[0-9]++)?+)"
+_C = f"{_S},{_S}"
+_BOX = re.compile(
+    rf"\({_S}{_N}{_C}{_N}{_S}\){_C}\({_S}{_N}{_C}{_N}{_S}\)"  # (x1,y1),(x2,y2)
+    rf"|[(\[]{_S}{_N}{_C}{_N}{_C}{_N}{_C}{_N}{_S}[)\]]"  # [x1, y1, x2, y2]
+    rf"|<box>{_S}{_N}\s++{_N}\s++{_N}\s++{_N}{_S}</box>"
+)
+_MAX_DIGITS = 9  # longer numbers are no coordinates; int() of thousands of digits fails
+
+
+def _released_patterns() -> tuple[re.Pattern[str], ...]:
+    """The six notations the released parser tries, in its order (PF sec. 9, E2)."""
+    i, f, gap = r"(\d++)", r"(\d++\.\d++)", r",\s*+"
+
+    def four(n: str, sep: str) -> str:
+        return sep.join([n] * 4)
+
+    return tuple(
+        re.compile(p)
+        for p in (
+            rf"\({i}{gap}{i}\){gap}\({i}{gap}{i}\)",
+            rf"\[{four(f, gap)}\]",
+            rf"\({f},{f}\),\({f},{f}\)",
+            rf"\({four(f, gap)}\)",
+            rf"\[{four(i, gap)}\]",
+            rf"<box>{four(i, chr(92) + 's++')}</box>",
+        )
+    )
+
+
+_RELEASED = _released_patterns()
+
+
+def box_status(box: Sequence[float]) -> str:
+    """``ok``, ``out_of_range`` (outside 0-1000) or ``inverted`` (no area)."""
+    x1, y1, x2, y2 = box
+    if min(box) < 0 or max(box) > GRID:
+        return OUT_OF_RANGE
+    return OK if x1 < x2 and y1 < y2 else INVERTED
+
+
+def _to_box(numbers: Sequence[str]) -> ParsedBox:
+    if any(len(n.split(".")[0].lstrip("+-")) > _MAX_DIGITS for n in numbers):
+        return ParsedBox(None, OUT_OF_RANGE)
+    values = [float(n[:32]) for n in numbers]
+    # A decimal point with nothing above 1 can only be the 0-1 notation (E2).
+    scale = GRID if max(values) <= 1 and any("." in n for n in numbers) else 1
+    x1, y1, x2, y2 = (round(scale * v) for v in values)
+    return ParsedBox((x1, y1, x2, y2), box_status((x1, y1, x2, y2)))
+
+
+def _last_box(text: str) -> ParsedBox | None:
+    last = None
+    for match in _BOX.finditer(text):
+        last = match
+    if last is None:
+        return None
+    return _to_box([g for g in last.groups() if g is not None])
+
+
+def find_boxes(text: str) -> list[tuple[float, ...]]:
+    """The four numbers of every box written in ``text``, unscaled and unchecked."""
+    return [
+        tuple(float(g[:32]) for g in match.groups() if g is not None)
+        for match in _BOX.finditer(text)
+    ]
+
+
+def parse_box(text: str, mode: str = "answer") -> ParsedBox:
+    """Read the box out of a reply. Never raises on a reply; linear in its length.
+
+    ``mode="answer"``: the last box inside the last closed ``<answer>…</answer>``; in a
+    reply without answer tags, its last box. Read are ``(x1,y1),(x2,y2)`` and the other
+    notations the released parser knows, with decimals too (0-1 floats are scaled), so
+    that the two modes differ by the defects alone. Statuses:
+
+    - ``ok``
+    - ``no_answer``: nothing was answered: no tags and no box, or a tag never closed
+      (the reply was cut at its token limit); box None
+    - ``no_box``: the answer tags hold no box; box None
+    - ``inverted``: x2 <= x1 or y2 <= y1; box as written (its IoU is 0)
+    - ``out_of_range``: a coordinate outside 0-1000; box as written (None where a number
+      has more than nine digits)
+
+    ``mode="released"``: what the released MIG-Bench parser returns, defects included
+    (PF sec. 9): with two or more boxes it drops the last and takes the first (E1),
+    floats end as (0, 0, 0, 0) (E2), the unit is always 0-1000 (E3), a reply without a
+    box is (0, 0, 0, 0) too.
+
+    Raises ValueError for an unknown mode.
+    """
+    if mode == "released":
+        return _parse_released(text)
+    if mode != "answer":
+        raise ValueError(f"parse_box: mode {mode!r} is unknown; use one of {MODES}")
+    last_close = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, last_close) if last_close >= 0 else -1
+    if start >= 0:
+        inside = text[start + len("<answer>") : text.find("</answer>", start)]
+        return _last_box(inside) or ParsedBox(None, NO_BOX)
+    if "<answer>" in text:
+        return ParsedBox(None, NO_ANSWER)
+    return _last_box(text) or ParsedBox(None, NO_ANSWER)
+
+
+def _parse_released(text: str) -> ParsedBox:
+    nothing = ParsedBox((0, 0, 0, 0), NO_BOX)
+    found = next((m for p in _RELEASED if (m := p.findall(text))), [])
+    kept = found if len(found) == 1 else found[:-1]
+    try:
+        boxes = [tuple(map(int, numbers)) for numbers in kept]
+    except ValueError:  # floats, and integers beyond Python's digit limit
+        return nothing
+    return ParsedBox(boxes[0], box_status(boxes[0])) if boxes else nothing
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Plain intersection over union in 0..1; 0.0 if a box is inverted or has no area.
+
+    The boxes share one unit. Never divides by zero (PF sec. 9, E4).
+    """
+    if not (a[0] < a[2] and a[1] < a[3] and b[0] < b[2] and b[1] < b[3]):
+        return 0.0
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    inter = width * height
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    # tiny float boxes can underflow to an area of zero
+    union = area_a + area_b - inter
+    return min(1.0, inter / union) if union > 0 else 0.0
+
+
+def format_box(box: Sequence[int]) -> str:
+    """``(x1,y1),(x2,y2)``, the notation of prompts, replies and files."""
+    x1, y1, x2, y2 = box
+    return f"({x1},{y1}),({x2},{y2})"
+
+
+def to_pixels(
+    box: Sequence[float], width: int, height: int
+) -> tuple[float, float, float, float]:
+    """0-1000 box to pixels of an image of this size; floats, not rounded."""
+    x1, y1, x2, y2 = box
+    sx, sy = width / GRID, height / GRID
+    return (x1 * sx, y1 * sy, x2 * sx, y2 * sy)
+
+
+def from_unit(box: Sequence[float]) -> Box:
+    """0-1 floats to the grid: ``round(1000 * v)`` clipped to 0..999.
+
+    Raises ValueError for a coordinate that is not a finite number.
+    """
+    if not all(math.isfinite(v) for v in box):
+        raise ValueError(f"box {list(box)} holds a number that is not finite")
+    x1, y1, x2, y2 = (min(GRID - 1, max(0, round(GRID * v))) for v in box)
+    return (x1, y1, x2, y2)

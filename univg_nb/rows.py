@@ -1,0 +1,274 @@
+"""`GroundingSample`, and what the readers of all formats share.
+
+Row readers are in `formats` and `zero_shot_formats`, whole files in `samples`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from univg_nb.boxes import GRID, INVERTED, Box, box_status, format_box
+
+IMAGE_MARKER = "<image>"
+# Wording of the released prompts (PF sec. 9 and 2.2); a checkpoint expects it verbatim.
+COT_SUFFIX = (
+    " First output the thinking process in <think> </think> tags and then output the "
+    "bounding box in <answer> </answer> tags."
+)
+SINGLE_IMAGE_PREFIX = "This is a single image grounding task with simple reference. "
+SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+@dataclass(frozen=True)
+class GroundingSample:
+    """One question with one target box.
+
+    Attributes:
+        id: unique within its file.
+        task: task name as in the file ("diff", "region", …; "" if it gives none).
+        images: paths, in the order the question counts them; at least one.
+        question: the text alone: no ``<image>`` marker, no think/answer request.
+        answer: target box, integers 0-1000 relative to the target image. Benchmarks
+            hold a few inverted ones; training files never do.
+        cot: False in single-image mode, where no chain is asked for (PF sec. 2.2).
+        chain: the text inside ``<think>``, without tags; None if there is none.
+        boxes: all instances where a benchmark marks several, else ().
+        source: "file#row", for messages; not part of equality.
+    """
+
+    id: str
+    task: str
+    images: tuple[str, ...]
+    question: str
+    answer: Box
+    cot: bool = True
+    chain: str | None = None
+    boxes: tuple[Box, ...] = ()
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if type(self.images) is not tuple or not self.images or "" in self.images:
+            problem = f"images must be a tuple of paths, got {self.images!r}"
+        elif IMAGE_MARKER in self.question or self.question[:1] in ("", "\n"):
+            problem = (
+                f"question {self.question[:60]!r} must be text without {IMAGE_MARKER} "
+                "and not begin with a newline"
+            )
+        elif self.chain is not None and any(tag in self.chain for tag in TAGS):
+            problem = "chain must be the text inside <think>, without tags"
+        else:
+            bad = [b for b in (self.answer, *self.boxes) if not _on_grid(b)]
+            problem = f"box {bad[0]!r} must be four integers 0-{GRID}" if bad else ""
+        if problem:
+            raise ValueError(f"sample {self.id} {self.source}: {problem}")
+
+
+def _on_grid(box: Box) -> bool:
+    return (
+        len(box) == 4
+        and set(map(type, box)) == {int}
+        and min(box) >= 0
+        and max(box) <= GRID
+    )
+
+
+class RowError(ValueError):
+    """A row that cannot be read; ``kind`` is what the audit counts it under."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class Place:
+    """Where a row comes from, and what its reader must know besides the row.
+
+    strict=True refuses out-of-range boxes in evaluation files, which are otherwise
+    clipped; ``scale`` is 1 or 1000 once a MIG-Bench file has shown its unit.
+    """
+
+    file: str
+    row: int = 0
+    image_root: str | None = None
+    strict: bool = False
+    scale: int | None = None
+
+    def error(self, kind: str, problem: str, remedy: str) -> RowError:
+        return RowError(kind, f"{self.file}, row {self.row}: {problem}; {remedy}")
+
+    def get(self, row: dict[str, Any], key: str, kind: type) -> Any:
+        """``row[key]``, checked to exist and to be of this type."""
+        if key not in row:
+            raise self.error(
+                "missing_key",
+                f"key {key!r} is missing (found {sorted(row)})",
+                "add it or pass the right format=",
+            )
+        value = row[key]
+        if not isinstance(value, kind):
+            raise self.error(
+                "wrong_type",
+                f"{key!r} is {value!r:.60}",
+                f"expected {kind.__name__}",
+            )
+        return value
+
+    def image(self, path: str) -> str:
+        """The path with a leading "./" dropped, joined to image_root (PF T7)."""
+        path = path[2:] if path.startswith("./") else path
+        return os.path.join(self.image_root, path) if self.image_root else path
+
+    def unrooted(self, path: str) -> str:
+        """The inverse of `image`: relative to image_root where it lies below it."""
+        root = self.image_root.rstrip("/") + "/" if self.image_root else ""
+        return path.removeprefix(root)
+
+    def images(self, row: dict[str, Any], key: str = "images") -> tuple[str, ...]:
+        paths = self.get(row, key, list)
+        if not paths or not all(isinstance(p, str) and p for p in paths):
+            raise self.error(
+                "bad_images", f"{key!r} is {paths!r:.80}", "give a list of image paths"
+            )
+        return tuple(self.image(p) for p in paths)
+
+    def numbers(self, value: Any, count: int = 4) -> list[float]:
+        # A set of types is quick, and leaves out bool, which isinstance would not.
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != count
+            or not set(map(type, value)) <= {int, float}
+            or not all(-1e9 < v < 1e9 for v in value)
+        ):
+            raise self.error(
+                "bad_box", f"box {value!r:.80}", f"give {count} finite numbers"
+            )
+        return list(value)
+
+
+def training_box(value: Any, place: Place) -> Box:
+    """A 0-1000 box of a training file: integers, in range, with an area, or an error.
+
+    A bad target would be trained on silently, hence no clipping here.
+    """
+    numbers = place.numbers(value)
+    if max(numbers) <= 1 and any(v != int(v) for v in numbers):
+        raise place.error(
+            "box_unit",
+            f"box {numbers} looks like 0-1 floats",
+            f"multiply by {GRID}, or pass format='mig_bench' if it is a benchmark file",
+        )
+    x1, y1, x2, y2 = (round(v) for v in numbers)
+    box = (x1, y1, x2, y2)
+    if min(numbers) < 0 or max(numbers) > GRID:
+        raise place.error(
+            "box_out_of_range",
+            f"box {numbers} leaves 0-{GRID}",
+            "rescale it to the 0-1000 grid or drop the row",
+        )
+    if box_status(box) == INVERTED:
+        raise _no_area(numbers, box, place)
+    return box
+
+
+def _no_area(numbers: list[float], box: Box, place: Place) -> RowError:
+    inverted = box[0] > box[2] or box[1] > box[3]
+    return place.error(
+        "box_inverted" if inverted else "box_degenerate",
+        f"box {numbers} is {'inverted' if inverted else 'without area'}",
+        "order it as x1 < x2, y1 < y2 or drop the row",
+    )
+
+
+def check_evaluation_box(
+    numbers: list[float], box: Box, limit: tuple[float, float], place: Place
+) -> None:
+    """In strict mode (the audit) refuse what reading an evaluation file clips."""
+    if not place.strict:
+        return
+    w, h = limit
+    if any(not 0 <= v <= m for v, m in zip(numbers, (w, h, w, h), strict=True)):
+        raise place.error(
+            "box_out_of_range",
+            f"box {numbers} leaves 0-{w:g} x 0-{h:g}",
+            "it is clipped on reading",
+        )
+    if box_status(box) == INVERTED:
+        raise _no_area(numbers, box, place)
+
+
+def is_single_image(images: tuple[str, ...]) -> bool:
+    """The released rule: the first image lies in COCO train2014 (PF sec. 2.2)."""
+    return SINGLE_IMAGE_PATH in images[0]
+
+
+def prompt_text(question: str, cot: bool) -> str:
+    """The user text of training and evaluation, per sample (PF sec. 9, 2.2)."""
+    return question + COT_SUFFIX if cot else SINGLE_IMAGE_PREFIX + question
+
+
+def target_text(answer: Box, cot: bool, chain: str | None) -> str:
+    """The reply to learn: chain and answer, answer alone, or a bare box."""
+    if not cot:
+        return format_box(answer)
+    think = "" if chain is None else f"<think>{chain}</think>"
+    return f"{think}<answer>{format_box(answer)}</answer>"
+
+
+_OPTIONAL = (("task", str), ("chain", str), ("cot", bool))
+
+
+def build(
+    row: dict[str, Any],
+    place: Place,
+    images: tuple[str, ...],
+    text: str,
+    answer: Box,
+    **known: Any,
+) -> GroundingSample:
+    """A sample from what a format gave plus our optional keys id, task, cot, chain."""
+    found = {k: v for k, v in known.items() if v is not None}
+    for key, kind in _OPTIONAL:
+        if key not in found and row.get(key) is not None:
+            found[key] = place.get(row, key, kind)
+    found.setdefault("task", "")
+    if "cot" not in found:
+        found["cot"] = not is_single_image(images)
+    if "boxes" not in found and row.get("boxes"):
+        several = (place.numbers(b) for b in place.get(row, "boxes", list))
+        found["boxes"] = tuple(tuple(round(v) for v in b) for b in several)
+    if "id" not in found:
+        found["id"] = str(row.get("id", f"{stem(place.file)}#{place.row}"))
+    question = text.replace(IMAGE_MARKER, "").lstrip("\n")
+    source = f"{place.file}#{place.row}"
+    try:
+        return GroundingSample(
+            images=images, question=question, answer=answer, source=source, **found
+        )
+    except ValueError as error:
+        raise place.error("bad_sample", str(error), "correct the row") from error
+
+
+def stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def extras(sample: GroundingSample, *, chain: bool = True) -> dict[str, Any]:
+    """Our optional keys, so that reading back gives an equal sample.
+
+    The released loaders read only the keys they know.
+    """
+    keys: dict[str, Any] = {"id": sample.id}
+    if sample.task:
+        keys["task"] = sample.task
+    if sample.cot == is_single_image(sample.images):  # the rule alone would err
+        keys["cot"] = sample.cot
+    if chain and sample.chain is not None:
+        keys["chain"] = sample.chain
+    if sample.boxes:
+        keys["boxes"] = [list(b) for b in sample.boxes]
+    return keys
