@@ -1,0 +1,1 @@
+"""MiniMIG: a drawn world that mirrors MIG-Bench, small enough for a CPU."""
