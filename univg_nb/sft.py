@@ -1,0 +1,265 @@
+"""Stage 1: CoT-SFT with TRL's SFTTrainer; LoRA, QLoRA (NF4) or all language weights.
+
+    python -m univg_nb.sft CONFIG.yaml --set sft.adapter=qlora --out runs/NAME/sft_qlora
+
+One configuration decides (PF sec. 3 is its full scale): `sft.adapter` is lora, qlora
+or none, every other option has TRL's or PEFT's own name. The vision tower is frozen.
+An interrupted training started again with the same command goes on from its last
+whole checkpoint and ends with the same weights, bit for bit on a CPU.
+"""
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from univg_nb import models, runs, samples
+from univg_nb.collator import VisionCollator, features_fit, tokenize, vision_features
+from univg_nb.samples import GroundingSample
+from univg_nb.sft_trainer import GroundingSFTTrainer, Recorder, whole_checkpoint
+
+Adapter = Literal["lora", "qlora", "none"]
+OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
+
+
+def sft_config(section: Mapping[str, Any], out: Path) -> SFTConfig:
+    """The `sft` section as SFTConfig; on a CPU without bf16 and checkpointing.
+
+    TRL would turn both on. max_length is not handed on, since TRL cuts where we refuse.
+    """
+    gpu = torch.cuda.is_available()
+    options = {
+        "output_dir": str(out / "checkpoints"),
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_total_limit": 2,
+        "bf16": gpu,
+        "gradient_checkpointing": gpu,
+        "dataloader_pin_memory": gpu,
+        "use_cpu": not gpu,  # without it torchrun on CPUs starts unconnected processes
+        "ddp_find_unused_parameters": False,
+        **{key: value for key, value in section.items() if key not in OWN_OPTIONS},
+        "max_length": None,
+        "completion_only_loss": False,  # our collator's labels say it already
+        "remove_unused_columns": False,
+        "disable_tqdm": True,  # Recorder shows the progress
+    }
+    arguments = SFTConfig(**options)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != launched:
+        raise ValueError(
+            f"{launched} processes were launched but each trains by itself (world size "
+            f"{arguments.world_size}); use torchrun, and sft.use_cpu: true without GPU"
+        )
+    return arguments
+
+
+def build_model(
+    config: Mapping[str, Any], adapter: Adapter, init_adapter: Path | None
+) -> tuple[Any, Any]:
+    """(model, processor) with exactly what stage 1 trains set to require a gradient."""
+    section = config["sft"]
+    frozen = section.get("freeze_vision", True)
+    if adapter != "none" and not frozen:
+        raise ValueError(
+            f"sft.freeze_vision = false with sft.adapter = {adapter}: LoRA is put on "
+            "the language model only; set adapter: none or freeze_vision: true"
+        )
+    quantize = "nf4" if adapter == "qlora" else None
+    model, processor = models.load(config["model"], init_adapter, True, quantize)
+    if frozen:
+        models.freeze_vision(model)
+    if isinstance(model, PeftModel) and adapter == "none":
+        raise ValueError(
+            f"init_adapter {init_adapter} is a LoRA adapter, sft.adapter is none; "
+            "use lora or qlora, or merge the adapter first"
+        )
+    if adapter != "none" and not isinstance(model, PeftModel):
+        model = models.add_lora(model, section.get("lora"))
+    trained = models.parameter_account(model)["total"]["trainable"]
+    if not trained:
+        raise ValueError(
+            "nothing to train: no parameter requires a gradient; check sft.adapter and "
+            "sft.lora.target_modules"
+        )
+    return model, processor
+
+
+def build_trainer(
+    config: Mapping[str, Any],
+    out: Path,
+    train: Sequence[GroundingSample],
+    adapter: Adapter,
+    chains: bool,
+    init_adapter: Path | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> GroundingSFTTrainer:
+    """Everything up to the first step: model, token ids, vision features, trainer."""
+    arguments = sft_config(config["sft"], out)
+    set_seed(arguments.seed)  # before LoRA draws its matrices
+    model, processor = build_model(config, adapter, init_adapter)
+    max_length = config["sft"].get("max_length")
+    dataset = tokenize(train, processor, chains, max_length)
+    base = models.base_model(model)
+    features = None
+    frozen = config["sft"].get("freeze_vision", True)
+    hidden = base.config.get_text_config().hidden_size
+    if frozen and features_fit(dataset, processor, hidden):
+        base.to(models.device())
+        paths = [path for sample in train for path in sample.images]
+        features = vision_features(
+            base, processor, paths, progress=not config["sft"].get("disable_tqdm")
+        )
+    # TRL rounds the adapter of a quantised model to bf16, whatever the computing dtype.
+    exact = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and adapter == "qlora"
+    }
+    trainer = GroundingSFTTrainer(
+        model=model,
+        args=arguments,
+        data_collator=VisionCollator(processor, features, max_length=max_length),
+        train_dataset=dataset,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name].to(parameter.device)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(
+    config: dict[str, Any],
+    out: str | Path,
+    train: Sequence[GroundingSample],
+    *,
+    adapter: Adapter | None = None,
+    chains: bool = True,
+    init_adapter: str | Path | None = None,
+) -> dict[str, Any]:
+    """Fine-tune on `train`; write out/{config.yaml, metrics.jsonl, adapter/}.
+
+    config: a whole scale. adapter: overrides sft.adapter. chains=False trains the
+    control without reasoning (question alone, reply only the box). init_adapter: goes
+    on from the adapter (or the fully trained model) of an earlier training.
+    Returns and writes summary.json: steps, seconds, losses, padding_share (padding /
+    all tokens, 0..1), samples_per_second, parameters.
+
+    Raises ValueError for a missing image, a sample over sft.max_length, or nothing to
+    train; FloatingPointError, naming step and samples, for a loss that is not finite.
+    """
+    out = Path(out)
+    init_adapter = None if init_adapter is None else Path(init_adapter)
+    adapter = adapter or config["sft"].get("adapter", "lora")
+    config = {**config, "sft": {**config["sft"], "adapter": adapter}}
+    fingerprint = runs.config_hash(
+        [
+            {key: config[key] for key in ("model", "sft")},
+            [asdict(sample) for sample in train],
+            [chains, str(init_adapter)],
+        ]
+    )
+    checkpoint = whole_checkpoint(out / "checkpoints", fingerprint)
+    began = time.perf_counter()
+    recorder = Recorder(out, fingerprint, not config["sft"].get("disable_tqdm", False))
+    with warnings.catch_warnings():
+        # TRL's own option and PEFT's own call, which transformers is renaming
+        warnings.filterwarnings(
+            "ignore", "`(is_)?gradient_checkpointing", FutureWarning
+        )
+        trainer = build_trainer(
+            config, out, train, adapter, chains, init_adapter, [recorder]
+        )
+        recorder.trainer = trainer
+        if trainer.is_world_process_zero():
+            runs.write_text(out / "config.yaml", runs.dump(config))
+            forget_after(out / "metrics.jsonl", checkpoint)
+        prepared = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    seconds = time.perf_counter() - prepared
+    trainer.save_model(str(out / "adapter"))
+    summary = summarize(trainer, seconds)
+    summary |= {"adapter": adapter, "chains": chains, "samples": len(train)}
+    summary["prepare_seconds"] = round(prepared - began, 3)
+    if trainer.is_world_process_zero():
+        runs.write_json(out / "summary.json", summary)
+    return summary
+
+
+def forget_after(metrics: Path, checkpoint: Path | None) -> None:
+    """Keep the metric rows up to a checkpoint; the steps after it come again."""
+    last = 0 if checkpoint is None else int(checkpoint.name.split("-")[-1])
+    rows = runs.read_jsonl(metrics) if metrics.is_file() else []
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= last]
+    runs.write_text(metrics, "".join(kept))
+
+
+def summarize(trainer: GroundingSFTTrainer, seconds: float) -> dict[str, Any]:
+    """What a training did; throughput and padding are those of this call's steps."""
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tail = losses[-max(1, len(losses) // 10) :]
+    drawn = trainer.samples * trainer.args.world_size
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(drawn / seconds, 2),
+        "loss_first": losses[0] if losses else None,
+        "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
+        "padding_share": round(trainer.padding / max(trainer.tokens, 1), 4),
+        "parameters": models.parameter_account(trainer.model),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; also what `accelerate launch -m univg_nb.sft` runs."""
+    parser = argparse.ArgumentParser(prog="python -m univg_nb.sft")
+    parser.add_argument("config", help="a shipped scale's name or a .yaml file")
+    parser.add_argument(
+        "--out", type=Path, help="stage folder; default runs/SCALE/sft_ADAPTER"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="default: data.stage1_file, or runs/SCALE/data"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
+    parser.add_argument("--no-chains", action="store_true", help="the no-CoT control")
+    parser.add_argument("--init-adapter", type=Path, help="go on from this adapter")
+    options = parser.parse_args(argv)
+    config = runs.load_scale(options.config)
+    for assignment in options.set:
+        config = runs.override(config, assignment)
+    data = config["data"]
+    adapter = config["sft"].get("adapter", "lora")
+    scale = Path(options.config).stem
+    path = options.data or data.get("stage1_file")
+    path = Path(path or f"runs/{scale}/data/stage1_cotsft.json")
+    root = data.get("image_root") or path.parent
+    rows = samples.read(path, image_root=root)[: data.get("stage1")]
+    out = options.out or Path("runs") / scale / f"sft_{adapter}"
+    summary = train(
+        config,
+        out,
+        rows,
+        chains=not options.no_chains,
+        init_adapter=options.init_adapter,
+    )
+    print({key: value for key, value in summary.items() if key != "parameters"})
+
+
+if __name__ == "__main__":
+    main()
