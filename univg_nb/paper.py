@@ -1,0 +1,234 @@
+"""The numbers the paper prints, each with its source; nothing here was measured by us.
+
+Source for all: PAPER_FACTS (PF) sec. 6, 7 and 9, read from the paper's own screenshots
+(arXiv 2505.14231) unless a table says otherwise. Accuracies are Acc@0.5 in percent, the
+last column of a table its printed average.
+"""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Task:
+    """A MIG-Bench task: name in the JSON, column in the paper, numbers of items.
+
+    `revised` is inferred from exact k/N fits of the printed percentages, `original`
+    counted in the public file (PF sec. 7, 9). `hits` are UniVG-R1's, inferred likewise.
+    """
+
+    name: str
+    column: str
+    original: int
+    revised: int
+    hits: int
+
+
+MIG_TASKS = (
+    Task("diff", "Static", 528, 528, 380),
+    Task("view_diff", "Robust", 94, 94, 55),
+    Task("common_object", "Common", 816, 815, 759),
+    Task("object_tracking", "OT", 550, 550, 420),
+    Task("multi_view", "MV", 288, 288, 191),
+    Task("region", "Region", 1203, 1203, 983),
+    Task("refer_grounding", "Refer", 99, 99, 82),
+    Task("group_grounding", "GG", 499, 485, 427),
+    Task("reasoning", "Reason", 101, 97, 61),
+    Task("correspondence", "Co-Re", 117, 117, 52),
+)
+TASK_COLUMN = {task.name: task.column for task in MIG_TASKS}
+_MIG_COLUMNS = tuple(TASK_COLUMN.values())
+
+
+@dataclass(frozen=True)
+class Misprint:
+    """A printed number that cannot be right: what it probably is, and why."""
+
+    row: str
+    column: str
+    printed: float
+    likely: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One printed table. `rows` maps a row's name to its cells, the average last."""
+
+    number: int
+    title: str
+    source: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float, ...]]
+    misprints: tuple[Misprint, ...] = ()
+
+    def frame(self) -> pd.DataFrame:
+        """The table as printed: rows x (columns + "AVG"), in percent."""
+        return pd.DataFrame.from_dict(
+            self.rows, orient="index", columns=[*self.columns, "AVG"]
+        )
+
+    def recomputed_average(self, row: str) -> float:
+        """Unweighted mean of the row's cells, to 2 places as the paper prints it."""
+        cells = self.rows[row][:-1]
+        return round(sum(cells) / len(cells), 2)
+
+
+def hits_behind(percent: float, n: int) -> int | None:
+    """The k whose 100 k/n prints as `percent` (2 places), or None if there is none."""
+    k = round(percent * n / 100)
+    # half a unit of the last printed place, plus room for binary rounding
+    return k if abs(100 * k / n - percent) <= 0.005 + 1e-9 else None
+
+
+TABLE_1 = PaperTable(
+    1,
+    "Revised MIG-Bench, Acc@0.5 %",
+    "PF sec. 7, paper Table 1",
+    _MIG_COLUMNS,
+    {
+        "Qwen2-VL-72B": (
+            51.13, 43.61, 73.74, 24.54, 32.63, 19.86, 37.37, 67.83, 50.51, 17.94, 41.91
+        ),
+        "Mantis": (
+            1.52, 0.00, 3.31, 12.18, 2.08, 1.00, 1.01, 10.02, 0.00, 0.85, 3.20
+        ),
+        "LLaVA-OV-7B": (
+            6.06, 3.19, 3.43, 0.18, 1.04, 1.08, 9.09, 15.43, 6.93, 0.85, 4.73
+        ),
+        "MiniCPM2.6": (
+            14.58, 2.13, 14.34, 9.82, 6.25, 1.75, 11.11, 10.02, 2.97, 2.56, 7.55
+        ),
+        "mPLUG-Owl3": (
+            18.56, 6.38, 34.93, 8.55, 7.64, 2.41, 7.07, 22.85, 9.09, 5.98, 12.35
+        ),
+        "InternVL2-8B": (
+            8.52, 19.15, 38.40, 19.82, 10.07, 5.24, 34.34, 39.79, 26.80, 7.69, 20.98
+        ),
+        "Qwen2-VL-7B": (
+            29.92, 36.17, 43.07, 14.55, 9.38, 15.54, 29.29, 63.51, 44.33, 16.24, 30.20
+        ),
+        "Migician": (
+            70.64, 45.74, 72.76, 67.82, 60.07, 72.57, 75.76, 84.12, 52.58, 33.33, 63.54
+        ),
+        "UniVG-R1": (
+            71.97, 58.51, 93.13, 76.36, 66.32, 81.71, 82.83, 88.04, 62.89, 44.44, 72.64
+        ),
+    },
+    (
+        Misprint("UniVG-R1", "AVG", 72.64, 72.62, "the mean of its cells is 72.62"),
+    ),
+)
+# Four rows fit only the item counts of the original benchmark, so they look copied from
+# Migician's paper; Qwen2-VL-72B fits neither benchmark in half its cells (PF sec. 7).
+ROWS_ON_ORIGINAL_BENCH = ("Mantis", "LLaVA-OV-7B", "MiniCPM2.6", "mPLUG-Owl3")
+
+TABLE_2 = PaperTable(
+    2,
+    "Zero-shot, Acc@0.5 %",
+    "PF sec. 7, paper Table 2",
+    ("LISA val", "LISA test", "LLMSeg", "ReasonVOS", "ReVOS"),
+    {
+        "Qwen2-VL-7B": (52.00, 49.17, 35.53, 9.83, 23.55, 34.02),
+        "Migician": (36.00, 32.09, 34.68, 33.41, 39.70, 35.18),
+        "UniVG-R1": (64.00, 59.69, 50.60, 58.73, 60.03, 58.61),
+    },
+)
+
+TABLE_3 = PaperTable(
+    3,
+    "RefCOCO/+/g, Acc@0.5 %",
+    "PF sec. 7: reported by another paper, not seen in this one",
+    (
+        "RefCOCO val", "RefCOCO testA", "RefCOCO testB",
+        "RefCOCO+ val", "RefCOCO+ testA", "RefCOCO+ testB",
+        "RefCOCOg val", "RefCOCOg test",
+    ),
+    {
+        "Qwen2.5-VL-7B": (
+            90.00, 92.50, 85.40, 84.20, 89.10, 76.90, 87.20, 87.20, 86.56
+        ),
+        "Migician": (91.62, 93.49, 87.22, 86.13, 91.06, 79.93, 88.06, 87.80, 88.16),
+        "UniVG-R1": (91.64, 93.11, 87.16, 85.91, 90.53, 80.04, 88.67, 88.56, 88.20),
+    },
+)
+
+TABLE_4 = PaperTable(
+    4,
+    "Stages on the revised MIG-Bench, Acc@0.5 %",
+    "PF sec. 7, paper Table 4",
+    _MIG_COLUMNS,
+    {
+        "Qwen2-VL-7B": TABLE_1.rows["Qwen2-VL-7B"],
+        "Pure RL 21k": (
+            46.02, 59.47, 88.59, 57.09, 48.96, 26.77, 78.79, 84.95, 54.64, 29.06, 57.43
+        ),
+        "CoT-SFT 21k": (
+            57.58, 48.94, 90.18, 68.91, 58.68, 52.78, 80.81, 84.54, 64.95, 37.61, 64.50
+        ),
+        "SFT 90k": (
+            73.48, 45.74, 89.69, 71.27, 62.85, 86.62, 77.78, 84.74, 49.48, 31.62, 67.30
+        ),
+        "CoT-SFT 90k": (
+            68.75, 48.94, 90.55, 74.55, 61.46, 80.88, 78.79, 83.30, 60.82, 41.89, 69.00
+        ),
+        "+ CoT-SFT 10k": (
+            70.64, 52.13, 89.69, 75.45, 60.42, 76.64, 78.79, 83.30, 58.76, 41.88, 68.77
+        ),
+        "+ GRPO 10k": (
+            71.59, 53.19, 93.01, 77.09, 64.24, 80.96, 81.82, 86.19, 55.67, 42.74, 70.65
+        ),
+        "+ GRPO-Difficulty 10k": TABLE_1.rows["UniVG-R1"],
+    },
+    (
+        Misprint("Pure RL 21k", "Robust", 59.47, 59.57, "no k/94 prints as 59.47"),
+        Misprint("CoT-SFT 90k", "Co-Re", 41.89, 41.88, "no k/117 prints as 41.89"),
+        Misprint("SFT 90k", "AVG", 67.30, 67.33, "the mean of its cells is 67.33"),
+        Misprint("+ GRPO-Difficulty 10k", "AVG", 72.64, 72.62, "same row as Table 1"),
+    ),
+)
+TABLES = (TABLE_1, TABLE_2, TABLE_3, TABLE_4)
+
+# Which row of Table 4 a model of ours stands beside (the run folder's model names).
+STAGE_OF_MODEL = {
+    "base": "Qwen2-VL-7B",
+    "sft_nocot": "SFT 90k",
+    "sft_lora": "CoT-SFT 90k",
+    "grpo_none": "+ GRPO 10k",
+    "grpo_exp": "+ GRPO-Difficulty 10k",
+}
+
+# Figure 1, bottom right: averages of MIG-Bench (Table 1) and zero-shot (Table 2).
+FIGURE_1 = {
+    name: (TABLE_1.rows[name][-1], TABLE_2.rows[name][-1])
+    for name in ("Qwen2-VL-7B", "Migician", "UniVG-R1")
+}
+
+
+@dataclass(frozen=True)
+class Figure3:
+    """Shares of easy, medium and hard groups while training (PF sec. 6).
+
+    Read off the drawn, smoothed curves: +-0.015. Trends are the ends of the dashed
+    lines, at the first and the last iteration.
+    """
+
+    iteration: tuple[int, ...] = (
+        10, 60, 110, 160, 200, 260, 310, 360, 410, 450, 495
+    )
+    easy: tuple[float, ...] = (
+        .35, .37, .49, .50, .51, .53, .44, .52, .56, .67, .63
+    )
+    medium: tuple[float, ...] = (
+        .36, .43, .25, .29, .30, .32, .36, .38, .28, .21, .30
+    )
+    hard: tuple[float, ...] = (
+        .29, .20, .26, .21, .18, .16, .20, .11, .16, .12, .08
+    )
+    easy_trend: tuple[float, float] = (0.385, 0.60)
+    hard_trend: tuple[float, float] = (0.258, 0.12)
+    tolerance: float = 0.015
+
+
+FIGURE_3 = Figure3()
