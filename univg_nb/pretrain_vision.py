@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from univg_nb.boxes import Box
 from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.minimig.scenes import CANVAS, PLACES, Scene, render
 from univg_nb.tiny_model import MAX_PIXELS, MERGE, PATCH
@@ -51,6 +52,22 @@ def grid(n: int) -> Tensor:
     return torch.tensor([[1, side, side]]).expand(n, 3)
 
 
+def cell_cover(box: Box) -> np.ndarray:
+    """The share of every cell that ``box`` covers, (cells, cells) in 0..1."""
+    edge = 1000 / CELLS
+    low = np.arange(CELLS) * edge
+    x1, y1, x2, y2 = box
+    wide = np.clip(np.minimum(low + edge, x2) - np.maximum(low, x1), 0, None)
+    high = np.clip(np.minimum(low + edge, y2) - np.maximum(low, y1), 0, None)
+    return high[:, None] * wide[None, :] / edge**2
+
+
+def covered_cells(box: Box) -> np.ndarray:
+    """Flat indices of the cells that show a box: a third covered, or the best one."""
+    cover = cell_cover(box).reshape(-1)
+    return np.flatnonzero(cover >= min(1 / 3, cover.max()))
+
+
 def cell_targets(scene: Scene) -> np.ndarray:
     """What each merged token should tell: (cells * cells, 6) ints.
 
@@ -59,14 +76,9 @@ def cell_targets(scene: Scene) -> np.ndarray:
     """
     kinds, colours = list(KINDS), list(COLOURS)
     targets = np.zeros((CELLS, CELLS, 6), dtype=np.int64)
-    edge = 1000 / CELLS
-    most = np.full((CELLS, CELLS), 0.15 * edge * edge)
-    low = np.arange(CELLS) * edge
+    most = np.full((CELLS, CELLS), 0.15)
     for thing in scene.things:
-        x1, y1, x2, y2 = thing.box
-        wide = np.clip(np.minimum(low + edge, x2) - np.maximum(low, x1), 0, None)
-        high = np.clip(np.minimum(low + edge, y2) - np.maximum(low, y1), 0, None)
-        covered = high[:, None] * wide[None, :]
+        covered = cell_cover(thing.box)
         better = covered > most
         most[better] = covered[better]
         row = [kinds.index(thing.kind) + 1, colours.index(thing.colour) + 1]

@@ -8,6 +8,7 @@ once. They contain none of the ten tasks and no reasoning chain.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,27 @@ from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.minimig.scenes import PLACES, Scene, Thing, random_names, random_scene
 from univg_nb.prompts import DIRECT_SUFFIX
 
-Turn = tuple[str, str]  # question, reply
+
+class Look(NamedTuple):
+    """Where to look for the characters ``start`` to ``end`` of a reply.
+
+    image: index of the picture, from 0; box: what to look at in it, 0..1000.
+    """
+
+    start: int
+    end: int
+    image: int
+    box: Box
+
+
+class Turn(NamedTuple):
+    """A question, its reply, and where the parts of the reply are to be seen."""
+
+    question: str
+    reply: str
+    looks: tuple[Look, ...] = ()
+
+
 # Wordings and chains of the tasks, read only to choose the tokenizer's words.
 SENTENCES = Path(__file__).parent.parent / "assets" / "sentences.txt"
 
@@ -63,14 +84,33 @@ def find(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn |
         return None
     # The full name most often; what only position or size tells apart less so.
     phrase = phrases[0] if rng.random() < 0.6 else pick(rng, phrases)
-    return _pointing(rng, phrase, thing.box, _in_image(number, of, rng))
+    return _pointing(rng, phrase, thing.box, number, of)
 
 
-def _pointing(rng: np.random.Generator, phrase: str, box: Box, place: str) -> Turn:
-    question = pick(rng, FIND).format(phrase, place)
+def _pointing(
+    rng: np.random.Generator, phrase: str, box: Box, number: int, of: int
+) -> Turn:
+    question = pick(rng, FIND).format(phrase, _in_image(number, of, rng))
     if rng.random() < 0.3:
         question += DIRECT_SUFFIX
-    return question, spoken_box(box)
+    return looking(question, spoken_box(box), number, box)
+
+
+def looking(question: str, reply: str, number: int, box: Box) -> Turn:
+    """A turn whose whole reply is read off one place of image ``number`` (from 1)."""
+    return Turn(question, reply, (Look(0, len(reply), number - 1, box),))
+
+
+def listing_looks(
+    reply: str, names: list[str], scene: Scene, number: int
+) -> tuple[Look, ...]:
+    """Looks for a reply that names the things from left to right."""
+    looks, at = [], 0
+    for name, thing in zip(names, scene.reading_order(), strict=True):
+        start = reply.index(name, at)
+        at = start + len(name)
+        looks.append(Look(start, at, number - 1, thing.box))
+    return tuple(looks)
 
 
 def find_part(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
@@ -78,7 +118,7 @@ def find_part(rng: np.random.Generator, scene: Scene, number: int, of: int) -> T
     thing = pick(rng, scene.things)
     part = pick(rng, list(KINDS[thing.kind].parts))
     phrase = f"{part} of the {thing.name}"
-    return _pointing(rng, phrase, thing.part(part), _in_image(number, of, rng))
+    return _pointing(rng, phrase, thing.part(part), number, of)
 
 
 def name_at(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
@@ -87,27 +127,33 @@ def name_at(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Tur
     place = _in_image(number, of, rng)
     question = pick(rng, ("What is at {}{}?", "Name the thing at {}{}."))
     reply = words.article(thing.name) + "."
-    return question.format(format_box(thing.box), place), reply
+    question = question.format(format_box(thing.box), place)
+    return looking(question, reply, number, thing.box)
 
 
 def describe(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
     """Say what a picture shows."""
     place = f"image {number}" if of > 1 or rng.random() < 0.5 else "the image"
     question = pick(rng, ("Describe {}.", "What is in {}?", "What does {} show?"))
-    return question.format(place), words.description(scene, number)
+    reply = words.description(scene, number)
+    names = [words.article(t.name) for t in scene.reading_order()]
+    looks = listing_looks(reply, names, scene, number)
+    return Turn(question.format(place), reply, looks)
 
 
 def list_boxes(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
     """Name every thing with its box, from left to right."""
     place = f"image {number}" if of > 1 else "the image"
-    reply = "; ".join(f"{t.name} {format_box(t.box)}" for t in scene.reading_order())
-    return f"List all things in {place} with their boxes.", reply + "."
+    parts = [f"{t.name} {format_box(t.box)}" for t in scene.reading_order()]
+    reply = "; ".join(parts) + "."
+    looks = listing_looks(reply, parts, scene, number)
+    return Turn(f"List all things in {place} with their boxes.", reply, looks)
 
 
 def tell_place(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
     """Say how the weather is, or where the picture plays."""
     place = _in_image(number, of, rng)
-    return f"How is the weather{place}?", words.PLACE_WORDS[scene.place] + "."
+    return Turn(f"How is the weather{place}?", words.PLACE_WORDS[scene.place] + ".")
 
 
 def tell_where(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
@@ -115,7 +161,7 @@ def tell_where(rng: np.random.Generator, scene: Scene, number: int, of: int) -> 
     thing = pick(rng, scene.things)
     place = _in_image(number, of, rng)
     question = f"In which part{place.replace(' in ', ' of ')} is the {thing.name}?"
-    return question, words.where(thing) + "."
+    return looking(question, words.where(thing) + ".", number, thing.box)
 
 
 def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
@@ -130,8 +176,11 @@ def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Tu
         else:
             colour = pick(rng, list(COLOURS))
     place = _in_image(number, of, rng) or " in the image"
-    answer = "yes." if (kind, colour) in present else "no."
-    return f"Is there {words.article(f'{colour} {kind}')}{place}?", answer
+    question = f"Is there {words.article(f'{colour} {kind}')}{place}?"
+    for thing in scene.things:
+        if (thing.kind, thing.colour) == (kind, colour):
+            return looking(question, "yes.", number, thing.box)
+    return Turn(question, "no.")
 
 
 def knowledge(rng: np.random.Generator) -> Turn:
@@ -154,7 +203,7 @@ def knowledge(rng: np.random.Generator) -> Turn:
             f"the {part}.",
         ),
     )
-    return pick(rng, options)
+    return Turn(*pick(rng, options))
 
 
 def which_image(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | None:
@@ -164,7 +213,8 @@ def which_image(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | N
     shown = [any(t.name == thing.name for t in s.things) for s in scenes]
     if sum(shown) != 1:
         return None
-    return f"Which image shows {words.article(thing.name)}?", f"image {number + 1}."
+    question = f"Which image shows {words.article(thing.name)}?"
+    return looking(question, f"image {number + 1}.", number + 1, thing.box)
 
 
 ABOUT_ONE: tuple[tuple[float, Callable], ...] = (
@@ -237,9 +287,9 @@ def corpus(n: int = 4000) -> Iterator[str]:
     """Sentences for the tokenizer: lessons, task wordings and chains."""
     rng = np.random.default_rng(0)
     for _ in range(n):
-        for question, reply in lesson(rng).turns:
-            yield question
-            yield reply
+        for turn in lesson(rng).turns:
+            yield turn.question
+            yield turn.reply
     sentences = SENTENCES.read_text(encoding="utf-8").splitlines()
     for _ in range(60):
         yield from sentences

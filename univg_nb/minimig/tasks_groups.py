@@ -212,10 +212,11 @@ def region(rng: np.random.Generator, level: str, split: str) -> Draft:
 
 def group_grounding(rng: np.random.Generator, level: str, split: str) -> Draft:
     """A phrase that fits one thing in one of three or four pictures."""
-    images = 4 if level != "easy" and rng.random() < 0.3 else 3
     target = any_name(rng)
     form = pick(rng, ("name", "name", "kind", "colour"))
-    # The chain lists what is in the pictures: fewer things keep it short.
+    # The chain lists what the pictures show: not all may be many at once.
+    many = level != "easy" and form == "name" and rng.random() < 0.4
+    images = 4 if many else 3
     n = count(rng, level, most=3 if images == 3 and form == "name" else 2)
     k = int(rng.integers(images)) + 1
     # Nothing else may fit the phrase, in any of the pictures.
