@@ -32,11 +32,15 @@ class Look(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A question, its reply, and where the parts of the reply are to be seen."""
+    """A question, its reply, and where the parts of the reply are to be seen.
+
+    asks: the same for the phrase in the question that names what is looked for.
+    """
 
     question: str
     reply: str
     looks: tuple[Look, ...] = ()
+    asks: tuple[Look, ...] = ()
 
 
 # Wordings and chains of the tasks, read only to choose the tokenizer's words.
@@ -83,7 +87,7 @@ def find(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn |
     if not phrases:
         return None
     # The full name most often; what only position or size tells apart less so.
-    phrase = phrases[0] if rng.random() < 0.6 else pick(rng, phrases)
+    phrase = phrases[0] if rng.random() < 0.75 else pick(rng, phrases)
     return _pointing(rng, phrase, thing.box, number, of)
 
 
@@ -93,7 +97,9 @@ def _pointing(
     question = pick(rng, FIND).format(phrase, _in_image(number, of, rng))
     if rng.random() < 0.3:
         question += DIRECT_SUFFIX
-    return looking(question, spoken_box(box), number, box)
+    start = question.index(phrase)
+    asked = Look(start, start + len(phrase), number - 1, box)
+    return looking(question, spoken_box(box), number, box)._replace(asks=(asked,))
 
 
 def looking(question: str, reply: str, number: int, box: Box) -> Turn:
@@ -218,14 +224,14 @@ def which_image(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | N
 
 
 ABOUT_ONE: tuple[tuple[float, Callable], ...] = (
-    (0.46, find),
-    (0.10, find_part),
-    (0.12, name_at),
-    (0.12, describe),
-    (0.08, list_boxes),
+    (0.52, find),
+    (0.07, find_part),
+    (0.11, name_at),
+    (0.10, describe),
+    (0.07, list_boxes),
     (0.03, tell_place),
     (0.05, tell_where),
-    (0.04, is_there),
+    (0.05, is_there),
 )
 
 

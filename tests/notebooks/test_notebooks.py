@@ -1,0 +1,98 @@
+"""Conventions of the committed notebooks (DESIGN sec. 8), and all of them executed.
+
+Execution is one xdist group in course order, because later notebooks read what
+earlier ones made.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from univg_nb import notebook_tools as tools
+from univg_nb import run_notebooks
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+COURSE = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
+ALL = COURSE + SOLUTIONS
+MAX_LINES, MAX_COLUMNS, MAX_BYTES = 25, 88, 500_000
+
+
+def ids(path):
+    return path.stem
+
+
+course = pytest.mark.parametrize("path", COURSE, ids=ids)
+every = pytest.mark.parametrize("path", ALL, ids=ids)
+
+
+def test_the_course_is_whole():
+    assert {path.name[:2] for path in COURSE} >= {f"0{i}" for i in range(10)}
+
+
+@course
+def test_one_parameters_cell_with_the_common_names(path):
+    notebook = tools.read_notebook(path)
+    tagged = [c for c in notebook.cells if "parameters" in tools.tags(c)]
+    assert len(tagged) == 1 and tagged[0].cell_type == "code"
+    parameters = tools.read_parameters(notebook, path.name)
+    common = {"SCALE": "tiny", "RUN_DIR": "", "SEED": 0, "FRESH": False}
+    assert common.items() <= parameters.items()
+
+
+@course
+def test_it_begins_with_a_title(path):
+    cells = tools.read_notebook(path).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+
+
+@every
+def test_code_cells_are_short(path):
+    for number, cell in enumerate(tools.code_cells(tools.read_notebook(path)), 1):
+        lines = cell.source.rstrip().splitlines()
+        where = f"{path.name}, code cell {number}"
+        assert len(lines) <= MAX_LINES, f"{where}: {len(lines)} lines"
+        longest = max(map(len, lines), default=0)
+        assert longest <= MAX_COLUMNS, f"{where}: a line of {longest} columns"
+
+
+@every
+def test_code_cells_hold_plain_python(path):
+    """Magics and shell lines need IPython; the course runs without their help."""
+    for cell in tools.code_cells(tools.read_notebook(path)):
+        ast.parse(cell.source)
+
+
+@every
+def test_no_error_is_committed(path):
+    assert tools.error_text(tools.read_notebook(path)) == ""
+
+
+@every
+def test_it_is_small(path):
+    assert path.stat().st_size <= MAX_BYTES
+
+
+@course
+def test_outputs_are_there_and_not_stale(path):
+    notebook = tools.read_notebook(path)
+    recorded = notebook.metadata.get("univg", {}).get("code_sha256")
+    remedy = f"run it, then make record NB={path.stem}"
+    assert recorded, f"{path.name} has no recorded outputs; {remedy}"
+    assert recorded == tools.code_sha256(notebook), f"{path.name} is stale; {remedy}"
+    assert tools.ran_to_end(notebook)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.xdist_group("notebooks")
+@every
+def test_it_runs_at_smoke_scale(path, smoke_run, capsys):
+    arguments = [str(path), "--scale", "smoke", "--run-dir", str(smoke_run)]
+    code = run_notebooks.main(arguments)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err[-4000:]

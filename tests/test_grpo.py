@@ -1,0 +1,440 @@
+"""GRPO: weights in any layout, shared prompts, banned tokens, files, guards."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LogitsProcessorList
+
+from univg_nb import grpo, models, rollouts, runs, shared_prefix
+from univg_nb.difficulty import difficulty_weight
+from univg_nb.encoding import EncodedBatch
+from univg_nb.folded import folded
+from univg_nb.samples import GroundingSample
+from univg_nb.sampling import VISION_TOKENS
+from univg_nb.tiny_model import build_processor, tiny_config, train_tokenizer
+
+G = 4
+COLOURS = ["red", "blue", "green", "black"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A Qwen2-VL far smaller than the shipped one, an SFT adapter, and images."""
+    out = tmp_path_factory.mktemp("grpo")
+    tokenizer = train_tokenizer(["find the red cup 0123456789 <think></think>"] * 3)
+    config = tiny_config(tokenizer)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size = 64, 96
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 2, 2, 1
+    text.layer_types = text.layer_types[:2]
+    vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size = 1, 32, 2, 64
+    torch.manual_seed(0)
+    model = models.AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out / "base")
+    build_processor(tokenizer).save_pretrained(out / "base")
+    lora = models.add_lora(model, {"r": 4, "lora_alpha": 8})
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    lora.save_pretrained(out / "sft")
+    for number, colour in enumerate(COLOURS):
+        picture = Image.new("RGB", (64, 64), colour)
+        picture.paste("white", (8 * number, 8, 8 * number + 20, 40))
+        picture.save(out / f"{number}.png")
+    return out
+
+
+def make_samples(folder: Path, count: int = 4) -> list[GroundingSample]:
+    """Prompts of different lengths: 1 to 3 images, single-image mode every third."""
+    return [
+        GroundingSample(
+            id=f"s{i}",
+            task="refer" if i % 3 == 0 else "diff",
+            images=tuple(str(folder / f"{(i + j) % 4}.png") for j in range(1 + i % 3)),
+            question="find the red cup " * (1 + i % 2) + str(i),
+            answer=(100, 100, 500, 500),
+            cot=bool(i % 3),
+        )
+        for i in range(count)
+    ]
+
+
+def make_config(folder: Path, **grpo_options) -> dict:
+    section = {
+        "num_generations": G,
+        "beta": 0.04,
+        "max_completion_length": 6,
+        "per_device_train_batch_size": 2 * G,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+    }
+    return {
+        "model": {"name_or_path": str(folder / "base")},
+        "data": {},
+        "sft": {"adapter": "lora"},
+        "grpo": section | grpo_options,
+        "evaluate": {},
+    }
+
+
+def make_trainer(folder: Path, out: Path, count: int = 4, keep=None, **options):
+    """A trainer ready to train; `keep` are options of DifficultyGRPOTrainer."""
+    return grpo.build_trainer(
+        make_config(folder, **options),
+        out,
+        make_samples(folder, count),
+        folder / "sft",
+        **(keep or {}),
+    )
+
+
+def box_text(side: int) -> str:
+    return f"<think>a</think><answer>(100,100),({side},{side})</answer>"
+
+
+class Scripted(grpo.DifficultyGRPOTrainer):
+    """Samples fixed replies, so that any layout sees the same ones."""
+
+    def _generate_single_turn(self, prompt_ids, *_args, **_kwargs):
+        sides = (500, 400, 300, 150)
+        texts = [
+            box_text(sides[(row + len(ids)) % 4] if row % 2 else 500 - len(ids) % 7)
+            for row, ids in enumerate(prompt_ids)
+        ]
+        ids = self._tokenizer(texts)["input_ids"]
+        return [row + [self._tokenizer.eos_token_id] for row in ids], None
+
+
+# ---------------------------------------------------------------- weights
+
+
+def scripted_update(folder, out, monkeypatch, per_device, accumulation, weight="exp"):
+    """(rollout rows, gradient of each adapter matrix) of one update."""
+    monkeypatch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
+    trainer = make_trainer(
+        folder,
+        out,
+        keep={"weight": weight, "rollout_log": out / "rollouts.jsonl"},
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1e9,
+    )
+    gradients = {}
+
+    class Catch(grpo.TrainerCallback):
+        def on_pre_optimizer_step(self, *_args, model=None, **_kwargs):
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    gradients[name] = parameter.grad.clone()
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return runs.read_jsonl(out / "rollouts.jsonl"), gradients
+
+
+def test_T2_weights_and_gradient_do_not_depend_on_the_layout(
+    folder, tmp_path, monkeypatch
+):
+    """PF sec. 9, T2: the released mean was over the micro-batch, not the group."""
+    layouts = {"2G": (2 * G, 1), "G": (G, 2), "half": (G // 2, 4)}
+    made = {
+        name: scripted_update(folder, tmp_path / name, monkeypatch, *layout)
+        for name, layout in layouts.items()
+    }
+    rows, gradients = made["2G"]
+    assert len({row["weight"] for row in rows}) == len(rows) == 2
+    assert gradients
+    assert all(g.abs().max() > 0 for n, g in gradients.items() if "default" in n)
+    for name in ("G", "half"):
+        assert made[name][0] == rows
+        for key, gradient in gradients.items():
+            error = (made[name][1][key] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, (name, key, error)
+    for row in rows:
+        expected = math.exp(1 - sum(row["iou"]) / G)
+        assert row["weight"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_loss_is_the_weighted_surrogate_plus_an_unweighted_kl(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, keep={"weight": "power"})
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_inputs(
+        next(iter(trainer.get_train_dataloader()))
+    )  # 2G rows
+    generator = torch.Generator().manual_seed(0)
+    shape = batch["completion_ids"].shape
+    advantages = torch.randn(shape[0], generator=generator)
+    phi = difficulty_weight(torch.tensor([0.1, 0.9]), "power").repeat_interleave(G)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    fields = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, seen, shape[1], **{f: batch[f] for f in fields}
+        )
+        old = logps + 0.5 * torch.randn(shape, generator=generator)  # the clip bites
+        ref = logps + 0.3 * torch.randn(shape, generator=generator)
+        made = trainer.compute_loss(
+            trainer.model,
+            batch
+            | {"advantages": phi * advantages}
+            | {"old_per_token_logps": old, "ref_per_token_logps": ref},
+        )
+        ratio, a = torch.exp(logps - old), advantages[:, None]
+        surrogate = torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        kl = torch.exp(ref - logps) - (ref - logps) - 1
+        mask = batch["completion_mask"]
+        token = -phi[:, None] * surrogate + 0.04 * kl
+        expected = ((token * mask).sum(1) / mask.sum(1)).mean()
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_weight_fails_before_any_rollout(folder, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'exp'"):
+        make_trainer(folder, tmp_path, keep={"weight": "expo"})
+
+
+# ---------------------------------------------------------------- shared prompts
+
+
+def scored_batch(trainer):
+    """One rollout's tensors, as `_get_per_token_logps_and_entropies` takes them."""
+    trainer.model.train()
+    rows = next(iter(trainer.get_train_dataloader()))
+    batch = trainer._generate_and_score_completions(rows)
+    fields = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    return {
+        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        "attention_mask": torch.cat(
+            [batch["prompt_mask"], batch["completion_mask"]], 1
+        ),
+        "logits_to_keep": batch["completion_ids"].size(1),
+        **{name: batch[name] for name in fields},
+    }, batch["completion_mask"]
+
+
+@pytest.mark.parametrize("batch_size", [2 * G, 3])
+def test_shared_rows_equal_trl_in_value_and_gradient(folder, tmp_path, batch_size):
+    trainer = make_trainer(folder, tmp_path)
+    assert trainer.shared_forward and trainer.shared_rollout
+    inputs, mask = scored_batch(trainer)
+    made = {}
+    for shared in (True, False):
+        trainer.shared_forward = shared
+        trainer.model.zero_grad()
+        logps, entropy, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, **inputs, batch_size=batch_size, compute_entropy=True
+        )
+        (logps * mask).pow(2).sum().backward()
+        gradient = torch.cat(
+            [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        )
+        made[shared] = (logps * mask).detach(), (entropy * mask).detach(), gradient
+    for ours, theirs in zip(made[True], made[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Greedy:
+    """Puts all probability on the most likely token."""
+
+    def __call__(self, _ids, scores):
+        best = torch.full_like(scores, -torch.inf)
+        return best.scatter(1, scores.argmax(1, keepdim=True), 0.0)
+
+
+def test_shared_rollout_follows_generate(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, count=5)
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": i} for i in sample.images]
+                + [{"type": "text", "text": sample.question}],
+            }
+        ]
+        for sample in make_samples(folder, 5)
+    ]
+    batch = EncodedBatch.encode(
+        trainer.processing_class, conversations, G, torch.device("cpu")
+    )
+    base = models.base_model(trainer.model)
+    # An end token that some greedy replies reach, so that rows leave the batch.
+    options = {"max_new_tokens": 10, "do_sample": False}
+    full = [
+        base.generate(
+            input_ids=p.ids[None],
+            attention_mask=torch.ones_like(p.ids)[None],
+            mm_token_type_ids=p.token_types[None],
+            pixel_values=p.pixel_values,
+            image_grid_thw=p.grid,
+            eos_token_id=10**6,
+            pad_token_id=0,
+            **options,
+        )[0, len(p.ids) :].tolist()
+        for p in batch.prompts
+    ]
+    end = full[0][3]
+    expected = [
+        reply[: reply.index(end) + 1] if end in reply else reply for reply in full
+    ]
+    made = shared_prefix.sample_replies(
+        base,
+        base.model,
+        batch.prompts,
+        3,
+        max_new_tokens=10,
+        eos_token_ids=[end],
+        warp=LogitsProcessorList([Greedy()]),
+    )
+    assert made == [[reply] * 3 for reply in expected]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
+    """A sampled image token has no image: the next forward pass would fail."""
+    trainer = make_trainer(folder, tmp_path, keep={"shared_prefix": shared})
+    assert trainer.shared_rollout is shared
+    ids = trainer._tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+
+    def favour(_module, _args, logits):
+        logits[..., ids] += 1e4
+        return logits
+
+    hook = models.base_model(trainer.model).lm_head.register_forward_hook(favour)
+    inputs, mask = scored_batch(trainer)
+    hook.remove()
+    sampled = inputs["input_ids"][:, -inputs["logits_to_keep"] :]
+    assert not torch.isin(sampled[mask.bool()], torch.tensor(ids)).any()
+
+
+def test_folding_gives_the_same_logits_and_the_weights_back(folder):
+    model, _ = models.load({"name_or_path": str(folder / "base")}, folder / "sft", True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with folded(model):
+            assert not torch.equal(
+                model.state_dict()[next(k for k in before if "base_layer" in k)],
+                before[next(k for k in before if "base_layer" in k)],
+            )
+            inside = model(input_ids=ids).logits
+    torch.testing.assert_close(inside, plain, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_A" in n for n in trained)
+
+
+def test_T8_temperature_and_reward_weights_take_effect(folder, tmp_path):
+    """PF sec. 9, T8: the released trainer fixed the one and ignored the other."""
+    cold = make_trainer(folder, tmp_path, temperature=0.01, reward_weights=[1.0, 0.0])
+    inputs, mask = scored_batch(cold)
+    _, entropy, _ = cold._get_per_token_logps_and_entropies(
+        cold.model, **inputs, compute_entropy=True
+    )
+    assert (entropy * mask).sum() / mask.sum() < 0.5  # at temperature 1: above 5
+    text = [[{"role": "assistant", "content": box_text(500)}]] * 2
+    row = {"answer": [100, 100, 500, 500], "cot": True, "sample_id": "a", "task": "t"}
+    rewards = cold._calculate_rewards([row] * 2, [[]] * 2, text, [[1]] * 2)
+    totals = (rewards * cold.reward_weights).sum(1)
+    assert rewards.tolist() == [[1.0, 1.0]] * 2 and totals.tolist() == [1.0, 1.0]
+
+
+def test_T12_the_length_of_an_epoch_counts_no_dropped_prompts(folder, tmp_path):
+    """PF sec. 9, T12: five prompts, two an update, make two updates, not three."""
+    trainer = make_trainer(folder, tmp_path, count=5, max_steps=-1, num_train_epochs=1)
+    sampler = trainer._get_train_sampler()
+    assert len(list(sampler)) == len(sampler) == 4 * G
+    assert len(trainer.get_train_dataloader()) == 2
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def test_train_writes_what_the_course_reads(folder, tmp_path):
+    out = tmp_path / "grpo"
+    config = make_config(folder, max_steps=2, beta=0.1)
+    summary = grpo.train(
+        config, out, make_samples(folder), sft_adapter=folder / "sft", weight="log"
+    )
+    assert summary["steps"] == 2 and summary == runs.read_json(out / "summary.json")
+    metrics = runs.read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    # The reference is the SFT adapter, where the policy starts; then they part.
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    shares = [metrics[0][f"groups/{name}"] for name in ("hard", "medium", "easy")]
+    assert sum(shares) == pytest.approx(1)
+    rows = runs.read_jsonl(out / "rollouts.jsonl")
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]
+    wide = ("replies", "boxes", "status", "iou", "format", "rewards", "advantages")
+    for row in rows:
+        assert all(len(row[name]) == G for name in (*wide, "length", "truncated"))
+        assert set(row) == {
+            *wide, "step", "sample_id", "task", "mean_iou", "weight", "length",
+            "truncated",
+        }  # fmt: skip
+        # -ln(0.02 + m) of the group, whatever the untrained model said
+        expected = max(0.0, -math.log(0.02 + row["mean_iou"]))
+        assert row["weight"] == pytest.approx(expected, abs=1e-4)
+    assert runs.read_json(out / "adapter" / "adapter_config.json")["r"] == 4
+    assert not (out / "adapter" / "ref").exists()
+    model, _ = models.load(config["model"], out / "adapter")
+    sft, _ = models.load(config["model"], folder / "sft")
+    assert models.weights_hash(model) == models.weights_hash(sft)
+
+
+def test_rollout_rows_hold_boxes_as_scoring_reads_them():
+    replies = [
+        rollouts.Reply("a", "diff", text, 9, truncated)
+        for text, truncated in [(box_text(500), False), ("<think>on and on", True)]
+    ]
+    ones, zeros = torch.tensor([1.0, 0.0]), torch.tensor([0.7, -0.7])
+    row = rollouts.group_rows(
+        3, replies, ones, ones, 2 * ones, zeros, torch.tensor([1.6487])
+    )[0]
+    assert row["boxes"] == [[100, 100, 500, 500], None]
+    assert row["status"] == ["ok", "no_answer"]
+    assert row["mean_iou"] == 0.5 and row["weight"] == pytest.approx(1.6487)
+    assert row["advantages"] == [0.7, -0.7] and row["truncated"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "message"),
+    [
+        ({"num_generations": 1}, 4, "at least 2"),
+        ({"per_device_train_batch_size": 6}, 4, "groups of 4"),
+        ({}, 1, "1 training samples, but one generation takes 2 prompts"),
+    ],
+)
+def test_impossible_layouts_say_what_to_change(
+    folder, tmp_path, options, count, message
+):
+    section = make_config(folder, **options)["grpo"]
+    with pytest.raises(ValueError, match=message):
+        grpo.grpo_config(section, tmp_path, count)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch["advantages"] = batch["advantages"] * torch.nan
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        trainer.compute_loss(trainer.model, batch)
+    weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+    weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        scored_batch(trainer)

@@ -1,0 +1,169 @@
+"""The strict runner, on throwaway notebooks with real kernels."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from univg_nb import notebook_tools as tools
+from univg_nb import run_notebooks, runs
+
+HEAD = 'SCALE = "tiny"\nRUN_DIR = ""\nFRESH = False\nRATE = 0.5\nN = 2\nITEMS = [1]'
+
+
+def write(folder, name, *sources, parameters=HEAD):
+    cells = [new_markdown_cell("# title"), new_code_cell(parameters)]
+    cells[1].metadata["tags"] = ["parameters"]
+    notebook = new_notebook(cells=cells + [new_code_cell(s) for s in sources])
+    path = folder / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments):
+    return run_notebooks.main(["--scale", "smoke", *map(str, arguments)])
+
+
+# ---------------------------------------------------------------- before a kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["-p", "RTAE", "1"],
+            "-p RTAE: no such parameter in 00_a; did you mean 'RATE'",
+        ),
+        (["-p", "N", "1.5"], "-p N 1.5: expected int"),
+        (["-p", "N", "true"], "-p N true: expected int"),
+        (["-p", "FRESH", "maybe"], "expected bool"),
+        (["-p", "ITEMS", "3"], "expected list"),
+        (["07"], "no notebook '07'"),
+        (["--scale", "tny"], "unknown scale 'tny'; did you mean 'tiny'"),
+    ],
+)
+def test_wrong_arguments_cost_no_kernel(repo, capsys, arguments, message):
+    write(repo, "00_a", "raise RuntimeError('must not run')")
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (repo / "runs").exists()
+
+
+def test_texts_become_the_types_of_the_defaults():
+    for text, default, value in (
+        ("false", True, False),
+        ("1", 0.5, 1.0),
+        ("1e-3", 0.5, 1e-3),
+        ("[1, 2]", [], [1, 2]),
+        ("12", "text", "12"),
+        ("12", None, 12),
+    ):
+        parsed = tools.parse_parameter("X", text, default, "00")
+        assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("line", ["B = A + 1", "print(1)", "import os"])
+def test_the_parameters_cell_holds_plain_values_only(repo, line):
+    path = write(repo, "00_a", parameters=f"A = 1\n{line}")
+    with pytest.raises(ValueError, match=r"00_a, parameters cell: .* next cell"):
+        tools.read_parameters(tools.read_notebook(path), "00_a")
+
+
+# ---------------------------------------------------------------- with a kernel
+
+
+def test_parameters_reach_the_cells_and_outputs_are_recorded(repo, capsys):
+    path = write(
+        repo,
+        "00_a",
+        "import os, sys\n"
+        "print(RATE, N, ITEMS, FRESH, SCALE, RUN_DIR)\n"
+        "print(os.environ['HF_HUB_OFFLINE'], sys.prefix, file=sys.stderr)",
+        "assert sys.prefix == " + repr(sys.prefix) + "\nN",
+    )
+    given = ["-p", "RATE", "1e-3", "-p", "ITEMS", "[2, 3]", "--fresh"]
+    assert call(*given) == 0
+    line = capsys.readouterr().out.splitlines()[0].split()
+    assert line[:3] == ["1/1", "00_a", "done"] and line[-1] == "4/4"
+    run_dir = repo / "runs" / "smoke"
+    executed = nbformat.read(run_dir / "notebooks" / path.name, as_version=4)
+    text = executed.cells[3].outputs[0].text
+    assert text == f"0.001 2 [2, 3] True smoke {run_dir.resolve()}\n"
+    facts = runs.read_json(run_dir / "manifest.json")["notebooks"]["00_a"]
+    assert facts["status"] == "done" and facts["seconds"] > 0
+
+    assert call("--record", run_dir) == 0
+    recorded = nbformat.read(path, as_version=4)
+    assert len(recorded.cells) == 4  # the injected cell stays out
+    cells = tools.code_cells(recorded)
+    assert [cell.execution_count for cell in cells] == [1, 2, 3]
+    assert cells[1].outputs[0].text == "0.001 2 [2, 3] True smoke runs/smoke\n"
+    assert len(cells[1].outputs) == 1  # stderr stays out
+    assert recorded.metadata.univg.code_sha256 == tools.code_sha256(recorded)
+
+    recorded.cells[2].source += "\n# changed"
+    assert recorded.metadata.univg.code_sha256 != tools.code_sha256(recorded)
+    nbformat.write(recorded, path)
+    assert call("--record", run_dir) == 2
+    assert "made from other code" in capsys.readouterr().err
+
+
+def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
+    write(repo, "00_a", "x = 1", "raise KeyError('box 7')", "x")
+    write(repo, "01_b", "open('ran', 'w')")
+    assert call() == 1
+    captured = capsys.readouterr()
+    assert "failed" in captured.out and "KeyError: 'box 7'" in captured.err
+    manifest = runs.read_json(repo / "runs" / "smoke" / "manifest.json")
+    assert manifest["notebooks"]["00_a"]["status"] == "failed"
+    assert not list(repo.rglob("ran"))
+
+
+def test_leaving_early_is_not_done(repo, capsys):
+    write(repo, "00_a", "raise SystemExit", "x = 1")
+    assert call() == 1
+    assert "failed" in capsys.readouterr().out
+
+
+TRAINER = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(1)
+    pathlib.Path("checkpoint").write_text("saved")
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("started").touch()
+time.sleep(300)
+"""
+
+
+def test_sigterm_reaches_the_kernel_and_the_trainer_it_launched(repo):
+    launch = f"subprocess.run([sys.executable, '-c', {TRAINER!r}])"
+    write(repo, "00_a", f"import os, subprocess, sys\nprint(os.getpid())\n{launch}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "univg_nb.run_notebooks", "--scale", "smoke"]
+    )
+    deadline = time.monotonic() + 180
+    while not (repo / "notebooks" / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
+    assert (repo / "notebooks" / "checkpoint").read_text() == "saved"
+    copy = nbformat.read(repo / "runs/smoke/notebooks/00_a.ipynb", as_version=4)
+    kernel = int(copy.cells[3].outputs[0].text)
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)

@@ -1,0 +1,249 @@
+"""Run folders, stages and scale files."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from univg_nb import config, runs
+
+# ---------------------------------------------------------------- files
+
+
+def test_write_json_is_whole_or_old(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        runs.write_json(path, {"a": float("nan")})
+    assert runs.read_json(path) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_read_json_names_file_and_line(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('{"a": 1,\n"b" 2}')
+    with pytest.raises(ValueError, match=r"bad\.json, line 2: malformed JSON"):
+        runs.read_json(path)
+
+
+rows = st.lists(
+    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rows, st.data())
+def test_jsonl_survives_a_cut_at_any_byte(tmp_path_factory, rows, data):
+    path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
+    for row in rows:
+        runs.append_jsonl(path, row)
+    assert runs.read_jsonl(path) == rows
+    whole = path.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    path.write_bytes(whole[:cut])
+    kept = whole[:cut].count(b"\n")
+    assert runs.read_jsonl(path) == rows[:kept]
+    runs.append_jsonl(path, {"after": 1})
+    assert runs.read_jsonl(path) == [*rows[:kept], {"after": 1}]
+
+
+def test_jsonl_with_a_bad_line_inside_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+        runs.read_jsonl(path)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def test_a_stage_is_reused_only_when_finished_and_equal(tmp_path):
+    first = runs.stage(tmp_path, "sft", {"lr": 1})
+    assert not first.done
+    (first.dir / "checkpoint").write_text("half")
+    resumed = runs.stage(tmp_path, "sft", {"lr": 1})
+    assert not resumed.done and (resumed.dir / "checkpoint").exists()
+    resumed.finish(loss=0.5)
+    again = runs.stage(tmp_path, "sft", {"lr": 1})
+    assert again.done and again.results == {"loss": 0.5}
+    changed = runs.stage(tmp_path, "sft", {"lr": 2})
+    assert not changed.done and not (changed.dir / "checkpoint").exists()
+    assert (tmp_path / "replaced" / "sft" / "checkpoint").read_text() == "half"
+
+
+def test_fresh_begins_again(tmp_path):
+    runs.stage(tmp_path, "eval/base/mig", {}).finish(n=1)
+    assert runs.stage(tmp_path, "eval/base/mig", {}).done
+    assert not runs.stage(tmp_path, "eval/base/mig", {}, fresh=True).done
+
+
+def test_a_stage_knows_what_it_was_made_from(tmp_path):
+    with pytest.raises(ValueError, match="needs 'data', which is not finished"):
+        runs.stage(tmp_path, "sft", {}, needs=["data"])
+    runs.stage(tmp_path, "data", {"seed": 0}).finish()
+    runs.stage(tmp_path, "sft", {}, needs=["data"]).finish()
+    assert runs.stage(tmp_path, "sft", {}, needs=["data"]).done
+    runs.stage(tmp_path, "data", {"seed": 1}).finish()
+    assert not runs.stage(tmp_path, "sft", {}, needs=["data"]).done
+
+
+def test_the_manifest_records_a_stage(tmp_path):
+    runs.stage(tmp_path, "data", {}).finish(n=3)
+    manifest = runs.read_json(tmp_path / "manifest.json")
+    assert manifest["stages"]["data"]["peak_memory_mb"] > 10
+    assert manifest["stages"]["data"]["seconds"] >= 0
+    assert manifest["versions"]["trl"]
+
+
+def test_start_prints_versions_and_refuses_another_scale(tmp_path, capsys):
+    run = runs.start("smoke", tmp_path, seed=3)
+    assert "torch" in capsys.readouterr().out
+    assert run.config["data"]["seed"] == run.config["grpo"]["seed"] == 3
+    assert (
+        runs.start("smoke", tmp_path, 3, ["sft.max_steps=9"]).config["sft"]["max_steps"]
+        == 9
+    )
+    with pytest.raises(ValueError, match="holds a run at scale 'smoke', not 'tiny'"):
+        runs.start("tiny", tmp_path)
+
+
+def test_relative_run_dirs_count_from_the_repository(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert runs.resolve_run_dir("", "tiny") == tmp_path.resolve() / "runs" / "tiny"
+    assert runs.resolve_run_dir("x", "tiny") == tmp_path.resolve() / "x"
+    assert runs.resolve_run_dir(tmp_path, "tiny") == tmp_path
+
+
+# ---------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny", "small", "full"])
+def test_shipped_scales_are_valid_and_survive_a_round_trip(name, tmp_path):
+    scale = runs.load_scale(name)
+    copy = tmp_path / "copy.yaml"
+    runs.write_text(copy, runs.dump(scale))
+    assert runs.load_scale(copy) == scale
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
+def test_the_libraries_take_the_options_of_a_scale(name, tmp_path):
+    from peft import LoraConfig
+    from trl import GRPOConfig, SFTConfig
+
+    scale = runs.load_scale(name)
+    LoraConfig(**scale["sft"]["lora"])
+    for section, library in (("sft", SFTConfig), ("grpo", GRPOConfig)):
+        own = config.OWN_SECTIONS[section].__annotations__
+        options = {k: v for k, v in scale[section].items() if k not in own}
+        assert library(output_dir=str(tmp_path), **options).report_to == []
+
+
+def test_full_equals_the_paper():
+    """PF sec. 3, line by line."""
+    full = runs.load_scale("full")
+    expected = {
+        "model": {
+            "name_or_path": "Qwen/Qwen2-VL-7B-Instruct",
+            "attn_implementation": "flash_attention_2",
+            "dtype": "bfloat16",
+            "min_pixels": 3136,
+            "max_pixels": 401408,
+        },
+        "sft": {
+            "adapter": "none",
+            "freeze_vision": True,
+            "learning_rate": 5e-6,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.015,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 3,
+            "num_train_epochs": 1,
+            "max_length": 6000,
+            "save_steps": 800,
+        },
+        "grpo": {
+            "weight": "exp",
+            "unit_mean": False,
+            "freeze_vision": True,
+            "num_generations": 8,
+            "beta": 0.04,
+            "epsilon": 0.2,
+            "num_iterations": 1,
+            "temperature": 1.0,
+            "max_completion_length": 256,
+            "learning_rate": 1e-6,
+            "lr_scheduler_type": "linear",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 1,
+            "save_steps": 200,
+            "data_seed": 42,
+        },
+        "evaluate": {"max_new_tokens": 256},
+    }
+    for section, options in expected.items():
+        assert {key: full[section][key] for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sft.learning_rte=1", "unknown key sft.learning_rte; did you mean 'learning_"),
+        ("grpo.learning_rate=fast", "learning_rate = 'fast' has the wrong type"),
+        (
+            "grpo.weight=expo",
+            r"grpo.weight = 'expo' .* expected Literal\['none', 'exp'",
+        ),
+        (
+            "sft.lora.lora_alfa=1",
+            "unknown key sft.lora.lora_alfa; did you mean 'lora_a",
+        ),
+        ("model.min_pixels=2.5", "expected int"),
+        ("model.min_pixels=true", "expected int"),
+        ("modle.dtype=float32", "unknown section 'modle'; did you mean 'model'"),
+        ("dtype=float32", "write SECTION.KEY=VALUE"),
+        ("model.lora.r=3", "unknown key model.lora"),
+    ],
+)
+def test_override_refuses_with_a_way_out(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        runs.override(runs.load_scale("smoke"), assignment)
+
+
+def test_override_leaves_the_original_alone():
+    scale = runs.load_scale("smoke")
+    before = json.dumps(scale)
+    changed = runs.override(scale, "sft.learning_rate=1e-3")
+    changed = runs.override(changed, "sft.lora.r=4")
+    assert changed["sft"]["learning_rate"] == 1e-3 and changed["sft"]["lora"]["r"] == 4
+    assert json.dumps(scale) == before
+
+
+def test_bad_scale_files_name_file_and_key(tmp_path):
+    with pytest.raises(ValueError, match="unknown scale 'tny'; did you mean 'tiny'"):
+        runs.load_scale("tny")
+    good = runs.dump(runs.load_scale("smoke"))
+    for text, message in (
+        (good + "extra: {}\n", "unknown section 'extra'"),
+        (good.replace("beta:", "betta:"), r"scale\.yaml: unknown key grpo\.betta"),
+        (good.replace("model:", "model: [", 1), "not readable as YAML"),
+        ("model: {}\n", "section missing: data, sft, grpo, evaluate"),
+        ("", "not a scale file"),
+        (good.replace("model:", "model: 3\nx:", 1), "unknown section 'x'"),
+        (good + "model: {}\n", "key written twice: model"),
+    ):
+        path = tmp_path / "scale.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            runs.load_scale(path)
+
+
+def test_numbers_without_a_point_are_numbers():
+    assert config.parse_value("1e-3") == 1e-3
+    assert config.parse_value("[1, true, x]") == [1, True, "x"]

@@ -1,0 +1,193 @@
+"""The benchmarks of a run, and its models evaluated on them.
+
+A model has the name of its stage ("base" has none), a benchmark the name of its folder
+under `eval/<model>/`. What is already scored is loaded; it is made again when its
+records or the stage its model came from have changed.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from univg_nb import runs, samples, scoring
+from univg_nb.generation import generate
+from univg_nb.runs import Run
+from univg_nb.samples import GroundingSample
+from univg_nb.tables import MODELS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+ZERO_SHOT = ("lisa", "llmseg", "video", "revos")
+# Each model is asked as it was trained to be asked: the base as the paper asks its
+# baselines (PF sec. 9), the control without chains by the question alone.
+STYLES = {"base": "direct", "sft_nocot": "plain"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of this run: its file, its items, and the file's hash."""
+
+    name: str
+    records: Path
+    items: list[GroundingSample]
+    sha256: str
+
+
+def style_of(model: str) -> str:
+    """The prompt style (prompts.STYLES) a model of the run is evaluated with."""
+    return STYLES.get(model, "univg")
+
+
+def image_root(run: Run) -> Path:
+    """The folder that image paths of the run's records start from."""
+    data = run.config["data"]
+    if data["source"] == "minimig":
+        return run.dir / "data"
+    return runs.repo_root() / data.get("image_root", "")
+
+
+def files(run: Run) -> dict[str, Path]:
+    """Records of each kind: what notebook 01 noted, and the scale's other files.
+
+    Raises ValueError when stage `data` is not finished.
+    """
+    marker = _marker(run, "data")
+    if marker.get("status") != "finished":
+        raise ValueError(
+            f"{run.dir}: stage 'data' is not finished there; run notebook 01 first"
+        )
+    data = run.config["data"]
+    root = run.dir / "data" if data["source"] == "minimig" else runs.repo_root()
+    found = {name: root / file for name, file in marker["results"]["files"].items()}
+    for name in ZERO_SHOT:
+        if name not in found and f"{name}_file" in data:
+            found[name] = root / data[f"{name}_file"]
+    return found
+
+
+def load(run: Run, name: str) -> Benchmark:
+    """Read one benchmark. Raises ValueError for one that this run has no file of."""
+    known = files(run)
+    if name not in known:
+        raise ValueError(
+            f"benchmark {name!r}: scale {run.scale!r} names no file for it; it has "
+            f"{', '.join(known)}"
+        )
+    records = known[name]
+    items = samples.read(records, image_root=image_root(run))
+    return Benchmark(name, records, items, scoring.sha256_of(records))
+
+
+def models_of(run: Run) -> list[str]:
+    """Models this run can evaluate, in training order: the base and every finished
+    stage that left an adapter."""
+    return [
+        model
+        for model in MODELS
+        if model == "base"
+        or (
+            _marker(run, model).get("status") == "finished"
+            and (run.dir / model / "adapter").is_dir()
+        )
+    ]
+
+
+def load_model(run: Run, model: str) -> tuple["PreTrainedModel", "ProcessorMixin"]:
+    """Weights and processor of a model of the run, ready to generate."""
+    from univg_nb import models  # torch only when a model is really needed
+
+    adapter = None if model == "base" else run.dir / model / "adapter"
+    four_bit = run.config["sft"].get("adapter") == "qlora" or model == "sft_qlora"
+    quantize = "nf4" if four_bit and adapter else None
+    network, processor = models.load(
+        run.config["model"],
+        adapter,
+        quantize=quantize,
+        merge=adapter is not None and quantize is None,
+    )
+    return network.eval(), processor
+
+
+def evaluate(
+    run: Run, model: str, names: list[str], fresh: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Scores of `model` on each benchmark, {name: content of scores.json}.
+
+    Finished ones are loaded; the others are generated (greedily, as the scale's
+    `evaluate` section says), scored with the answer parser and written. The model is
+    loaded only if something is missing.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    network = None
+    for name in names:
+        bench = load(run, name)
+        folder = run.dir / "eval" / model / name
+        stage = _marker(run, model).get("hash", "")
+        if not fresh and _is_current(folder, bench, stage):
+            scores[name] = runs.read_json(folder / "scores.json")
+            continue
+        if network is None:
+            network, processor = load_model(run, model)
+        began = time.perf_counter()
+        generate(
+            network,
+            processor,
+            bench.items,
+            folder / "predictions.jsonl",
+            style=style_of(model),
+            facts={"model": model, "stage": stage, "records": bench.records.name},
+            fresh=True,
+            **run.config["evaluate"],
+        )
+        scores[name] = score(bench, folder / "predictions.jsonl")
+        runs.write_json(folder / "scores.json", scores[name])
+        seconds = time.perf_counter() - began
+        runs.record_stage(run.dir, f"eval/{model}/{name}", seconds)
+    return scores
+
+
+def score(bench: Benchmark, predictions: Path, parser: str = "answer") -> dict:
+    """The content of scores.json, as `evaluate.score` makes it, for items already
+    read: LISA's pixel boxes need image_root for reading (PF sec. 9)."""
+    replies = scoring.read_predictions(predictions)
+    return scoring.summarise(
+        scoring.score_items(bench.items, replies, parser=parser)
+    ) | {
+        "parser": parser,
+        "rule": "one",
+        "benchmark": scoring.benchmark(bench.items, bench.sha256),
+        "records": bench.records.name,
+        "records_sha256": bench.sha256,
+        "items_in_records": len(bench.items),
+        "generation": scoring.generation_settings(predictions),
+    }
+
+
+def item_scores(
+    run: Run, model: str, bench: Benchmark, parser: str = "answer", rule: str = "one"
+) -> list[scoring.ItemScore]:
+    """Every item of `bench` scored for `model`, from its recorded replies."""
+    replies = scoring.read_predictions(predictions(run, model, bench.name))
+    return scoring.score_items(bench.items, replies, parser=parser, rule=rule)
+
+
+def predictions(run: Run, model: str, name: str) -> Path:
+    """Where the replies of `model` on a benchmark are recorded."""
+    return run.dir / "eval" / model / name / "predictions.jsonl"
+
+
+def _marker(run: Run, stage: str) -> dict[str, Any]:
+    path = run.dir / stage / "stage.json"
+    return runs.read_json(path) if path.is_file() else {}
+
+
+def _is_current(folder: Path, bench: Benchmark, stage: str) -> bool:
+    """Whether the folder's scores are of these records and of this model."""
+    path = folder / "scores.json"
+    if not path.is_file():
+        return False
+    found = runs.read_json(path)
+    made_by = (found.get("generation") or {}).get("stage", stage)
+    return found["records_sha256"] == bench.sha256 and made_by == stage

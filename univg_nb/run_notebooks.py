@@ -1,0 +1,261 @@
+"""Execute notebooks strictly: python -m univg_nb.run_notebooks [NAME...] [options].
+
+papermill does the executing. Around it: parameters are checked by name and type
+before any kernel starts (papermill only warns), the kernel is this Python and works
+offline, SIGTERM reaches it and its children, and a notebook counts as done only when
+its last cell ran. Executed copies lie in RUN_DIR/notebooks/, seconds and status in
+RUN_DIR/manifest.json.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import papermill
+import psutil
+from jupyter_client import AsyncKernelManager
+from papermill.exceptions import PapermillExecutionError
+
+from univg_nb.config import scale_path
+from univg_nb.notebook_tools import (
+    check_parameters,
+    error_text,
+    ran_to_end,
+    read_notebook,
+    read_parameters,
+    record,
+)
+from univg_nb.runs import record_stage, repo_root, resolve_run_dir
+
+COURSE = "0[0-9]_*.ipynb"  # 10_full_scale launches GPU jobs: only when named
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger notice
+}
+
+
+class Kernel(AsyncKernelManager):
+    """A kernel that hears of SIGTERM, with all it started, and gets time to end."""
+
+    running: ClassVar["Kernel | None"] = None
+    told: list[psutil.Process] | None = None  # what was running when told to stop
+    shutdown_wait_time = 20.0  # seconds
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        Kernel.running = self
+
+    def terminate(self) -> None:
+        """SIGTERM to the kernel's process group, which it leads."""
+        if self.provisioner is not None and self.provisioner.has_process:
+            pid = self.provisioner.process.pid
+            self.told = psutil.Process(pid).children(recursive=True)
+            os.killpg(pid, signal.SIGTERM)
+
+    async def _async_interrupt_kernel(self) -> None:
+        """Shutting down begins with SIGINT, which would cut a checkpoint short."""
+        if self.told is None:
+            await super()._async_interrupt_kernel()
+
+    def wait_for_children(self, seconds: float = 60.0) -> None:
+        """Wait until a trainer that the kernel launched has written its checkpoint:
+        Slurm, for one, kills what is left when this process ends."""
+        deadline = time.monotonic() + seconds
+        while any(map(_alive, self.told or [])) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if Kernel.running is not None:
+        Kernel.running.terminate()
+    raise SystemExit(128 + number)
+
+
+def find_notebooks(names: list[str], folder: Path) -> list[Path]:
+    """Notebook files for `names`: a path, a stem, or how the stem begins ("03").
+
+    No names: the course, 00 to 09. Raises ValueError for a name that finds none.
+    """
+    if not names:
+        found = sorted(folder.glob(COURSE))
+        if not found:
+            raise ValueError(
+                f"{folder}: no notebooks {COURSE} there; go to the repository"
+            )
+        return found
+    paths: list[Path] = []
+    for name in names:
+        if name.endswith(".ipynb") and Path(name).is_file():
+            paths.append(Path(name))
+            continue
+        found = sorted(folder.glob(f"{name.removesuffix('.ipynb')}*.ipynb"))
+        if not found:
+            known = ", ".join(path.stem for path in sorted(folder.glob("*.ipynb")))
+            raise ValueError(f"no notebook {name!r} in {folder}; there are: {known}")
+        paths += found
+    return paths
+
+
+def execute(
+    path: Path, run_dir: Path, parameters: dict[str, Any], position: str = ""
+) -> bool:
+    """Execute one notebook into run_dir/notebooks; True if its last cell ran.
+
+    Prints one line, and the traceback's end on failure.
+    """
+    out = run_dir / "notebooks" / path.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    live = sys.stdout.isatty()
+    label = f"{position:>6} {path.stem:<24}"
+    if not live:
+        print(label, end="", flush=True)
+    began = time.perf_counter()
+    failure = ""
+    try:
+        papermill.execute_notebook(
+            path,
+            out,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=Kernel,
+            extra_arguments=["--log-level=40"],  # no notices about its sockets
+            cwd=path.resolve().parent,  # where JupyterLab would run it
+            progress_bar=live
+            and {
+                "desc": label,
+                "leave": False,
+                "bar_format": "{desc} cell {n_fmt}/{total_fmt}  {elapsed}",
+            },
+        )
+    except PapermillExecutionError as error:
+        failure = error_text(read_notebook(out)) or str(error)
+    seconds = time.perf_counter() - began
+    executed = read_notebook(out)
+    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+    ran = sum(cell.execution_count is not None for cell in cells)
+    done = not failure and ran_to_end(executed)
+    status = "done" if done else "failed"
+    facts = {"status": status, "cells": len(cells), "cells_run": ran}
+    record_stage(run_dir, path.stem, seconds, group="notebooks", **facts)
+    line = f"{status:<6} {seconds:7.1f} s  cell {ran}/{len(cells)}"
+    print(f"{label} {line}" if live else f" {line}", flush=True)
+    if not done:
+        tail = failure.splitlines()[-25:] or ["it ended before its last cell"]
+        print("\n".join(tail), f"\nthe executed copy: {out}", sep="\n", file=sys.stderr)
+    return done
+
+
+def run(
+    names: list[str],
+    scale: str,
+    run_dir: str,
+    given: dict[str, str],
+    fresh: bool,
+    folder: Path,
+) -> int:
+    """Check everything, then execute in order; 0, or 1 at the first failure.
+
+    Raises ValueError (before any kernel starts) for what the user got wrong.
+    """
+    scale_path(scale)
+    target = resolve_run_dir(run_dir, scale)
+    paths = find_notebooks(names, folder)
+    own = {p.stem: read_parameters(read_notebook(p), p.name) for p in paths}
+    typed = check_parameters(given, own)
+    common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": fresh}
+    os.environ.update({k: v for k, v in OFFLINE.items() if k not in os.environ})
+    kernels = Path(sys.prefix) / "share" / "jupyter"  # this venv's kernel comes first
+    others = os.environ.get("JUPYTER_PATH", "")
+    os.environ["JUPYTER_PATH"] = f"{kernels}{os.pathsep}{others}".rstrip(os.pathsep)
+    signal.signal(signal.SIGTERM, _stop)
+    began = time.perf_counter()
+    for number, path in enumerate(paths, start=1):
+        known = own[path.stem]
+        values = {k: v for k, v in common.items() if k in known} | typed[path.stem]
+        if not execute(path, target, values, f"{number}/{len(paths)}"):
+            return 1
+    report(target, time.perf_counter() - began)
+    return 0
+
+
+def report(run_dir: Path, seconds: float) -> None:
+    """Print the result table, if the run has one, and where everything lies."""
+    table = run_dir / "tables" / "results.md"
+    if table.is_file():
+        print(f"\n{table.read_text(encoding='utf-8').rstrip()}")
+    print(f"\ndone in {seconds / 60:.1f} min; see")
+    for name in ("notebooks", "figures", "tables", "manifest.json"):
+        if (run_dir / name).exists():
+            print(f"  {name:<14} {run_dir / name}")
+
+
+def record_all(names: list[str], run_dir: Path, folder: Path) -> None:
+    """record() every notebook of `folder` that run_dir holds an executed copy of."""
+    for path in find_notebooks(names, folder):
+        copy = run_dir / "notebooks" / path.name
+        if not copy.is_file():
+            raise ValueError(f"{copy} is missing; run {path.stem} first")
+        print(f"{path.stem:<24} {record(path, copy) / 1000:7.0f} KB")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit code 0 done, 1 a notebook failed, 2 wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb.run_notebooks", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("names", nargs="*", help="e.g. 03; none: 00 to 09")
+    parser.add_argument("--scale", default="tiny", help="a shipped scale or a .yaml")
+    parser.add_argument(
+        "-p",
+        dest="given",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="set a notebook parameter (true, false, numbers, lists are understood)",
+    )
+    parser.add_argument("--run-dir", default="", help="default: runs/SCALE")
+    parser.add_argument("--fresh", action="store_true", help="reuse no finished stage")
+    parser.add_argument(
+        "--record",
+        metavar="RUN_DIR",
+        help="copy executed outputs from there into notebooks/ and run nothing",
+    )
+    options = parser.parse_args(arguments)
+    folder = repo_root() / "notebooks"
+    try:
+        if options.record:
+            record_all(options.names, resolve_run_dir(options.record), folder)
+            return 0
+        return run(
+            options.names,
+            options.scale,
+            options.run_dir,
+            dict(options.given),
+            options.fresh,
+            folder,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if Kernel.running is not None:
+            Kernel.running.wait_for_children()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
