@@ -107,10 +107,9 @@ class Scripted(grpo.DifficultyGRPOTrainer):
     """Samples fixed replies, so that any layout sees the same ones."""
 
     def _generate_single_turn(self, prompt_ids, *_args, **_kwargs):
-        sides = (500, 400, 300, 150)
+        sides = (500, 400, 300, 150)  # and each group its own difficulty
         texts = [
-            box_text(sides[(row + len(ids)) % 4] if row % 2 else 500 - len(ids) % 7)
-            for row, ids in enumerate(prompt_ids)
+            box_text(sides[row % G] + 10 * (row // G)) for row in range(len(prompt_ids))
         ]
         ids = self._tokenizer(texts)["input_ids"]
         return [row + [self._tokenizer.eos_token_id] for row in ids], None

@@ -191,6 +191,8 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
         "output_dir": str(out / "checkpoints"),
         "loss_type": "grpo",
         "beta": 0.04,
+        # TRL's own default multiplies the KL by the policy ratio; the paper's does not.
+        "use_bias_correction_kl": False,
         "logging_steps": 1,
         "report_to": "none",
         "save_total_limit": 2,

@@ -25,7 +25,7 @@ from univg_nb.boxes import Box
 from univg_nb.minimig.lessons import Lesson, corpus, lesson, scene_for
 from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.minimig.scenes import PLACES
-from univg_nb.pretrain_guide import AttentionGuide
+from univg_nb.pretrain_guide import AttentionGuide, Looks
 from univg_nb.pretrain_vision import (
     CELLS,
     CellHeads,
@@ -51,7 +51,7 @@ class Plan:
     vision_steps: int = 640
     vision_batch: int = 128
     vision_lr: float = 2e-3
-    language_steps: int = 900
+    language_steps: int = 1000
     language_batch: int = 32
     language_lr: float = 1.5e-3
     save_every: int = 100
@@ -81,51 +81,66 @@ class Views(Dataset):
         return picture, torch.from_numpy(cell_targets(scene)), PLACES.index(scene.place)
 
 
+class Attend(NamedTuple):
+    """A token's look: from position ``at`` to ``box`` (0..1000) in picture ``image``.
+
+    phrase: position of the last token of the words that name it, or -1; ``at`` itself
+    where those words do the looking.
+    """
+
+    at: int
+    image: int
+    box: Box
+    phrase: int
+
+
 class Dialogue(NamedTuple):
-    """A lesson's dialogue as token ids, labels (-100 where no loss is taken) and looks:
-    (position that predicts a token of the reply, picture, box to look at there)."""
+    """A lesson's dialogue as token ids, labels (-100 where no loss is taken), looks."""
 
     ids: list[int]
     labels: list[int]
-    looks: list[tuple[int, int, Box]]
+    looks: list[Attend]
 
 
 def dialogue(item: Lesson, tokenizer: Qwen2Tokenizer) -> Dialogue:
     """The chat template applied to all turns; loss on each reply and its end token."""
     ids: list[int] = []
     labels: list[int] = []
-    looks: list[tuple[int, int, Box]] = []
+    looks: list[Attend] = []
     pictures = PICTURE * len(item.scenes)
     for k, turn in enumerate(item.turns):
         opening = (SYSTEM if k == 0 else "\n") + "<|im_start|>user\n"
-        asked = opening + (pictures if k == 0 else "") + turn.question
-        asked += "<|im_end|>\n<|im_start|>assistant\n"
-        asking = tokenizer(asked, return_offsets_mapping=True)
-        prompt = asking.input_ids
-        begin = asked.rindex(turn.question)
-        for place, (_, end) in enumerate(asking.offset_mapping):
-            for look in turn.asks:
-                if end == begin + look.end:  # the phrase's last word, all of it read
-                    looks.append((len(ids) + place, look.image, look.box))
+        opening += pictures if k == 0 else ""
+        asked = f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = tokenizer(asked, return_offsets_mapping=True)
         answer = tokenizer(turn.reply + "<|im_end|>", return_offsets_mapping=True)
+        phrase = -1
+        for place, (_, end) in enumerate(prompt.offset_mapping):
+            for look in turn.asks:
+                if end == len(opening) + look.end:
+                    phrase = len(ids) + place
+                    looks.append(Attend(phrase, look.image, look.box, phrase))
+        assert not turn.asks or phrase >= 0, turn
+        ids += prompt.input_ids
+        labels += [-100] * len(prompt.input_ids)
         for place, (_, end) in enumerate(answer.offset_mapping):
             for look in turn.looks:
-                if look.start < end <= look.end:
-                    at = len(ids) + len(prompt) + place - 1
-                    looks.append((at, look.image, look.box))
-        ids += prompt + answer.input_ids
-        labels += [-100] * len(prompt) + answer.input_ids
+                if look.start < end <= look.end:  # seen from the token before
+                    at = len(ids) + place - 1
+                    looks.append(Attend(at, look.image, look.box, phrase))
+        ids += answer.input_ids
+        labels += answer.input_ids
     return Dialogue(ids, labels, looks)
 
 
 # Shares of the language stage at which lessons grow from one thing to two, three and
 # five, and from single pictures to several. Started crowded, with a tower that moves
-# from the first step, the model did not learn to point in 300 steps. From single
-# things on it pointed at one thing, but after 500 steps still at either of two; a guide
-# for the reply alone, with words that start at random, did not help in 200.
-LANGUAGE_BORDERS = (0.06, 0.14, 0.26)
+# from the first step and without the guide, the model did not learn to point in 300
+# steps; from single things on, it pointed at one thing, but after 500 steps still at
+# either of two.
+LANGUAGE_BORDERS = (0.05, 0.15, 0.28)
 TOWER_FROZEN_UNTIL = 0.15
-LOOK_WEIGHT = 1.0
+LOOK_WEIGHT = 0.5
 
 
 class Lessons(Dataset):
@@ -173,7 +188,7 @@ class Lessons(Dataset):
 
 def collate(
     items: list[tuple[Tensor, Dialogue]], pad: int, image_token: int
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | Looks]:
     """Pads dialogues on the right, joins their pictures in order, marks the looks.
 
     No attention mask: under a causal mask nothing looks at padding on the right, and
@@ -182,19 +197,21 @@ def collate(
     pictures = torch.cat([p for p, _ in items])
     ids = pad_sequence([torch.tensor(d.ids) for _, d in items], True, pad)  # (B, T)
     labels = pad_sequence([torch.tensor(d.labels) for _, d in items], True, -100)
-    looks = [(row, *look) for row, (_, d) in enumerate(items) for look in d.looks]
-    look_at = torch.zeros(len(looks), ids.shape[1], dtype=torch.bool)  # (N, T)
-    at = {row: torch.nonzero(ids[row] == image_token)[:, 0] for row in range(len(ids))}
-    for n, (row, _, image, box) in enumerate(looks):
-        cells = torch.from_numpy(covered_cells(box))
-        look_at[n, at[row].view(-1, IMAGE_TOKENS)[image][cells]] = True
+    looks = [(row, look) for row, (_, d) in enumerate(items) for look in d.looks]
+    thing = torch.zeros(len(looks), ids.shape[1], dtype=torch.bool)  # (N, T)
+    places = [torch.nonzero(row == image_token)[:, 0] for row in ids]
+    for n, (row, look) in enumerate(looks):
+        cells = torch.from_numpy(covered_cells(look.box))
+        thing[n, places[row].view(-1, IMAGE_TOKENS)[look.image][cells]] = True
+    at = torch.tensor([look.at for _, look in looks])
+    phrase = torch.tensor([look.phrase for _, look in looks])
+    row = torch.tensor([row for row, _ in looks])
     return {
         "input_ids": ids,
         "labels": labels,
         "pixel_values": patchify(pictures),
         "image_grid_thw": grid(len(pictures)),
-        "look_from": torch.tensor([look[:2] for look in looks]).reshape(-1, 2),
-        "look_at": look_at,
+        "looks": Looks(row, at, thing, phrase, asking=phrase == at),
     }
 
 
@@ -322,10 +339,11 @@ def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     def losses(batch):
         frozen = stage.step < TOWER_FROZEN_UNTIL * plan.language_steps
         model.model.visual.requires_grad_(not frozen)
-        where, at = batch.pop("look_from"), batch.pop("look_at")
+        looks = batch.pop("looks")
         types = (batch["input_ids"] == image_token).int()
         out = model(**batch, mm_token_type_ids=types, use_cache=False)
-        return {"loss": out.loss, "look": LOOK_WEIGHT * guide.loss(where, at)}
+        guided = {k: LOOK_WEIGHT * v for k, v in guide.loss(looks).items()}
+        return {"loss": out.loss, **guided}
 
     data = Lessons(plan, tokenizer)
     stage.run(data, None, plan.language_steps, losses, plan.save_every)

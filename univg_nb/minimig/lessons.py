@@ -94,17 +94,24 @@ def find(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn |
 def _pointing(
     rng: np.random.Generator, phrase: str, box: Box, number: int, of: int
 ) -> Turn:
-    question = pick(rng, FIND).format(phrase, _in_image(number, of, rng))
+    place = _in_image(number, of, rng)
+    question = pick(rng, FIND).format(phrase, place)
     if rng.random() < 0.3:
         question += DIRECT_SUFFIX
+    return looking(question, spoken_box(box), number, box, phrase + place)
+
+
+def looking(question: str, reply: str, number: int, box: Box, phrase: str = "") -> Turn:
+    """A turn whose whole reply is read off one place of image ``number`` (from 1).
+
+    phrase: the words of the question that name what stands there.
+    """
+    looks = (Look(0, len(reply), number - 1, box),)
+    if not phrase:
+        return Turn(question, reply, looks)
     start = question.index(phrase)
     asked = Look(start, start + len(phrase), number - 1, box)
-    return looking(question, spoken_box(box), number, box)._replace(asks=(asked,))
-
-
-def looking(question: str, reply: str, number: int, box: Box) -> Turn:
-    """A turn whose whole reply is read off one place of image ``number`` (from 1)."""
-    return Turn(question, reply, (Look(0, len(reply), number - 1, box),))
+    return Turn(question, reply, looks, (asked,))
 
 
 def listing_looks(
@@ -167,7 +174,7 @@ def tell_where(rng: np.random.Generator, scene: Scene, number: int, of: int) -> 
     thing = pick(rng, scene.things)
     place = _in_image(number, of, rng)
     question = f"In which part{place.replace(' in ', ' of ')} is the {thing.name}?"
-    return looking(question, words.where(thing) + ".", number, thing.box)
+    return looking(question, words.where(thing) + ".", number, thing.box, thing.name)
 
 
 def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
@@ -185,7 +192,7 @@ def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Tu
     question = f"Is there {words.article(f'{colour} {kind}')}{place}?"
     for thing in scene.things:
         if (thing.kind, thing.colour) == (kind, colour):
-            return looking(question, "yes.", number, thing.box)
+            return looking(question, "yes.", number, thing.box, thing.name + place)
     return Turn(question, "no.")
 
 
@@ -220,7 +227,7 @@ def which_image(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | N
     if sum(shown) != 1:
         return None
     question = f"Which image shows {words.article(thing.name)}?"
-    return looking(question, f"image {number + 1}.", number + 1, thing.box)
+    return looking(question, f"image {number + 1}.", number + 1, thing.box, thing.name)
 
 
 ABOUT_ONE: tuple[tuple[float, Callable], ...] = (
