@@ -10,6 +10,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := $(BIN)/python -m univg_nb.run_notebooks --scale $(SCALE) --run-dir $(RUN_DIR)
 
+# glibc keeps freed memory: torch on a CPU is much faster with it (see run_notebooks.py).
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 8589934592
+export MALLOC_TOP_PAD_ := 268435456
+
 .DEFAULT_GOAL := help
 .PHONY: help install run test lab figures base bench record clean
 
@@ -49,12 +54,12 @@ figures: $(STAMP) ## redraw every table and figure from the artefacts of RUN_DIR
 	@$(RUN) --fresh 09
 
 base: $(STAMP) ## train the shipped tiny model again, from nothing
-	$(BIN)/python -m univg_nb.pretrain
+	$(BIN)/python -m univg_nb.pretrain --out runs/base
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests
 
-record: $(STAMP) ## copy the outputs of RUN_DIR back into notebooks/, stamped
+record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/ and README.md
 	@$(BIN)/python -m univg_nb.run_notebooks --record $(RUN_DIR) $(NB)
 
 clean: ## remove caches and runs/smoke, runs/tiny (not .venv, not other runs)

@@ -61,6 +61,8 @@ def files(run: Run) -> dict[str, Path]:
     data = run.config["data"]
     root = run.dir / "data" if data["source"] == "minimig" else runs.repo_root()
     found = {name: root / file for name, file in marker["results"]["files"].items()}
+    if "mig_bench" in found:  # the folders under eval/ say "mig"
+        found["mig"] = found.pop("mig_bench")
     for name in ZERO_SHOT:
         if name not in found and f"{name}_file" in data:
             found[name] = root / data[f"{name}_file"]

@@ -51,7 +51,7 @@ class Plan:
     vision_steps: int = 640
     vision_batch: int = 128
     vision_lr: float = 2e-3
-    language_steps: int = 1000
+    language_steps: int = 3000
     language_batch: int = 32
     language_lr: float = 1.5e-3
     save_every: int = 100
