@@ -84,8 +84,11 @@ class AttentionGuide:
         k = attention.k_proj(hidden).unflatten(-1, (-1, size))
         k = k[:, :, head // attention.num_key_value_groups]  # (B, T, head_dim)
         q, k = apply_rotary_pos_emb(q[:, None], k[:, None], cos, sin)
-        scores = (q[:, 0] @ k[:, 0].transpose(1, 2)) * attention.scaling  # (B, T, T)
-        scores = scores[looks.row, looks.at]  # (N, T)
+        # Row by row, since few positions of a row are asked: looks are in row order.
+        counts = torch.bincount(looks.row, minlength=len(hidden)).tolist()
+        asked = zip(q[:, 0], k[:, 0], looks.at.split(counts), strict=True)
+        scores = torch.cat([queries[at] @ keys.T for queries, keys, at in asked])
+        scores = scores * attention.scaling  # (N, T)
         future = torch.arange(scores.shape[1]) > looks.at[:, None]
         scores = scores.masked_fill(future, float("-inf"))
         inside = scores.masked_fill(~wanted, float("-inf")).logsumexp(-1)
