@@ -55,6 +55,7 @@ figures: $(STAMP) ## redraw every table and figure from the artefacts of RUN_DIR
 
 base: $(STAMP) ## train the shipped tiny model again, from nothing
 	$(BIN)/python -m univg_nb.pretrain --out runs/base
+	$(BIN)/python -m univg_nb.pretrain_evaluate runs/base/model
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests

@@ -8,6 +8,7 @@ that was stopped goes on from its last checkpoint with the same data and weights
 
 import argparse
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from math import cos, pi
@@ -374,6 +375,7 @@ def main() -> None:
     train_language(plan, out, model, tokenizer)
     model.save_pretrained(out / "model")
     build_processor(tokenizer).save_pretrained(out / "model")
+    shutil.copy(out / "training_log.jsonl", out / "model")
 
 
 if __name__ == "__main__":
