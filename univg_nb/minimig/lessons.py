@@ -98,7 +98,7 @@ def _pointing(
     question = pick(rng, FIND).format(phrase, place)
     if rng.random() < 0.3:
         question += DIRECT_SUFFIX
-    return looking(question, spoken_box(box), number, box, phrase + place)
+    return looking(question, spoken_box(box), number, box, phrase)
 
 
 def looking(question: str, reply: str, number: int, box: Box, phrase: str = "") -> Turn:
@@ -192,7 +192,7 @@ def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Tu
     question = f"Is there {words.article(f'{colour} {kind}')}{place}?"
     for thing in scene.things:
         if (thing.kind, thing.colour) == (kind, colour):
-            return looking(question, "yes.", number, thing.box, thing.name + place)
+            return looking(question, "yes.", number, thing.box, thing.name)
     return Turn(question, "no.")
 
 
