@@ -11,9 +11,16 @@ import re
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from univg_nb import drawing
+from univg_nb.minimig import items
 from univg_nb.models import ASSETS
 from univg_nb.notebook_tools import read_notebook
 from univg_nb.runs import read_json, repo_root, write_text
+
+PICTURE = "notebooks/images/minimig.png"
+SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -53,6 +60,22 @@ def base_table() -> str:
     return "\n".join(rows)
 
 
+def picture() -> Image.Image:
+    """Three MiniMIG items, a row each: their images, the true box in green."""
+    side, gap = 256, 8
+    rows = [items.make(task, 0, "val", index) for task, index in SHOWN]
+    columns = max(len(item.images) for item in rows)
+    size = (columns * (side + gap) - gap, len(rows) * (side + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for row, item in enumerate(rows):
+        target = drawing.target_image(item.sample)
+        for column, image in enumerate(item.images):
+            marked = [(item.sample.answer, drawing.TARGET_COLOUR, "")]
+            image = drawing.draw_boxes(image, marked if column == target else [], side)
+            sheet.paste(image, (column * (side + gap), row * (side + gap)))
+    return sheet
+
+
 def main() -> None:
     """Command line."""
     if len(sys.argv) != 2:
@@ -64,6 +87,7 @@ def main() -> None:
     text = fill(text, "results", results)
     text = fill(text, "minutes", minutes(run_dir))
     write_text(readme, fill(text, "base", base_table()))
+    picture().save(repo_root() / PICTURE, optimize=True)
 
 
 if __name__ == "__main__":
