@@ -6,13 +6,16 @@ copying the outputs of an executed copy back into the committed notebook.
 """
 
 import ast
+import base64
 import hashlib
+import io
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
+from PIL import Image
 
 from univg_nb.config import parse_value, suggestion
 from univg_nb.runs import repo_root, write_text
@@ -133,7 +136,20 @@ def _readable(output: NotebookNode) -> NotebookNode | None:
         for kind in ("text/plain", "text/html"):
             if kind in output.data:
                 output.data[kind] = output.data[kind].replace(f"{repo_root()}/", "")
+        if "image/png" in output.data:
+            output.data["image/png"] = _lighter(output.data["image/png"])
     return output
+
+
+def _lighter(png: str) -> str:
+    """A PNG (base64) with 256 colours where that is smaller; a plot looks the same."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    buffer = io.BytesIO()
+    picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(
+        buffer, "PNG", optimize=True
+    )
+    made = base64.b64encode(buffer.getvalue()).decode()
+    return min(png, made, key=len)
 
 
 def record(source: Path, executed: Path) -> int:
