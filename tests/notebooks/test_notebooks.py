@@ -1,7 +1,7 @@
 """Conventions of the committed notebooks (DESIGN sec. 8), and all of them executed.
 
-Execution is one xdist group in course order, because later notebooks read what
-earlier ones made.
+Execution is in course order, because later notebooks read what earlier ones made:
+split over processes, the tests of a file stay together (xdist's loadfile).
 """
 
 import ast
@@ -89,7 +89,6 @@ def smoke_run(tmp_path_factory):
     return tmp_path_factory.mktemp("smoke")
 
 
-@pytest.mark.xdist_group("notebooks")
 @every
 def test_it_runs_at_smoke_scale(path, smoke_run, capsys):
     arguments = [str(path), "--scale", "smoke", "--run-dir", str(smoke_run)]
