@@ -5,9 +5,8 @@ the model knows that there are things, and where, but not which is meant. The le
 know where each part of a reply is to be seen, so a chain of heads is taught to find
 it: the phrase in the question looks at the thing it names, each token of the reply
 looks back at the phrase, and then at the thing itself. Only pre-training does this;
-the model itself stays as it is. With all three steps the binding of two things was
-learned in 100 updates; a guide for the reply's look at the thing alone did nothing,
-since the reply had not yet learned to look back at the phrase.
+the model itself stays as it is. All three steps are guided, because a reply cannot
+find the thing before it has learned to look back at the phrase that names it.
 """
 
 from typing import NamedTuple

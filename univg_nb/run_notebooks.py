@@ -33,8 +33,8 @@ from univg_nb.notebook_tools import (
 from univg_nb.runs import record_stage, repo_root, resolve_run_dir
 
 COURSE = "0[0-9]_*.ipynb"  # 10_full_scale launches GPU jobs: only when named
-# glibc keeps freed memory instead of giving it back page by page: torch on a CPU was
-# two to three times faster with it. Other systems take no notice.
+# glibc keeps freed memory instead of giving it back page by page, which costs torch on
+# a CPU much system time. Other systems take no notice.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
