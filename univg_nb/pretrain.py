@@ -16,18 +16,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Qwen2Tokenizer
 
 from univg_nb.minimig.lessons import corpus
 from univg_nb.minimig.pictograms import COLOURS, KINDS
+from univg_nb.muon import Muon
 from univg_nb.pretrain_data import Lessons, Plan, Views
 from univg_nb.pretrain_guide import AttentionGuide
 from univg_nb.pretrain_vision import CellHeads, grid, patchify
 from univg_nb.runs import append_jsonl
 from univg_nb.tiny_model import build_model, build_processor, train_tokenizer
 
-TOWER_FROZEN_UNTIL = 0.15  # share of the language stage
+TOWER_FROZEN_UNTIL = 0.4  # share of the language stage
 LOOK_WEIGHT = 0.5  # of each guiding loss beside the loss on the replies
 
 
@@ -40,41 +42,59 @@ def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.03) -> flo
     )
 
 
-def optimizer_for(modules: list[nn.Module], lr: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    params = [p for m in modules for p in m.parameters() if p.requires_grad]
-    params = list({id(p): p for p in params}.values())
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.98),
-    )
+def optimizers_for(
+    modules: list[nn.Module], lr: float, matrix_lr: float
+) -> list[Optimizer]:
+    """Muon for the matrices of layers and merger, AdamW for all other parameters."""
+    params = {
+        name: param
+        for module in modules
+        for name, param in module.named_parameters()
+        if param.requires_grad
+    }
+    inner = [
+        name
+        for name, param in params.items()
+        if param.ndim == 2 and {"blocks", "layers", "merger"} & set(name.split("."))
+    ]
+    matrices = [params.pop(name) for name in inner]
+    rest = {"lr": lr, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    return [Muon(matrices, matrix_lr), AdamW(params.values(), **rest)]
 
 
 class Stage:
     """A stage's loop: checkpoint, resume, schedule, log."""
 
-    def __init__(self, name: str, out: Path, modules: dict[str, nn.Module], lr: float):
-        self.name, self.out, self.modules, self.lr = name, out, modules, lr
-        self.optimizer = optimizer_for(list(modules.values()), lr)
+    def __init__(
+        self, name: str, out: Path, modules: dict[str, nn.Module], lr: float, plan: Plan
+    ):
+        self.name, self.out, self.modules = name, out, modules
+        self.optimizers = optimizers_for([*modules.values()], lr, plan.matrix_lr)
+        self.peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.file = out / f"{name}.pt"
         self.step = 0
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             self.step = state["step"]
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(
+                self.optimizers, state["optimizers"], strict=True
+            ):
+                optimizer.load_state_dict(saved)
             for key, module in modules.items():
                 module.load_state_dict(state[key])
 
     def save(self) -> None:
         """Writes the checkpoint whole or not at all."""
         state = {key: module.state_dict() for key, module in self.modules.items()}
-        state |= {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        state |= {"optimizers": [o.state_dict() for o in self.optimizers]}
+        state["step"] = self.step
         torch.save(state, self.file.with_suffix(".tmp"))
         os.replace(self.file.with_suffix(".tmp"), self.file)
+
+    def _set_rates(self, share: float) -> None:
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
 
     def run(self, data: Dataset, batch: int | None, steps: int, losses, every: int):
         """Trains to ``steps``; ``losses(items)`` returns named losses to add up.
@@ -87,17 +107,18 @@ class Stage:
         )
         began = time.monotonic()
         for items in stream:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * cosine(self.step, steps)
+            self._set_rates(cosine(self.step, steps))
             parts = losses(items)
             total = sum(parts.values())
             if not torch.isfinite(total):
                 raise ValueError(f"{self.name}: loss is {total} at step {self.step}")
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             total.backward()
-            params = [p for g in self.optimizer.param_groups for p in g["params"]]
+            params = [p for m in self.modules.values() for p in m.parameters()]
             norm = nn.utils.clip_grad_norm_(params, 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             if self.step % 20 == 0:
                 row = {"stage": self.name, "step": self.step, "grad_norm": float(norm)}
@@ -113,7 +134,9 @@ def train_vision(plan: Plan, out: Path, visual: nn.Module) -> None:
     """Stage one: the merged tokens learn to tell what stands where."""
     width = visual.config.hidden_size
     heads = CellHeads(width)
-    stage = Stage("vision", out, {"visual": visual, "heads": heads}, plan.vision_lr)
+    stage = Stage(
+        "vision", out, {"visual": visual, "heads": heads}, plan.vision_lr, plan
+    )
 
     def losses(items):
         pictures, targets, place = items
@@ -148,7 +171,7 @@ def align_words(
 
 def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     """Stage two: all parameters learn the lessons."""
-    stage = Stage("language", out, {"model": model}, plan.language_lr)
+    stage = Stage("language", out, {"model": model}, plan.language_lr, plan)
     image_token = model.config.image_token_id
     guide = AttentionGuide(model.model.language_model.layers)
 

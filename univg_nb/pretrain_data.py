@@ -34,14 +34,18 @@ PICTURE = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the two stages. Learning rates are the peaks of cosine schedules."""
+    """Sizes of the two stages. Learning rates are the peaks of cosine schedules.
+
+    matrix_lr is Muon's, in both stages; the others are AdamW's for all the rest.
+    """
 
     seed: int = 0
-    vision_steps: int = 640
-    vision_batch: int = 128
+    matrix_lr: float = 6e-3
+    vision_steps: int = 1800
+    vision_batch: int = 64
     vision_lr: float = 2e-3
     language_steps: int = 3000
-    language_batch: int = 32
+    language_batch: int = 16
     language_lr: float = 1.5e-3
     save_every: int = 100
 
@@ -199,12 +203,19 @@ def collate(
     ids = pad_sequence([torch.tensor(d.ids) for _, d in items], True, pad)  # (B, T)
     labels = pad_sequence([torch.tensor(d.labels) for _, d in items], True, -100)
     looks = [(row, look) for row, (_, d) in enumerate(items) for look in d.looks]
-    thing = torch.zeros(len(looks), ids.shape[1], dtype=torch.bool)  # (N, T)
     places = [torch.nonzero(row == image_token)[:, 0] for row in ids]
-    for n, (row, look) in enumerate(looks):
-        for image, box in look.spots:
-            cells = torch.from_numpy(covered_cells(box))
-            thing[n, places[row].view(-1, IMAGE_TOKENS)[image][cells]] = True
+    shown: dict[tuple, Tensor] = {}  # many looks of a row are at the same spots
+    for row, look in looks:
+        if (row, look.spots) not in shown:
+            pictures_at = places[row].view(-1, IMAGE_TOKENS)
+            spots = [pictures_at[i][covered_cells(box)] for i, box in look.spots]
+            shown[row, look.spots] = torch.cat(spots)
+    columns = [shown[row, look.spots] for row, look in looks]
+    number = torch.arange(len(looks)).repeat_interleave(
+        torch.tensor([len(c) for c in columns])
+    )
+    thing = torch.zeros(len(looks), ids.shape[1], dtype=torch.bool)  # (N, T)
+    thing[number, torch.cat(columns)] = True
     at = torch.tensor([look.at for _, look in looks])
     phrase = torch.tensor([look.phrase for _, look in looks])
     row = torch.tensor([row for row, _ in looks])

@@ -6,6 +6,8 @@ the picture (kind, colour, and the box with the digits of its coordinates). The
 heads that read this off are thrown away afterwards.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -62,6 +64,7 @@ def cell_cover(box: Box) -> np.ndarray:
     return high[:, None] * wide[None, :] / edge**2
 
 
+@lru_cache(maxsize=4096)
 def covered_cells(box: Box) -> np.ndarray:
     """Flat indices of the cells that show a box: a third covered, or the best one."""
     cover = cell_cover(box).reshape(-1)

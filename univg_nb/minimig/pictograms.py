@@ -57,6 +57,17 @@ class Pen:
         (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
         self._draw.ellipse((a, b, c, d), fill or self.main, self.dark, self.width)
 
+    def union(self, *ovals):
+        """Ellipses that overlap, as one shape: no outline where they meet."""
+        for oval in ovals:
+            self.oval(*oval)
+        inset = self.width / self._pixels
+        for x1, y1, x2, y2 in ovals:
+            inside = [(x1 + inset, y1 + inset), (x2 - inset, y2 - inset)]
+            self._draw.ellipse(
+                [c for point in self._scaled(inside) for c in point], self.main
+            )
+
     def pie(self, x1, y1, x2, y2, start, end, fill=None):
         """A piece of an ellipse, angles in degrees clockwise from the right."""
         (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
@@ -167,21 +178,7 @@ def _hammer(p: Pen):
 def _apple(p: Pen):
     p.line([(0.5, 0.26), (0.54, 0.06)], 0.07)
     p.polygon([(0.54, 0.16), (0.68, 0.03), (0.86, 0.06), (0.74, 0.19)], (70, 160, 70))
-    p.oval(0.06, 0.2, 0.6, 0.94)
-    p.oval(0.4, 0.2, 0.94, 0.94)
-    p.polygon(
-        [
-            (0.34, 0.26),
-            (0.5, 0.3),
-            (0.66, 0.26),
-            (0.68, 0.88),
-            (0.5, 0.84),
-            (0.32, 0.88),
-        ]
-    )
-    p._draw.polygon(
-        p._scaled([(0.28, 0.32), (0.72, 0.32), (0.72, 0.82), (0.28, 0.82)]), p.main
-    )
+    p.union((0.06, 0.2, 0.6, 0.94), (0.4, 0.2, 0.94, 0.94))
 
 
 def _chair(p: Pen):
@@ -280,7 +277,7 @@ KINDS: dict[str, Kind] = {
         "foot": Part((0.1, 0.8, 0.9, 0.98), "stand")}),
     "cart": Kind(_cart, "carries heavy loads", "move a heavy load", {
         "wheel": Part((0.28, 0.68, 0.58, 0.98), "roll"),
-        "box": Part((0.18, 0.24, 0.98, 0.66), "store")}),
+        "basket": Part((0.18, 0.24, 0.98, 0.66), "store")}),
 }  # fmt: skip
 
 

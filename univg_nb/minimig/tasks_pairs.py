@@ -72,8 +72,7 @@ def _static_pair(
     """A scene, the same before the change, and the names that changed."""
     while True:
         scene, target, old = _a_change(rng, level)
-        # Bounded: the checksum behind `Scene.split` is linear, so for some changes
-        # no place of the things puts both scenes into one split.
+        # Bounded: a thing that only just shows may show too little wherever it moves.
         for _ in range(300):
             after = nudged(rng, scene)
             before = _before(after, target, old)
