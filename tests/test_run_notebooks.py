@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from univg_nb import job_queue, run_notebooks, runs
 from univg_nb import notebook_tools as tools
-from univg_nb import run_notebooks, runs
 
 HEAD = 'SCALE = "tiny"\nRUN_DIR = ""\nFRESH = False\nRATE = 0.5\nN = 2\nITEMS = [1]'
 
@@ -51,6 +51,10 @@ def call(*arguments):
         (["-p", "N", "true"], "-p N true: expected int"),
         (["-p", "FRESH", "maybe"], "expected bool"),
         (["-p", "ITEMS", "3"], "expected list"),
+        (["-p", "N", "1,two"], "-p N two: expected int"),
+        (["-p", "N", "3:3"], "an empty range"),
+        (["-p", "N", "1,,2"], "an empty value"),
+        (["-p", "N", "1,1"], "listed twice"),
         (["07"], "no notebook '07'"),
         (["--scale", "tny"], "unknown scale 'tny'; did you mean 'tiny'"),
     ],
@@ -167,3 +171,107 @@ def test_sigterm_reaches_the_kernel_and_the_trainer_it_launched(repo):
     kernel = int((repo / "notebooks" / "kernel").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "values"),
+    [
+        ("exp,power", "none", ["exp", "power"]),
+        ("'a,b',c", "", ["a,b", "c"]),
+        ("0:3", 0, ["0", "1", "2"]),
+        ("0:3", "", ["0:3"]),
+        ("1e-3, 1e-4", 0.1, ["1e-3", "1e-4"]),
+        ("[1, 2]", [], ["[1, 2]"]),
+        ("[1, 2],[3]", [], ["[1, 2]", "[3]"]),
+        ("12", 0, ["12"]),
+    ],
+)
+def test_what_counts_as_several_values(text, default, values):
+    assert job_queue.values_of(text, default) == values
+
+
+SWEPT = """
+import pathlib, signal, sys, time
+started = pathlib.Path(RUN_DIR, "starts")
+with open(started, "a") as file:
+    file.write("x")
+flag = pathlib.Path("fail")
+if N == 1 and flag.exists():
+    raise KeyError("broken job")
+while N == 2 and pathlib.Path("wait").exists():
+    time.sleep(0.1)
+"""
+
+
+def states(repo):
+    jobs = runs.read_json(repo / "runs" / "smoke" / "queue.json")["jobs"]
+    return {name: job["state"] for name, job in jobs.items()}
+
+
+def starts(repo):
+    folder = repo / "runs" / "smoke"
+    return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_states_and_runs_only_what_is_not_done(repo, capsys):
+    write(repo, "00_a", SWEPT)
+    shared = runs.stage(repo / "runs" / "smoke", "data", {"n": 1})
+    runs.write_text(shared.dir / "rows.json", "[]")
+    marker = runs.read_json(shared.dir / "stage.json")
+    runs.write_json(shared.dir / "stage.json", marker | {"status": "finished"})
+    fail = repo / "notebooks" / "fail"
+    fail.touch()
+    assert call("-p", "N", "0:2") == 1
+    assert "KeyError: 'broken job'" in capsys.readouterr().err
+    assert states(repo) == {"N=0": "done", "N=1": "failed"}
+    job = repo / "runs" / "smoke" / "N=0"
+    assert (job / "data" / "rows.json").samefile(shared.dir / "rows.json")
+    fail.unlink()
+    assert call("-p", "N", "0:2") == 0
+    assert states(repo) == {"N=0": "done", "N=1": "done"}
+    assert starts(repo) == {"N=0": 1, "N=1": 2}
+    entry = runs.read_json(repo / "runs" / "smoke" / "queue.json")["jobs"]["N=1"]
+    assert entry["parameters"] == {"N": "1"} and entry["exit_code"] == 0
+    assert entry["notebooks"]["00_a"]["status"] == "done"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_sweep_and_the_next_call_goes_on(repo, capsys):
+    write(repo, "00_a", SWEPT)
+    wait = repo / "notebooks" / "wait"
+    wait.touch()
+    command = [sys.executable, "-m", "univg_nb.run_notebooks", "--scale", "smoke"]
+    process = subprocess.Popen([*command, "-p", "N", "2,3"])
+    deadline = time.monotonic() + 180
+    while starts(repo) != {"N=2": 1}:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    assert call("-p", "N", "2,3") == 2
+    assert "another call works on this queue" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
+    assert states(repo) == {"N=2": "interrupted", "N=3": "waiting"}
+    wait.unlink()
+    assert call("-p", "N", "2,3") == 0
+    assert states(repo) == {"N=2": "done", "N=3": "done"}
+    assert starts(repo) == {"N=2": 2, "N=3": 1}
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(repo, capsys):
+    disk = repo / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        write(repo, "00_a", "print('x' * 200_000)")
+        assert call("--run-dir", disk) == 1
+        assert "no space left on the disk of" in capsys.readouterr().err
+        assert not list(disk.rglob("*.ipynb"))
+        assert not (disk / "manifest.json").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -5,23 +5,27 @@ before any kernel starts (papermill only warns), the kernel is this Python and w
 offline, SIGTERM reaches it and its children, and a notebook counts as done only when
 its last cell ran. Executed copies lie in RUN_DIR/notebooks/, seconds and status in
 RUN_DIR/manifest.json.
+
+Several values for a parameter make a sweep: -p WEIGHT exp,power,none -p SEED 0:3 runs
+nine jobs, each in its own folder of RUN_DIR (see job_queue).
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import papermill
-import psutil
-from jupyter_client import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
-from univg_nb.config import scale_path
+from univg_nb.config import dump, load_scale, override, scale_path
+from univg_nb.job_queue import Queue, combinations, job_name
+from univg_nb.kernel import Kernel
 from univg_nb.notebook_tools import (
     check_parameters,
     error_text,
@@ -30,9 +34,9 @@ from univg_nb.notebook_tools import (
     read_parameters,
     record,
 )
-from univg_nb.runs import record_stage, repo_root, resolve_run_dir
+from univg_nb.runs import record_stage, repo_root, resolve_run_dir, write_text
 
-COURSE = "0[0-9]_*.ipynb"  # 10_full_scale launches GPU jobs: only when named
+COURSE = "[0-9][0-9]_*.ipynb"
 # glibc keeps freed memory instead of giving it back page by page, which costs torch on
 # a CPU much system time. Other systems take no notice.
 KEEP_MEMORY = {
@@ -47,44 +51,6 @@ OFFLINE = {
 }
 
 
-class Kernel(AsyncKernelManager):
-    """A kernel that hears of SIGTERM, with all it started, and gets time to end."""
-
-    running: ClassVar["Kernel | None"] = None
-    told: list[psutil.Process] | None = None  # what was running when told to stop
-    shutdown_wait_time = 20.0  # seconds
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        Kernel.running = self
-
-    def terminate(self) -> None:
-        """SIGTERM to the kernel's process group, which it leads."""
-        if self.provisioner is not None and self.provisioner.has_process:
-            pid = self.provisioner.process.pid
-            self.told = psutil.Process(pid).children(recursive=True)
-            os.killpg(pid, signal.SIGTERM)
-
-    async def _async_interrupt_kernel(self) -> None:
-        """Shutting down begins with SIGINT, which would cut a checkpoint short."""
-        if self.told is None:
-            await super()._async_interrupt_kernel()
-
-    def wait_for_children(self, seconds: float = 60.0) -> None:
-        """Wait until a trainer that the kernel launched has written its checkpoint:
-        Slurm, for one, kills what is left when this process ends."""
-        deadline = time.monotonic() + seconds
-        while any(map(_alive, self.told or [])) and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
     if Kernel.running is not None:
         Kernel.running.terminate()
@@ -94,7 +60,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def find_notebooks(names: list[str], folder: Path) -> list[Path]:
     """Notebook files for `names`: a path, a stem, or how the stem begins ("03").
 
-    No names: the course, 00 to 09. Raises ValueError for a name that finds none.
+    No names: the course, all of them. Raises ValueError for a name that finds none.
     """
     if not names:
         found = sorted(folder.glob(COURSE))
@@ -150,6 +116,10 @@ def execute(
         )
     except PapermillExecutionError as error:
         failure = error_text(read_notebook(out)) or str(error)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            out.unlink(missing_ok=True)  # half a notebook
+        raise
     seconds = time.perf_counter() - began
     executed = read_notebook(out)
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
@@ -173,16 +143,30 @@ def run(
     given: dict[str, str],
     fresh: bool,
     folder: Path,
+    slots: list[str | None],
 ) -> int:
     """Check everything, then execute in order; 0, or 1 at the first failure.
 
+    given: parameter -> text; several values make a sweep, a job for each combination,
+    as many at once as there are slots (see Queue).
     Raises ValueError (before any kernel starts) for what the user got wrong.
     """
     scale_path(scale)
     target = resolve_run_dir(run_dir, scale)
     paths = find_notebooks(names, folder)
     own = {p.stem: read_parameters(read_notebook(p), p.name) for p in paths}
-    typed = check_parameters(given, own)
+    known = {name: value for values in own.values() for name, value in values.items()}
+    wanted = combinations(given, known)
+    for one in wanted:
+        typed = check_parameters(one, own)
+    if len(wanted) > 1:
+        swept = [name for name in given if len({one[name] for one in wanted}) > 1]
+        jobs = {job_name(one, swept): one for one in wanted}
+        if len(jobs) < len(wanted):
+            raise ValueError(f"-p {' '.join(swept)}: a value is listed twice")
+        module = [sys.executable, "-m", "univg_nb.run_notebooks"]
+        command = [*module, *names, "--scale", scale, *["--fresh"] * fresh]
+        return Queue(target, jobs, command, slots).run(fresh)
     common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": fresh}
     for name, value in (OFFLINE | KEEP_MEMORY).items():
         os.environ.setdefault(name, value)
@@ -192,12 +176,27 @@ def run(
     signal.signal(signal.SIGTERM, _stop)
     began = time.perf_counter()
     for number, path in enumerate(paths, start=1):
-        known = own[path.stem]
-        values = {k: v for k, v in common.items() if k in known} | typed[path.stem]
+        mine = own[path.stem]
+        values = {k: v for k, v in common.items() if k in mine} | typed[path.stem]
         if not execute(path, target, values, f"{number}/{len(paths)}"):
             return 1
     report(target, time.perf_counter() - began)
     return 0
+
+
+def changed_scale(scale: str, assignments: list[str], run_dir: str) -> str:
+    """The scale with options set, written to the run folder; `scale` if none are.
+
+    Every notebook then reads the same file. Raises ValueError as `override` does.
+    """
+    if not assignments:
+        return scale
+    config = load_scale(scale)
+    for assignment in assignments:
+        config = override(config, assignment)
+    path = resolve_run_dir(run_dir, scale) / "scale.yaml"
+    write_text(path, dump(config))
+    return str(path)
 
 
 def report(run_dir: Path, seconds: float) -> None:
@@ -225,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb.run_notebooks", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("names", nargs="*", help="e.g. 03; none: 00 to 09")
+    parser.add_argument("names", nargs="*", help="e.g. 03; none: the course")
     parser.add_argument("--scale", default="tiny", help="a shipped scale or a .yaml")
     parser.add_argument(
         "-p",
@@ -234,7 +233,21 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar=("KEY", "VALUE"),
-        help="set a notebook parameter (true, false, numbers, lists are understood)",
+        help="set a notebook parameter (true, false, numbers, lists are understood); "
+        "several values, as a,b or 0:3, make a sweep",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="jobs of a sweep at once (without --gpus)"
+    )
+    parser.add_argument(
+        "--gpus", nargs="+", help="a sweep's GPUs, one job on each: 0 1, or 0,1 2,3"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="an option of the scale, for all notebooks",
     )
     parser.add_argument("--run-dir", default="", help="default: runs/SCALE")
     parser.add_argument("--fresh", action="store_true", help="reuse no finished stage")
@@ -249,17 +262,29 @@ def main(arguments: list[str] | None = None) -> int:
         if options.record:
             record_all(options.names, resolve_run_dir(options.record), folder)
             return 0
+        run_dir = options.run_dir or f"runs/{Path(options.scale).stem}"
         return run(
             options.names,
-            options.scale,
-            options.run_dir,
+            changed_scale(options.scale, options.set, run_dir),
+            run_dir,
             dict(options.given),
             options.fresh,
             folder,
+            options.gpus or [None] * max(1, options.jobs),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = error.filename or run_dir
+        print(
+            f"error: no space left on the disk of {place}; free some and call again: "
+            "finished stages are reused, what was half-written is made anew",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         if Kernel.running is not None:
             Kernel.running.wait_for_children()
