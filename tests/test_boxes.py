@@ -1,5 +1,6 @@
 """Reading a box: both parsers, the released defects E1 to E4, hostile replies."""
 
+import random
 import time
 
 import pytest
@@ -162,6 +163,28 @@ def test_parse_never_raises(text):
     if parse_box(text).status == "ok":
         x1, y1, x2, y2 = parse_box(text).box
         assert 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
+
+
+PIECES = (
+    [*"()[],. \n-+0123456789", "<answer>", "</answer>", "<think>", "</think>"]
+    + ["<box>", "</box>", "(1,2),(3,4)", "[5, 6, 7, 8]", "0.25", "1e9", "9" * 12]
+    + ["²", "٣", "\x00", "\ud800", "(10,20),(", "None", "<|box_start|>"]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**64))
+def test_parse_never_raises_on_100_000_strings(seed):
+    """A hundred seeds of a thousand strings: pieces of replies, or any characters."""
+    rng = random.Random(seed)
+    for _ in range(500):
+        pieces = "".join(rng.choices(PIECES, k=rng.randrange(30)))
+        anything = "".join(map(chr, rng.choices(range(0x3000), k=rng.randrange(30))))
+        for text in (pieces, anything):
+            for mode in MODES:
+                box, status = parse_box(text, mode)
+                assert status in STATUSES, text
+                assert (box is None) <= (status != "ok"), text
 
 
 @quick

@@ -10,12 +10,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 
-from univg_nb import evaluate, models, replies, samples, scoring, tiny_model
+from univg_nb import (
+    benchmarks,
+    evaluate,
+    models,
+    replies,
+    runs,
+    samples,
+    score_files,
+    scoring,
+)
 from univg_nb.evaluate import compare, main, score
 from univg_nb.generation import generate, plan_batches
 from univg_nb.paper import MIG_TASKS
@@ -28,14 +37,7 @@ needs_real = pytest.mark.skipif(not REAL, reason="UNIVG_MIG_BENCH is not set")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Folder of the shipped architecture with random weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    # a few sentences instead of the course's corpus: the tokenizer is made in no time
-    sentences = [f"Find cup {i}. It is near ({i},20),(30,40)." for i in range(10)]
-    tokenizer = tiny_model.train_tokenizer(sentences)
-    tiny_model.build_model(tokenizer, seed=0).save_pretrained(folder)
-    tiny_model.build_processor(tokenizer).save_pretrained(folder)
-    return folder
+    return small.save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +47,7 @@ def loaded(tiny):
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory):
-    """Nine questions of 1 to 4 images and different lengths, not sorted by length."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    paths = []
-    for k, (width, height) in enumerate([(64, 64), (96, 48), (40, 80), (256, 256)]):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{k}.png")
-        paths.append(str(folder / f"{k}.png"))
-    found = []
-    for i in range(9):
-        images = tuple(paths[(i + j) % 4] for j in range(1 + i * 5 % 4))
-        question = "Find the cup. " + "It is near (10,20),(30,40). " * (i * 7 % 5)
-        box = (100, 100, 300 + i, 400)
-        found.append(GroundingSample(f"s{i}", "diff", images, question.strip(), box))
-    return found
+    return small.questions(tmp_path_factory.mktemp("images"))
 
 
 def item(i=0, task="diff", box=(100, 100, 200, 200), boxes=()):
@@ -318,13 +306,153 @@ def test_benchmarks_are_told_apart():
             for task, n in counts.items()
             for i in range(n)
         ]
-        return scoring.benchmark(found, "0" * 64)["name"]
+        return score_files.benchmark(found, "0" * 64)["name"]
 
     assert name({t.name: t.original for t in MIG_TASKS}) == "MIG-Bench original"
     assert name({t.name: t.revised for t in MIG_TASKS}) == "MIG-Bench revised"
     assert name({t.name: 2 for t in MIG_TASKS}, "minimig-") == "MiniMIG"
     assert name({t.name: 2 for t in MIG_TASKS}) == "unknown"
     assert name({"diff": 528}) == "unknown"
+
+
+def test_curve_falls_from_every_box_to_the_exact_ones():
+    texts = of(RIGHT, "(100,100),(200,160)", "(100,100),(200,120)", WRONG)
+    curve = summarise(score_items([item(i) for i in range(4)], texts))["curve"]
+    assert curve["iou"][0] == 0.05 and curve["iou"][-1] == 0.95
+    reached = dict(zip(curve["iou"], curve["acc"], strict=True))
+    assert (reached[0.2], reached[0.5], reached[0.6], reached[0.65]) == (
+        *(0.75, 0.5, 0.5, 0.25),
+    )
+    assert summarise([])["curve"] is None
+
+
+def test_every_item_has_one_kind():
+    texts = [RIGHT, "(100,100),(200,140)", "(100,100),(200,110)", WRONG, "none"]
+    texts.append("<answer>(200,200),(100,100)</answer>")
+    scored = score_items([item(i) for i in range(6)], of(*texts))
+    best = [scoring.failure_kind(one) for one in scored]
+    assert best == [*scoring.KINDS, scoring.KINDS[-1]]
+
+
+def test_migician_stretch_is_an_option_of_the_score(tmp_path, capsys):
+    """y1 x 1.05, y2 x 1.10: the box (100,200),(200,400) becomes (100,210),(200,440)."""
+    samples.write(
+        [item(box=(100, 210, 200, 440))], tmp_path / "one.json", "mig_bench_revised"
+    )
+    predictions = write_predictions(tmp_path / "p.jsonl", ["(100,200),(200,400)"])
+    assert score(tmp_path / "one.json", predictions)["pooled"]["mean_iou"] < 0.9
+    result = score(tmp_path / "one.json", predictions, stretch=True)
+    assert result["pooled"]["mean_iou"] == pytest.approx(1.0)
+    assert result["stretch"] is True
+    arguments = ["score", "--records", str(tmp_path / "one.json"), "--migician-stretch"]
+    assert main([*arguments, "--predictions", str(predictions)]) == 0
+    assert " 1.000" in capsys.readouterr().out
+    low = item(box=(0, 990, 100, 999))
+    assert score_items([low], of("(0,945),(100,999)"), stretch=True)[0].iou > 0.75
+
+
+# ---------------------------------------------------------------- other benchmarks
+
+
+def test_pixel_boxes_are_scored_with_an_image_root(tmp_path, capsys):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    row = {"image_path": "a.png", "instruction": "cup", "boxes": [[20, 10, 40, 20]]}
+    (tmp_path / "lisa.json").write_text(json.dumps([row]))
+    predictions = write_predictions(tmp_path / "p.jsonl", [RIGHT])
+    arguments = ["score", "--records", str(tmp_path / "lisa.json")]
+    arguments += ["--predictions", str(predictions)]
+    assert main(arguments) == 2
+    assert "pixel boxes need the size" in capsys.readouterr().err
+    assert main([*arguments, "--image-root", str(tmp_path)]) == 0
+    assert "100.0%" in capsys.readouterr().out
+    assert compare(
+        tmp_path / "lisa.json", predictions, predictions, image_root=tmp_path
+    )["overall"]["acc_05_a"] == pytest.approx(1.0)
+
+
+def test_refcoco_is_asked_in_single_image_mode_wherever_its_images_lie(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "problem": "the left cup", "solution": [20, 10, 40, 20]}
+    path = tmp_path / "refcocop_testA.json"
+    path.write_text(json.dumps([row, row]))
+    first, _ = samples.read(path, image_root=tmp_path)
+    assert (first.task, first.answer, first.cot) == (
+        *("refcocop_testA", (100, 100, 200, 200), False),
+    )
+    asked = replies.prompts.user_text(first)
+    assert asked == replies.prompts.SINGLE_IMAGE_PREFIX + "the left cup"
+    predictions = write_predictions(tmp_path / "p.jsonl", ["(100,100),(200,200)"] * 2)
+    result = score(path, predictions, image_root=tmp_path)
+    assert result["tasks"]["refcocop_testA"]["hit_05"] == 2
+    samples.write([first], tmp_path / "again.json", "refcoco", tmp_path)
+    assert samples.read(tmp_path / "again.json", image_root=tmp_path) == [first]
+    with pytest.raises(ValueError, match="asks for no chain"):
+        samples.write([item()], tmp_path / "no.json", "refcoco", tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path, tiny, items):
+    """A run folder of scale tiny with the random model and three items of MIG."""
+    config = runs.load_scale("tiny")
+    config["model"]["name_or_path"] = str(tiny)
+    config["evaluate"] = {"max_new_tokens": 2, "batch_size": 1}
+    samples.write(items[:3], tmp_path / "data" / "mig.json", "mig_bench")
+    marker = {"status": "finished", "results": {"files": {"mig_bench": "mig.json"}}}
+    runs.write_json(tmp_path / "data" / "stage.json", marker)
+    return runs.Run("tiny", tmp_path, 0, config)
+
+
+def test_an_interrupted_evaluation_of_a_run_is_continued(run):
+    first = benchmarks.evaluate(run, "base", ["mig"])["mig"]
+    assert first["pooled"]["n"] == 3
+    out = benchmarks.predictions(run, "base", "mig")
+    rows = out.read_text().splitlines(keepends=True)
+    (out.parent / "scores.json").unlink()
+    kept = rows[0].replace('"response": "', '"response": "kept')
+    out.write_text(kept + rows[1][:9])
+    benchmarks.evaluate(run, "base", ["mig"])
+    assert out.read_text() == "".join([kept, *rows[1:]])
+    # other settings: nothing of it may stay
+    (out.parent / "scores.json").unlink()
+    run.config["evaluate"]["max_new_tokens"] = 1
+    benchmarks.evaluate(run, "base", ["mig"])
+    assert "kept" not in out.read_text()
+
+
+def test_released_zero_shot_files_get_their_own_pixel_limit(run, tmp_path):
+    full = runs.load_scale("full")
+    assert benchmarks.model_section(full, True)["max_pixels"] == 640_000
+    assert benchmarks.model_section(full, False)["max_pixels"] == 401_408
+    # drawn pictures are small: there the scale's own limit holds
+    assert benchmarks.model_section(run.config, True) == run.config["model"]
+    row = {"image_path": "a.png", "instruction": "cup", "boxes": [[0, 0, 9, 9]]}
+    (tmp_path / "lisa.json").write_text(json.dumps([row]))
+
+    def limit(*more):
+        arguments = ["generate", "--records", str(tmp_path / "lisa.json"), "--out", "p"]
+        arguments += ["--model", "m", "--scale", "full", *more]
+        options = evaluate._parser().parse_args(arguments)
+        return evaluate._scale(options)["model"]["max_pixels"]
+
+    assert limit() == 640_000
+    assert limit("--set", "model.max_pixels=5000") == 5000
+
+
+def test_a_full_run_knows_all_zero_shot_and_refcoco_files(run, tmp_path):
+    data = run.config["data"]
+    data |= {"source": "released", "refcoco_dir": str(tmp_path / "rec")}
+    data |= {
+        "lisa_test_file": "t.json",
+        "llmseg_file": "l.json",
+        "revos_file": "r.json",
+    }
+    (tmp_path / "rec").mkdir()
+    for name in ("refcoco_val", "refcocog_test", "refgta"):
+        (tmp_path / "rec" / f"{name}.json").write_text("[]")
+    found = benchmarks.files(run)
+    assert set(found) == {
+        *("mig", "lisa_test", "llmseg", "revos", "refcoco_val", "refcocog_test"),
+    }
 
 
 # ---------------------------------------------------------------- comparison
@@ -414,6 +542,14 @@ def test_E8_any_instance_may_count_where_items_have_several():
     text = of("<answer>(700,700),(900,900)</answer>")
     assert score_items([several], text)[0].iou == 0.0
     assert score_items([several], text, rule="any")[0].iou == 1.0
+
+
+def test_E4_boxes_without_area_score_nothing_and_divide_by_nothing():
+    """With the original's degenerate answers the released scorer divides by zero."""
+    point = item(box=(5, 5, 5, 5))
+    for parser in scoring.PARSERS:
+        for text in ("(5,5),(5,5)", "(9,9),(1,1)", "none"):
+            assert score_items([point], of(text), parser=parser)[0].iou == 0.0
 
 
 def test_E9_truncated_replies_are_counted(loaded, items, tmp_path):

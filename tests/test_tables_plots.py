@@ -127,6 +127,12 @@ def test_write_tables(run_dir):
     }
     first = run_dir / "tables" / "results_mig.csv"
     pd.testing.assert_frame_equal(pd.read_csv(first), tables.result_table(run_dir))
+    write_json(
+        run_dir / "eval" / "base" / "refcoco_val" / "scores.json",
+        {"tasks": {"refcoco_val": {"n": N, "hit_05": 7}}},
+    )
+    more = {path.stem for path in tables.write_tables(run_dir)} - names
+    assert more == {"results_refcoco_val"}
     shares = (run_dir / "tables" / "difficulty_shares_grpo_none.md").read_text()
     assert shares.count("\n") == 12  # ten stretches of the training and the head
 
@@ -168,6 +174,16 @@ def test_plots_draw_into_given_axes():
     assert isinstance(plots.weight_functions(ax=ax), Axes)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["exp", "power", "log", "log_released"]
+
+
+def test_memory_is_shown_in_the_unit_that_reads_well():
+    ax = Figure().add_subplot()
+    plots.memory_bars({"full": {"weights": 15_000, "optimiser": 45_200}}, ax=ax)
+    assert [text.get_text().strip() for text in ax.texts] == ["60.2 GB"]
+    assert ax.get_xlabel() == "GB"
+    ax = Figure().add_subplot()
+    plots.memory_bars({"tiny": {"weights": 12}, "more": {"weights": 999}}, ax=ax)
+    assert [text.get_text().strip() for text in ax.texts] == ["12 MB", "999 MB"]
 
 
 def test_training_curve_names_what_was_logged():

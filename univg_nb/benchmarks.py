@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from univg_nb import runs, samples, scoring
-from univg_nb.generation import generate
+from univg_nb import paper, runs, samples, score_files, scoring
+from univg_nb.generation import OtherSettings, generate
+from univg_nb.predictions import generation_settings, sha256_of
 from univg_nb.runs import Run
 from univg_nb.samples import GroundingSample
 from univg_nb.tables import MODELS
@@ -19,7 +20,18 @@ from univg_nb.tables import MODELS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-ZERO_SHOT = ("lisa", "llmseg", "video", "revos")
+# Zero-shot benchmarks and the key of the scale's `data` section that names their file.
+ZERO_SHOT_FILES = {
+    "lisa": "lisa_file",
+    "lisa_test": "lisa_test_file",
+    "llmseg": "llmseg_file",
+    "video": "reasonvos_file",
+    "revos": "revos_file",
+}
+ZERO_SHOT = tuple(ZERO_SHOT_FILES)
+ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
+# Pixels an image may have there; the released MIG-Bench run has 401,408 (PF sec. 9).
+ZERO_SHOT_MAX_PIXELS = 640_000
 # Each model is asked as it was trained to be asked: the base as the paper asks its
 # baselines (PF sec. 9), the control without chains by the question alone.
 STYLES = {"base": "direct", "sft_nocot": "plain"}
@@ -63,10 +75,22 @@ def files(run: Run) -> dict[str, Path]:
     found = {name: root / file for name, file in marker["results"]["files"].items()}
     if "mig_bench" in found:  # the folders under eval/ say "mig"
         found["mig"] = found.pop("mig_bench")
-    for name in ZERO_SHOT:
-        if name not in found and f"{name}_file" in data:
-            found[name] = root / data[f"{name}_file"]
+    for name, key in ZERO_SHOT_FILES.items():
+        if name not in found and key in data:
+            found[name] = root / data[key]
+    if "refcoco_dir" in data:
+        folder = root / data["refcoco_dir"]
+        there = {path.stem: path for path in folder.glob("*.json")}
+        found |= {name: there[name] for name in paper.REFCOCO_FILES if name in there}
     return found
+
+
+def model_section(config: dict[str, Any], zero_shot: bool) -> dict[str, Any]:
+    """The scale's `model` section for a benchmark: photographs of the released
+    zero-shot files may be larger (PF sec. 9)."""
+    if zero_shot and config["data"]["source"] == "released":
+        return config["model"] | {"max_pixels": ZERO_SHOT_MAX_PIXELS}
+    return config["model"]
 
 
 def load(run: Run, name: str) -> Benchmark:
@@ -79,7 +103,7 @@ def load(run: Run, name: str) -> Benchmark:
         )
     records = known[name]
     items = samples.read(records, image_root=image_root(run))
-    return Benchmark(name, records, items, scoring.sha256_of(records))
+    return Benchmark(name, records, items, sha256_of(records))
 
 
 def models_of(run: Run) -> list[str]:
@@ -131,18 +155,9 @@ def evaluate(
             scores[name] = runs.read_json(folder / "scores.json")
             continue
         if network is None:
-            network, processor = load_model(run, model)
+            network, _ = load_model(run, model)
         began = time.perf_counter()
-        generate(
-            network,
-            processor,
-            bench.items,
-            folder / "predictions.jsonl",
-            style=style_of(model),
-            facts={"model": model, "stage": stage, "records": bench.records.name},
-            fresh=True,
-            **run.config["evaluate"],
-        )
+        _generate(run, network, model, bench, stage, fresh)
         scores[name] = score(bench, folder / "predictions.jsonl")
         runs.write_json(folder / "scores.json", scores[name])
         seconds = time.perf_counter() - began
@@ -150,21 +165,35 @@ def evaluate(
     return scores
 
 
+def _generate(
+    run: Run,
+    network: "PreTrainedModel",
+    model: str,
+    bench: Benchmark,
+    stage: str,
+    fresh: bool,
+) -> None:
+    """Replies of `network` to the benchmark: an interrupted file is continued, one made
+    under other settings (by other weights, say) begun anew."""
+    from univg_nb import models
+
+    section = model_section(run.config, bench.name in ZERO_SHOT)
+    facts = {"model": model, "stage": stage, "records": bench.records.name}
+    facts["records_sha256"] = bench.sha256
+    options = {"style": style_of(model), "facts": facts, **run.config["evaluate"]}
+    processor = models.load_processor(section)
+    out = predictions(run, model, bench.name)
+    before = generation_settings(out) or {}
+    fresh = fresh or any(before.get(key) != value for key, value in facts.items())
+    try:
+        generate(network, processor, bench.items, out, fresh=fresh, **options)
+    except OtherSettings:
+        generate(network, processor, bench.items, out, fresh=True, **options)
+
+
 def score(bench: Benchmark, predictions: Path, parser: str = "answer") -> dict:
-    """The content of scores.json, as `evaluate.score` makes it, for items already
-    read: LISA's pixel boxes need image_root for reading (PF sec. 9)."""
-    replies = scoring.read_predictions(predictions)
-    return scoring.summarise(
-        scoring.score_items(bench.items, replies, parser=parser)
-    ) | {
-        "parser": parser,
-        "rule": "one",
-        "benchmark": scoring.benchmark(bench.items, bench.sha256),
-        "records": bench.records.name,
-        "records_sha256": bench.sha256,
-        "items_in_records": len(bench.items),
-        "generation": scoring.generation_settings(predictions),
-    }
+    """The content of scores.json for a benchmark already read."""
+    return score_files.scores_of(bench.items, bench.records, predictions, parser=parser)
 
 
 def item_scores(

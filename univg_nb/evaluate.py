@@ -1,148 +1,27 @@
-"""Evaluation from the command line: generate, score, compare.
+"""Evaluation from the command line: generate, score, compare, report.
 
     python -m univg_nb.evaluate generate --records F --model tiny --out P.jsonl
     python -m univg_nb.evaluate score --records F --predictions P.jsonl --out S.json
     python -m univg_nb.evaluate compare A.jsonl B.jsonl --records F
+    python -m univg_nb.evaluate report base=A.jsonl sft=B.jsonl --records F --out R.html
 
 `score` and `compare` import neither torch nor transformers. The device is the one torch
-sees: nothing here sets CUDA_VISIBLE_DEVICES (PF E6).
+sees: nothing here sets CUDA_VISIBLE_DEVICES (PF E6). Several GPUs share `generate` by
+`torchrun --nproc_per_node 8 -m univg_nb.evaluate generate ...`, or by --shard.
 """
 
 import argparse
-import dataclasses
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from univg_nb import prompts, runs, samples, score_text, scoring
-from univg_nb.generation import generate, missing_images
-from univg_nb.samples import GroundingSample
+from univg_nb.generation import generate
+from univg_nb.image_paths import flatten_image_paths, missing_images
+from univg_nb.score_files import compare, score, select
 
-__all__ = ["compare", "generate", "main", "score"]
-
-
-def score(
-    records: str | Path,
-    predictions: str | Path,
-    *,
-    parser: str = "answer",
-    rule: str = "one",
-    only: Iterable[str] = (),
-    allow_missing: bool = False,
-    expected: bool = False,
-    out: str | Path | None = None,
-) -> dict:
-    """Score a predictions file against a records file; the content of scores.json.
-
-    See scoring.score_items for parser, rule and errors, scoring.summarise for the
-    numbers; `expected` scores sampled replies instead (scoring.expected). `only` keeps
-    the named items (ids or indices). Written to `out` when given.
-    """
-    items = samples.read(records)
-    replies = scoring.read_predictions(predictions)
-    indices = select(items, only)
-    sha256 = scoring.sha256_of(records)
-    options = {"parser": parser, "rule": rule, "indices": indices}
-    if expected:
-        result = scoring.expected(
-            items, replies, allow_missing=allow_missing, **options
-        )
-    else:
-        scored = scoring.score_items(
-            items, replies, allow_missing=allow_missing, **options
-        )
-        missing = Counter(items[i].task for i in indices if i not in replies)
-        result = scoring.summarise(scored, missing)
-    result |= {
-        "parser": parser,
-        "rule": rule,
-        "benchmark": scoring.benchmark(items, sha256),
-        "records": Path(records).name,
-        "records_sha256": sha256,
-        "items_in_records": len(items),
-        "generation": scoring.generation_settings(predictions),
-    }
-    if out is not None:
-        runs.write_json(out, result)
-    return result
-
-
-def compare(
-    records: str | Path,
-    a: str | Path,
-    b: str | Path,
-    *,
-    parser: str = "answer",
-    rule: str = "one",
-    allow_missing: bool = False,
-    out: str | Path | None = None,
-) -> dict:
-    """Model b against model a on the same items: paired differences b - a, with tests.
-
-    With `allow_missing` only items that both files predict are compared. See
-    scoring.compare_items for the result.
-    """
-    items = samples.read(records)
-    both = [scoring.read_predictions(path) for path in (a, b)]
-    indices = both[0].keys() & both[1].keys() if allow_missing else None
-    scored = [
-        scoring.score_items(items, replies, parser=parser, rule=rule, indices=indices)
-        for replies in both
-    ]
-    result = scoring.compare_items(*scored)
-    result |= {"a": str(a), "b": str(b), "parser": parser, "rule": rule}
-    result |= {"records_sha256": scoring.sha256_of(records)}
-    if out is not None:
-        runs.write_json(out, result)
-    return result
-
-
-def select(items: Sequence[GroundingSample], only: Iterable[str]) -> list[int]:
-    """Indices of the items named by id or by index; all of them if none is named."""
-    ids = {sample.id: i for i, sample in enumerate(items)}
-    chosen = []
-    for name in only:
-        if name in ids:
-            chosen.append(ids[name])
-        elif name.isdecimal() and int(name) < len(items):
-            chosen.append(int(name))
-        else:
-            raise ValueError(
-                f"--only {name}: no item has this id, and the indices are "
-                f"0..{len(items) - 1}"
-            )
-    return chosen or list(range(len(items)))
-
-
-def flatten_image_paths(
-    items: Sequence[GroundingSample], indices: Iterable[int], folder: str | Path
-) -> list[GroundingSample]:
-    """For images that do not exist at their path, take folder/<file name> instead.
-
-    Serves a benchmark of which a few images lie loose in one folder. Only the items at
-    `indices` are looked at. Raises ValueError if two different paths would become the
-    same file: which one it is cannot be known.
-    """
-    became: dict[Path, str] = {}
-    result = list(items)
-    for i in indices:
-        paths = []
-        for path in items[i].images:
-            loose = Path(folder) / Path(path).name
-            if not Path(path).is_file() and loose.is_file():
-                if became.setdefault(loose, path) != path:
-                    raise ValueError(
-                        f"--flat-images: {loose} could be {became[loose]} or {path} "
-                        f"(item {items[i].id!r}); lay the images out as the records say"
-                    )
-                path = str(loose)
-            paths.append(path)
-        result[i] = dataclasses.replace(items[i], images=tuple(paths))
-    return result
-
-
-# ---------------------------------------------------------------- command line
+__all__ = ["compare", "flatten_image_paths", "generate", "main", "score", "select"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,13 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- generate
+
+
 def _run_generate(options: argparse.Namespace) -> None:
-    items = samples.read(options.records, image_root=options.image_root)
+    items = _items(options)
     indices = select(items, options.only)
-    if options.flat_images:
-        if options.image_root is None:
-            raise ValueError("--flat-images needs --image-root, the folder to look in")
-        items = flatten_image_paths(items, indices, options.image_root)
     if options.allow_missing:
         absent = missing_images(items, indices)
         indices = [i for i in indices if i not in absent]
@@ -188,6 +66,7 @@ def _run_generate(options: argparse.Namespace) -> None:
             "records": Path(options.records).name,
         },
         fresh=options.fresh,
+        shard=_shard(options.shard),
     )
     print(
         f"{summary['replies']} replies in {options.out} ({summary['new']} new, "
@@ -195,18 +74,46 @@ def _run_generate(options: argparse.Namespace) -> None:
     )
 
 
+def _items(options: argparse.Namespace) -> list[samples.GroundingSample]:
+    """The records, with images looked for where the command line says."""
+    items = samples.read(options.records, image_root=options.image_root)
+    if options.flat_images:
+        if options.image_root is None:
+            raise ValueError("--flat-images needs --image-root, the folder to look in")
+        only = select(items, options.only) if "only" in options else range(len(items))
+        items = flatten_image_paths(items, only, options.image_root)
+    return items
+
+
 def _scale(options: argparse.Namespace) -> dict:
-    """The scale's configuration with the command line's model and --set on top."""
+    """The scale's configuration with the command line's model and --set on top, and
+    the pixel limit of the benchmark in between."""
+    from univg_nb.benchmarks import ZERO_SHOT_FORMATS, model_section
+
     if options.scale is None and options.model != "tiny":
         raise ValueError(
             f"--model {options.model}: give --scale too (small, full or a .yaml file); "
             "it holds the pixel limits, dtype and batch size"
         )
     config = runs.load_scale(options.scale or "tiny")
+    row = next(samples.iter_rows(options.records), {})
+    kind = samples.detect_format(row, options.records)
+    config["model"] = model_section(config, kind in ZERO_SHOT_FORMATS)
     config["model"]["name_or_path"] = options.model
     for assignment in options.set:
         config = runs.override(config, assignment)
     return config
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """ "2/8" -> (2, 8); without it what torchrun or accelerate launch say."""
+    if text is None:
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        return int(rank), int(world)
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard {text}: write K/N, as 0/8 for the first of eight")
+    return int(number), int(count)
 
 
 def _load(model_config: dict, options: argparse.Namespace) -> tuple:
@@ -230,16 +137,21 @@ def _load(model_config: dict, options: argparse.Namespace) -> tuple:
     return model.eval(), processor
 
 
+# ---------------------------------------------------------------- the others
+
+
 def _run_score(options: argparse.Namespace) -> None:
     result = score(
         options.records,
         options.predictions,
+        image_root=options.image_root,
+        only=options.only,
+        out=options.out,
         parser=options.parser,
         rule=options.rule,
-        only=options.only,
+        stretch=options.migician_stretch,
         allow_missing=options.allow_missing,
         expected=options.expected,
-        out=options.out,
     )
     name = result["benchmark"]["name"]
     print(f"benchmark {name} · {result['items_in_records']} items in the records")
@@ -253,12 +165,33 @@ def _run_compare(options: argparse.Namespace) -> None:
         options.records,
         options.a,
         options.b,
+        image_root=options.image_root,
         parser=options.parser,
         rule=options.rule,
         allow_missing=options.allow_missing,
         out=options.out,
     )
     print(score_text.compare_table(result))
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    from univg_nb import report
+
+    written = report.write(
+        options.records,
+        _items(options),
+        report.named_files(options.predictions),
+        options.out,
+        parser=options.parser,
+        rule=options.rule,
+        allow_missing=options.allow_missing,
+        column=options.column,
+        cases=options.cases,
+    )
+    print("written:", *written)
+
+
+# ---------------------------------------------------------------- arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,13 +207,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="several sampled replies an item: means over replies",
     )
+    one.add_argument(
+        "--migician-stretch",
+        action="store_true",
+        help="stretch the boxes as for Migician's published row, and no other",
+    )
     _add_only(one)
     one.set_defaults(run=_run_score)
     two = commands.add_parser("compare", help="two prediction files, paired tests")
     two.add_argument("a", metavar="A")
     two.add_argument("b", metavar="B")
     two.set_defaults(run=_run_compare)
-    for command in (one, two):
+    page = commands.add_parser("report", help="one HTML page and its tables as .md")
+    _report_arguments(page)
+    for command in (one, two, page):
         command.add_argument("--records", required=True, help="annotation file")
         command.add_argument("--parser", choices=scoring.PARSERS, default="answer")
         command.add_argument(
@@ -290,8 +230,24 @@ def _parser() -> argparse.ArgumentParser:
             help="items with several boxes: the released one box, or any of them",
         )
         command.add_argument("--allow-missing", action="store_true")
+        command.add_argument(
+            "--image-root",
+            help="folder that image paths start from: for pictures, and for pixel "
+            "boxes whose rows give no width and height",
+        )
+    for command in (one, two):
         command.add_argument("--out", help="JSON file to write")
     return parser
+
+
+def _report_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("predictions", nargs="+", metavar="[NAME=]FILE", help="one for each model")
+    add("--out", required=True, help="page to write; the .md goes beside it")
+    add("--column", help='published column of a one-task file, as "LISA test"')
+    add("--cases", type=int, default=6, help="items shown of each kind (default 6)")
+    add("--flat-images", action="store_true", help="as for generate")
+    command.set_defaults(run=_run_report)
 
 
 def _add_only(command: argparse.ArgumentParser) -> None:
@@ -319,18 +275,14 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an image absent at its path is taken from --image-root by file name",
     )
-    add(
-        "--style",
-        choices=prompts.STYLES,
-        default="univg",
-        help="prompt (see prompts.py)",
-    )
+    add("--style", choices=prompts.STYLES, default="univg", help="see prompts.py")
     add("--max-new-tokens", type=int, help="default: the scale's")
     add("--batch-size", type=int, help="default: the scale's")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--num-return-sequences", type=int, default=1)
     add("--seed", type=int, default=0, help="of sampling")
     add("--fresh", action="store_true", help="replace an existing --out")
+    add("--shard", metavar="K/N", help="every N-th batch from the K-th (0/N, 1/N, ...)")
     add(
         "--allow-missing",
         action="store_true",

@@ -4,12 +4,15 @@ One row of `predictions.jsonl` per reply: {"index": i, "response": "...", "id": 
 "tokens": n, "truncated": bool}; `index` is the item's position in the records file, and
 "sample": k is added when several replies per item are drawn. Beside it,
 `predictions.settings.json` holds what the replies depend on; a run resumes only under
-equal settings. torch is imported when a reply is made: scoring does without.
+equal settings. Several processes share the work by batches, each with a file of its own
+(`predictions.part-0-of-8.jsonl`); the last to finish puts them together. torch is
+imported when a reply is made: scoring does without.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,11 +21,18 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from univg_nb import runs
+from univg_nb.image_paths import missing_images
+from univg_nb.predictions import settings_path
 from univg_nb.samples import GroundingSample
-from univg_nb.scoring import read_predictions, settings_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+Cell = tuple[int, int]  # (index of the item, number of its reply)
+
+
+class OtherSettings(ValueError):
+    """A predictions file that was made under other settings, or under unknown ones."""
 
 
 def generate(
@@ -40,6 +50,7 @@ def generate(
     indices: Iterable[int] | None = None,
     facts: dict | None = None,
     fresh: bool = False,
+    shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict:
     """Write a reply to every sample (or to `indices`) into the JSONL file `out`.
@@ -48,13 +59,18 @@ def generate(
     sampled, each from its own noise fixed by (seed, index, k): neither the batch size
     nor a restart changes them. `facts` (names of model and records, say) are recorded
     with the settings but not compared: weights and items are, by their hashes. What
-    `out` already holds is kept; `fresh` starts over.
+    `out` already holds is kept; `fresh` starts over. `shard` (k, n) makes every n-th
+    batch from the k-th on; the n processes need nothing else from each other, and `out`
+    is the file a single process would have written, once all have finished.
 
-    Returns {"replies", "new", "truncated", "tokens", "seconds"}; the last two are those
-    of this call. Raises ValueError for a missing image, for an `out` made under other
-    settings, and for options out of range.
+    Returns {"replies", "new", "truncated", "tokens", "seconds"}: replies now recorded
+    (of this shard), and what this call made. Raises ValueError for a missing image, for
+    an `out` made under other settings (OtherSettings), and for options out of range.
     """
     _check_options(max_new_tokens, batch_size, temperature, num_return_sequences)
+    number, count = shard
+    if not 0 <= number < count:
+        raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
     wanted = sorted(set(range(len(samples)) if indices is None else indices))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < len(samples):
         raise ValueError(
@@ -82,14 +98,23 @@ def generate(
         "items_hash": _items_hash(samples),
         "weights_hash": [weights_hash(model), weights_hash(model, adapter=True)],
     }
-    out = Path(out)
-    done = _open_predictions(out, used, facts or {}, fresh)
-    plan = plan_batches(
+    whole = Path(out)
+    out = part_path(whole, *shard)
+    if fresh:
+        for path in {out, whole}:
+            path.unlink(missing_ok=True)
+            settings_path(path).unlink(missing_ok=True)
+    done = _recorded(whole, used).keys() | _recorded(out, used).keys()
+    everything = plan_batches(
         processor, samples, wanted, style, batch_size, num_return_sequences
     )
+    mine = everything[number::count]
     # A batch cut short by a kill is made anew in its old company, and only its missing
     # rows are added: the file ends up as if nothing had happened.
-    plan = [batch for batch in plan if not done.issuperset(batch)]
+    plan = [batch for batch in mine if not done.issuperset(batch)]
+    if not out.is_file():
+        runs.write_json(settings_path(out), used | (facts or {}))
+        runs.write_text(out, "")
     began = time.perf_counter()
     rows: list[dict] = []
     with tqdm(
@@ -114,12 +139,15 @@ def generate(
                 runs.append_jsonl(out, row)
                 rows.append(row)
             bar.update(len(batch))
+    if count > 1:
+        _join(whole, count, everything, used)
+    recorded = _recorded(whole, used) | _recorded(out, used)
+    ours = {cell for batch in mine for cell in batch}
+    kept = [row for cell, row in recorded.items() if count == 1 or cell in ours]
     return {
-        "replies": len(done | {cell for batch in plan for cell in batch}),
+        "replies": len(kept),
         "new": len(rows),
-        "truncated": sum(
-            r.truncated for several in read_predictions(out).values() for r in several
-        ),
+        "truncated": sum(row["truncated"] for row in kept),
         "tokens": sum(r["tokens"] for r in rows),
         "seconds": round(time.perf_counter() - began, 2),
     }
@@ -144,40 +172,29 @@ def _check_options(
         )
 
 
-def missing_images(
-    samples: Sequence[GroundingSample], indices: Iterable[int]
-) -> dict[int, str]:
-    """{index: its first image path that is no file}, where there is one."""
-    known: dict[str, bool] = {}
-    found: dict[int, str] = {}
-    for i in indices:
-        for path in samples[i].images:
-            if path not in known:
-                known[path] = Path(path).is_file()
-            if not known[path]:
-                found.setdefault(i, path)
-    return found
-
-
 def _items_hash(samples: Sequence[GroundingSample]) -> str:
     """Identifies the records' content; image folders may differ from place to place."""
     return runs.config_hash([(s.id, s.task, s.question, s.answer) for s in samples])
 
 
-def _open_predictions(
-    out: Path, used: dict, facts: dict, fresh: bool
-) -> set[tuple[int, int]]:
-    """Cells (index, k) that `out` already holds; checks or writes its settings."""
-    beside = settings_path(out)
-    if fresh:
-        out.unlink(missing_ok=True)
-        beside.unlink(missing_ok=True)
+def part_path(out: str | Path, number: int, count: int) -> Path:
+    """The file of one of `count` processes; `out` itself if there is only one."""
+    out = Path(out)
+    if count == 1:
+        return out
+    return out.with_suffix(f".part-{number}-of-{count}{out.suffix}")
+
+
+def _recorded(out: Path, used: dict) -> dict[Cell, dict]:
+    """The rows `out` already holds, {} without such a file.
+
+    Raises OtherSettings unless they were made under the settings `used`.
+    """
     if not out.is_file():
-        runs.write_json(beside, used | facts)
-        runs.write_text(out, "")
-        return set()
+        return {}
+    beside = settings_path(out)
     if not beside.is_file():
-        raise ValueError(
+        raise OtherSettings(
             f"{out} exists without {beside.name}, so what made it is unknown; "
             "choose another file, or replace it with --fresh"
         )
@@ -185,12 +202,32 @@ def _open_predictions(
     differ = [k for k in used if before.get(k) != used[k]]
     if differ:
         key = differ[0]
-        raise ValueError(
+        raise OtherSettings(
             f"{out} was made under other settings ({', '.join(differ)}): "
             f"{key} = {before.get(key)!r} there, now {used[key]!r}; choose another "
             "file, or replace it with --fresh"
         )
-    return {(row["index"], row.get("sample", 0)) for row in runs.read_jsonl(out)}
+    return {(row["index"], row.get("sample", 0)): row for row in runs.read_jsonl(out)}
+
+
+def _join(whole: Path, count: int, plan: list[list[Cell]], used: dict) -> None:
+    """Write `whole` from the parts, if all of them are there.
+
+    Every process tries; those that finish together write the same file.
+    """
+    parts = [part_path(whole, number, count) for number in range(count)]
+    if not all(path.is_file() for path in parts):
+        return
+    rows = _recorded(whole, used)
+    for path in parts:
+        rows |= _recorded(path, used)
+    cells = [cell for batch in plan for cell in batch]
+    if not rows.keys() >= set(cells):
+        return
+    cells += rows.keys() - set(cells)  # items that an earlier run was asked for
+    runs.write_json(settings_path(whole), runs.read_json(settings_path(parts[0])))
+    lines = [json.dumps(rows[cell], ensure_ascii=False) + "\n" for cell in cells]
+    runs.write_text(whole, "".join(lines))
 
 
 def plan_batches(

@@ -156,6 +156,19 @@ TABLE_3 = PaperTable(
     },
 )
 
+# The files that RefCOCO/+/g are distributed in, and the columns they stand for.
+REFCOCO_FILES = dict(
+    zip(
+        (
+            "refcoco_val", "refcoco_testA", "refcoco_testB",
+            "refcocop_val", "refcocop_testA", "refcocop_testB",
+            "refcocog_val", "refcocog_test",
+        ),
+        TABLE_3.columns,
+        strict=True,
+    )
+)
+
 TABLE_4 = PaperTable(
     4,
     "Stages on the revised MIG-Bench, Acc@0.5 %",

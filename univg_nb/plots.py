@@ -257,20 +257,22 @@ def group_bars(
 def memory_bars(
     parts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
 ) -> Figure | Axes:
-    """Stacked bars of memory: {"LoRA": {"weights": MB, "optimiser": MB}, ...}."""
+    """Stacked bars, from 1000 MB on in GB: {"LoRA": {"weights": MB, ...}, ...}."""
     result, ax = new_axes(ax, 7.0, 0.62 * len(parts) + 1.6)
+    large = max(sum(row.values()) for row in parts.values()) >= 1000
+    unit, divisor = ("GB", 1000) if large else ("MB", 1)
     names = list(dict.fromkeys(part for row in parts.values() for part in row))
     labels = list(parts)
     start = np.zeros(len(labels))
     for index, name in enumerate(names):
-        sizes = np.array([parts[label].get(name, 0.0) for label in labels])
+        sizes = np.array([parts[label].get(name, 0.0) for label in labels]) / divisor
         colour = _SPARE[index % len(_SPARE)]
         ax.barh(labels, sizes, 0.6, left=start, color=colour, label=name)
         start += sizes
     for row, total in enumerate(start):
-        ax.text(total, row, f" {total:,.4g} MB", va="center")
+        ax.text(total, row, f" {total:,.3g} {unit}", va="center")
     ax.invert_yaxis()
-    ax.set(xlabel="MB", xlim=(0, 1.2 * max(start.max(), 1e-9)))
+    ax.set(xlabel=unit, xlim=(0, 1.2 * max(start.max(), 1e-9)))
     if len(names) > 1:
         ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     tidy(ax)

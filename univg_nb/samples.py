@@ -44,6 +44,7 @@ _EXPECTED = {
     "llmseg": "image_path, question, bbox",
     "reasonvos": "image_list, question, bbox_list",
     "revos": "video_id, frames, question, bbox_list",
+    "refcoco": "image, problem, solution",
 }
 
 
@@ -72,6 +73,7 @@ def detect_format(row: dict[str, Any], file: str = "") -> str:
         ("llmseg", {"image_path", "question", "bbox"}),
         ("reasonvos", {"image_list", "question", "bbox_list"}),
         ("revos", {"video_id", "frames", "question", "bbox_list"}),
+        ("refcoco", {"image", "problem", "solution"}),
     ):
         if keys >= needed:
             found.append(name)

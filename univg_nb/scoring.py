@@ -5,31 +5,32 @@ and parsers: PF sec. 9. What the released scorers do wrong is kept behind an opt
 where a published number depends on it (`parser="released"`) and refused otherwise.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from univg_nb import statistics
-from univg_nb.boxes import NO_ANSWER, NO_BOX, Box, iou, parse_box
-from univg_nb.paper import MIG_TASKS, TASK_COLUMN
-from univg_nb.runs import read_json, read_jsonl
+from univg_nb.boxes import NO_ANSWER, NO_BOX, OK, Box, iou, parse_box, stretched
+from univg_nb.paper import TASK_COLUMN
+from univg_nb.predictions import Reply as Reply
+from univg_nb.predictions import read_predictions as read_predictions
+from univg_nb.predictions import sha256_of as sha256_of
 from univg_nb.samples import GroundingSample
 
-MIG_ORIGINAL_SHA256 = "8f6e8fce3720dc6e17462533426d455463cda38b441edc2d70d65afa15681300"
 PARSERS = ("answer", "released")
 RULES = ("one", "any")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One recorded reply; `truncated`: it used up its tokens without an end token."""
-
-    text: str
-    truncated: bool = False
+# What can become of an item, best first; see failure_kind.
+KINDS = (
+    "hit",
+    "near miss (IoU 0.3 to 0.5)",
+    "off (0.05 to 0.3)",
+    "elsewhere",
+    "no usable box",
+)
+_KIND_LIMITS = (0.5, 0.3, 0.05)
+_CURVE = tuple(round(0.05 * k, 2) for k in range(1, 20))
 
 
 @dataclass(frozen=True)
@@ -49,68 +50,13 @@ class ItemScore:
     truncated: bool
 
 
-def read_predictions(path: str | Path) -> dict[int, list[Reply]]:
-    """Read `predictions.jsonl`: {index: replies in sampling order}, usually one each.
-
-    A last line cut short by a kill is left out (the next `generate` writes it anew).
-    Raises ValueError for a malformed row or an index given twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such predictions file; run `evaluate generate`")
-    found: dict[int, dict[int, Reply]] = {}
-    for line, row in enumerate(read_jsonl(path), start=1):
-        _check_row(row, f"{path}, line {line}")
-        replies = found.setdefault(row["index"], {})
-        if row.get("sample", 0) in replies:
-            raise ValueError(
-                f"{path}, line {line}: index {row['index']} is predicted twice; two "
-                "runs wrote into one file: generate it again with --fresh"
-            )
-        reply = Reply(row["response"], bool(row.get("truncated", False)))
-        replies[row.get("sample", 0)] = reply
-    return {i: [r[k] for k in sorted(r)] for i, r in sorted(found.items())}
-
-
-def _check_row(row: object, place: str) -> None:
-    index = row.get("index") if isinstance(row, dict) else None
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise ValueError(
-            f'{place}: expected {{"index": i, "response": "..."}} with i >= 0, '
-            f"got {str(row)[:80]}"
-        )
-    if not isinstance(row.get("response"), str):
-        raise ValueError(f"{place}: item {index} has no text under 'response'")
-    if not isinstance(row.get("sample", 0), int):
-        raise ValueError(f"{place}: item {index}: 'sample' must be an integer")
-
-
-def benchmark(samples: Sequence[GroundingSample], sha256: str) -> dict:
-    """Which benchmark a file is: {"name", "by"}, by = sha256 | counts | tasks | none.
-
-    The original and the revised MIG-Bench differ by 10 points for one model (PF sec.
-    7), so a score without this is not a number one can compare.
-    """
-    counts = Counter(s.task for s in samples)
-    if sha256 == MIG_ORIGINAL_SHA256:
-        return {"name": "MIG-Bench original", "by": "sha256"}
-    if counts == {task.name: task.original for task in MIG_TASKS}:
-        return {"name": "MIG-Bench original", "by": "counts"}
-    if counts == {task.name: task.revised for task in MIG_TASKS}:
-        return {"name": "MIG-Bench revised", "by": "counts"}
-    if set(counts) == set(TASK_COLUMN) and all(
-        s.id.startswith("minimig") for s in samples
-    ):
-        return {"name": "MiniMIG", "by": "tasks"}
-    return {"name": "unknown", "by": "none"}
-
-
 def score_items(
     samples: Sequence[GroundingSample],
     replies: dict[int, list[Reply]],
     *,
     parser: str = "answer",
     rule: str = "one",
+    stretch: bool = False,
     indices: Iterable[int] | None = None,
     allow_missing: bool = False,
 ) -> list[ItemScore]:
@@ -119,21 +65,31 @@ def score_items(
     parser: "answer" or "released" (boxes.parse_box).
     rule: "one" compares with the one box the released scorers take, "any" with the best
         of all instances of the item (E8: the released rule fails a right answer there).
+    stretch: boxes are stretched first as for Migician's row (boxes.stretched); for no
+        other model.
     Raises ValueError for a missing prediction (unless allow_missing), for an index
     beyond the records, and for several replies to an item (use `expected`).
     """
     return [
-        _score_reply(samples[i], i, replies[i][0], parser, rule)
+        _score_reply(samples[i], i, replies[i][0], parser, rule, stretch)
         for i in _wanted(samples, replies, indices, allow_missing, single=True)
     ]
 
 
 def _score_reply(
-    sample: GroundingSample, index: int, reply: Reply, parser: str, rule: str
+    sample: GroundingSample,
+    index: int,
+    reply: Reply,
+    parser: str,
+    rule: str,
+    stretch: bool,
 ) -> ItemScore:
     parsed = parse_box(reply.text, mode=parser)
     truths = sample.boxes if rule == "any" and sample.boxes else (sample.answer,)
-    value = max(iou(parsed.box, t) for t in truths) if parsed.box is not None else 0.0
+    value = 0.0
+    if parsed.box is not None:
+        box = stretched(parsed.box) if stretch else parsed.box
+        value = max(iou(box, truth) for truth in truths)
     lost = reply.truncated and parsed.status in (NO_ANSWER, NO_BOX)
     return ItemScore(
         index=index,
@@ -183,6 +139,7 @@ def summarise(items: Sequence[ItemScore], missing: Counter | None = None) -> dic
     Per task: n, hit_03/05/07 (counts), acc_03/05/07 and mean_iou (0..1), ci_05 (95 %
     Wilson interval), status (counts that add up to n), truncated, missing. A task whose
     items are all missing has n = 0, None for its rates, and no part in the macro mean.
+    "curve" is the pooled accuracy over IoU thresholds: {"iou": [...], "acc": [...]}.
     """
     missing = missing or Counter()
     groups: dict[str, list[ItemScore]] = {t: [] for t in missing}
@@ -206,6 +163,7 @@ def summarise(items: Sequence[ItemScore], missing: Counter | None = None) -> dic
         "pooled": pooled,
         **macro,
         "pooled_acc_05": pooled["acc_05"],
+        "curve": _curve(items),
     }
 
 
@@ -223,6 +181,28 @@ def _summary(items: Sequence[ItemScore]) -> dict:
     return row
 
 
+def _curve(items: Sequence[ItemScore]) -> dict[str, list[float]] | None:
+    if not items:
+        return None
+    values = np.array([i.iou for i in items])
+    reached = (values[:, None] >= np.array(_CURVE)).mean(axis=0)  # (N, 19) -> (19,)
+    return {"iou": list(_CURVE), "acc": reached.tolist()}
+
+
+def failure_kind(item: ItemScore) -> str:
+    """One of `KINDS`: how far the item's box is from the target, if there is a box.
+
+    "elsewhere" usually is another thing pointed at well, "near miss" the right one with
+    sloppy edges.
+    """
+    if item.box is None or item.status != OK:
+        return KINDS[-1]
+    for kind, limit in zip(KINDS, _KIND_LIMITS, strict=False):
+        if item.iou >= limit:
+            return kind
+    return KINDS[3]
+
+
 def sort_tasks(tasks: Iterable[str]) -> list[str]:
     """Task names in the order of the paper's columns, others after them by name."""
     order = {task: k for k, task in enumerate(TASK_COLUMN)}
@@ -235,6 +215,7 @@ def expected(
     *,
     parser: str = "answer",
     rule: str = "one",
+    stretch: bool = False,
     indices: Iterable[int] | None = None,
     allow_missing: bool = False,
 ) -> dict:
@@ -246,7 +227,10 @@ def expected(
     """
     per_task: dict[str, list[list[float]]] = {}
     for i in _wanted(samples, replies, indices, allow_missing, single=False):
-        values = [_score_reply(samples[i], i, r, parser, rule).iou for r in replies[i]]
+        values = [
+            _score_reply(samples[i], i, reply, parser, rule, stretch).iou
+            for reply in replies[i]
+        ]
         per_task.setdefault(samples[i].task, []).append(values)
     everything = [v for rows in per_task.values() for v in rows]
     return {
@@ -313,19 +297,3 @@ def compare_items(
         "tasks": {t: row(tasks[t]) for t in sort_tasks(tasks)},
         "overall": row(list(range(len(a)))),
     }
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file's bytes, as recorded in scores.json."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def generation_settings(predictions: str | Path) -> dict | None:
-    """What `generate` wrote beside a predictions file; None for foreign files."""
-    path = settings_path(predictions)
-    return read_json(path) if path.is_file() else None
-
-
-def settings_path(predictions: str | Path) -> Path:
-    """`predictions.jsonl` -> `predictions.settings.json` in the same folder."""
-    return Path(predictions).with_suffix(".settings.json")

@@ -43,9 +43,14 @@ def result_table(run_dir: str | Path, benchmark: str = "mig") -> pd.DataFrame:
 
     Raises ValueError when no model was scored on `benchmark`.
     """
+    return score_rows(_scores(run_dir, benchmark))
+
+
+def score_rows(scores: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """`result_table` of {model: content of scores.json}, in the order given."""
     rows: list[dict[str, Any]] = []
-    for model, scores in _scores(run_dir, benchmark).items():
-        rows += _model_rows(model, scores["tasks"])
+    for model, result in scores.items():
+        rows += _model_rows(model, result["tasks"])
     return pd.DataFrame(rows)
 
 
@@ -224,11 +229,10 @@ def write_tables(run_dir: str | Path) -> list[Path]:
     ValueError when no model was scored on MIG.
     """
     run_dir = Path(run_dir)
-    results = {
-        name: result_table(run_dir, name)
-        for name in BENCHMARKS
-        if name == "mig" or any(run_dir.glob(f"eval/*/{name}/scores.json"))
-    }
+    scored = {path.parent.name for path in run_dir.glob("eval/*/*/scores.json")}
+    names = ["mig", *(name for name in BENCHMARKS[1:] if name in scored)]
+    names += sorted(scored.difference(BENCHMARKS))
+    results = {name: result_table(run_dir, name) for name in names}
     out = run_dir / "tables"
     written = [
         _write(out / f"results_{name}", frame, wide(frame))

@@ -1,4 +1,5 @@
-"""Rows of the zero-shot files: LISA, LLMSeg, ReasonVOS, ReVOS (PF sec. 2.3, 9).
+"""Rows of files with pixel boxes: LISA, LLMSeg, ReasonVOS, ReVOS (PF sec. 2.3, 9),
+and RefCOCO/+/g.
 
 Their boxes are pixels, so reading needs each image's size: the row's optional keys
 "width" and "height", else the image's header. Instructions are wrapped in the released
@@ -11,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from univg_nb.boxes import GRID, Box, to_pixels
@@ -149,6 +151,38 @@ def write_llmseg(sample: GroundingSample, place: Place) -> dict[str, Any]:
     return _write_single(sample, place, "question", "bbox")
 
 
+def read_refcoco(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
+    """RefCOCO/+/g as VLM-R1 distributes them: ``problem`` asks, ``solution`` is a box.
+
+    Always in single-image mode, wherever the images lie; the task is the file's name
+    (refcoco_val), the column of the paper's Table 3.
+    """
+    path = place.image(place.get(row, "image", str))
+    value = place.get(row, "solution", list)
+    box = _grid_box(value, _size(row, path, place), place)
+    text, task = place.get(row, "problem", str), row.get("task", Path(place.file).stem)
+    yield build(row, place, (path,), text, box, cot=False, task=task)
+
+
+def write_refcoco(sample: GroundingSample, place: Place) -> dict[str, Any]:
+    if sample.cot or len(sample.images) != 1 or sample.boxes:
+        raise place.error(
+            "bad_sample",
+            f"sample {sample.id} has {len(sample.images)} images, cot {sample.cot}",
+            "this format has one image and one box, and asks for no chain",
+        )
+    path = place.unrooted(sample.images[0])
+    size = _size({}, place.image(path), place)
+    return {
+        "image": path,
+        "problem": sample.question,
+        "solution": _pixel_box(sample.answer, size),
+        "width": size[0],
+        "height": size[1],
+        **_rest(sample),
+    }
+
+
 def _video(
     row: dict[str, Any], place: Place, images: tuple[str, ...]
 ) -> Iterator[GroundingSample]:
@@ -260,4 +294,5 @@ ALL_FORMATS = FORMATS | {
     "llmseg": Format(read_llmseg, write_llmseg, False),
     "reasonvos": Format(read_reasonvos, write_reasonvos, False),
     "revos": Format(read_revos, write_revos, False),
+    "refcoco": Format(read_refcoco, write_refcoco, False),
 }
