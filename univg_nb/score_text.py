@@ -3,6 +3,11 @@
 from univg_nb.paper import TASK_COLUMN
 
 
+def _name(task: str) -> str:
+    """The paper's column, or the task's own name; the zero-shot files give none."""
+    return TASK_COLUMN.get(task, task) or "(no task)"
+
+
 def score_table(result: dict) -> str:
     """scores.json as a table: a line per task, then the averages."""
     lines = [
@@ -14,11 +19,11 @@ def score_table(result: dict) -> str:
         notes |= {"missing": row["missing"]} if row["missing"] else {}
         text = ", ".join(f"{k} {v}" for k, v in notes.items()) or "all ok"
         if not row["n"]:
-            lines.append(f"{TASK_COLUMN.get(task, task):<18}{0:>6}  {text}")
+            lines.append(f"{_name(task):<18}{0:>6}  {text}")
             continue
         low, high = row["ci_05"]
         lines.append(
-            f"{TASK_COLUMN.get(task, task):<18}{row['n']:>6}{row['acc_05']:>9.1%}"
+            f"{_name(task):<18}{row['n']:>6}{row['acc_05']:>9.1%}"
             f"{f'{low:.1%} .. {high:.1%}':>16}{row['acc_03']:>7.1%}"
             f"{row['acc_07']:>7.1%}{row['mean_iou']:>7.3f}  {text}"
         )
@@ -35,7 +40,7 @@ def expected_table(result: dict) -> str:
     for task, row in [*result["tasks"].items(), ("pooled", result["pooled"])]:
         mean = f"{row['mean_iou']:.3f} ± {row['se_iou']:.3f}"
         lines.append(
-            f"{TASK_COLUMN.get(task, task):<18}{row['n']:>6}{row['replies']:>9}"
+            f"{_name(task):<18}{row['n']:>6}{row['replies']:>9}"
             f"{mean:>16}{row['acc_05']:>9.1%}{row['best_iou']:>7.3f}"
         )
     return "\n".join(lines)
@@ -51,7 +56,7 @@ def compare_table(result: dict) -> str:
         difference, test = row["acc_05"], row["mcnemar"]
         interval = f"{difference['lo']:+.1%} .. {difference['hi']:+.1%}"
         lines.append(
-            f"{TASK_COLUMN.get(task, task):<18}{row['n']:>6}{row['acc_05_a']:>8.1%}"
+            f"{_name(task):<18}{row['n']:>6}{row['acc_05_a']:>8.1%}"
             f"{row['acc_05_b']:>8.1%}{difference['mean_diff']:>+8.1%}{interval:>18}"
             f"{test['b']:>8}{test['c']:>8}{test['p']:>11.3g}"
             f"{row['mean_iou']['mean_diff']:>+9.3f}"
