@@ -71,19 +71,7 @@ def generate(
     number, count = shard
     if not 0 <= number < count:
         raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
-    wanted = sorted(set(range(len(samples)) if indices is None else indices))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(samples):
-        raise ValueError(
-            f"indices {wanted[0]}..{wanted[-1]} reach beyond the {len(samples)} samples"
-        )
-    missing = missing_images(samples, wanted)
-    if missing:
-        index, path = next(iter(missing.items()))
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} items lack an image, first item "
-            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
-            "image root, or leave these items out with --allow-missing"
-        )
+    wanted = _wanted(samples, indices)
     from univg_nb.models import weights_hash
     from univg_nb.replies import noise_seed, reply
 
@@ -170,6 +158,26 @@ def _check_options(
             f"num_return_sequences={replies} greedy replies would be equal; "
             "set a temperature above 0"
         )
+
+
+def _wanted(
+    samples: Sequence[GroundingSample], indices: Iterable[int] | None
+) -> list[int]:
+    """The indices to answer, in order; each must exist and have its images."""
+    wanted = sorted(set(range(len(samples)) if indices is None else indices))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(samples):
+        raise ValueError(
+            f"indices {wanted[0]}..{wanted[-1]} reach beyond the {len(samples)} samples"
+        )
+    missing = missing_images(samples, wanted)
+    if missing:
+        index, path = next(iter(missing.items()))
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} items lack an image, first item "
+            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
+            "image root, or leave these items out with --allow-missing"
+        )
+    return wanted
 
 
 def _items_hash(samples: Sequence[GroundingSample]) -> str:
