@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from univg_nb.boxes import Box, iou, to_pixels
+from univg_nb.image_names import FIXED_IMAGE, image_numbers
 from univg_nb.images import open_image
 from univg_nb.samples import GroundingSample
 
@@ -26,21 +27,6 @@ LONG_SIDE = 448  # px; MiniMIG's 256 px pictures are enlarged, photographs reduc
 
 LabelledBox = tuple[Sequence[float], str, str]
 
-_ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
-_IMAGE_NUMBER = re.compile(
-    r"image[ -](\d+)|(\d+)(?:st|nd|rd|th) image|(" + "|".join(_ORDINALS) + r") image",
-    re.IGNORECASE,
-)
-# Tasks whose questions always ask about the same image: the source of the crops, and
-# the second of a pair.
-_FIXED_TARGET = {
-    "region": 0,
-    "diff": 1,
-    "view_diff": 1,
-    "refer_grounding": 1,
-    "correspondence": 1,
-    "reasoning": 1,
-}
 _OPEN_QUESTION = ("diff", "group_grounding")
 
 
@@ -127,25 +113,17 @@ def target_image(sample: GroundingSample) -> int | None:
     open, the chain names it last, if there is one; else it follows from the task, or
     from the last image number in the question.
     """
-    if len(sample.images) == 1:
+    count = len(sample.images)
+    if count == 1:
         return 0
-    index = None
+    number = FIXED_IMAGE.get(sample.task)
     if sample.task in _OPEN_QUESTION:
-        index = _last_image_number(sample.chain or "")
-    elif sample.task not in _FIXED_TARGET:
-        index = _last_image_number(sample.question)
-    if index is None:
-        index = _FIXED_TARGET.get(sample.task)
-    return index if index is not None and 0 <= index < len(sample.images) else None
-
-
-def _last_image_number(text: str) -> int | None:
-    """The last image a text mentions, counted from 0."""
-    found = _IMAGE_NUMBER.findall(text)
-    if not found:
-        return None
-    plain, ordinal, word = found[-1]
-    return _ORDINALS.index(word.lower()) if word else int(plain or ordinal) - 1
+        named = image_numbers(sample.chain or "")
+        number = named[-1] if named else 2 if sample.task == "diff" else None
+    elif number is None:
+        named = image_numbers(sample.question)
+        number = named[-1] if named else None
+    return number - 1 if number is not None and 1 <= number <= count else None
 
 
 def show_sample(
