@@ -1,6 +1,7 @@
 """Readers, writers, detection, broken input, the audit, the real annotation."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from univg_nb.audit import audit, main, table
-from univg_nb.boxes import box_status, parse_box
+from univg_nb.boxes import box_status, format_box, parse_box
 from univg_nb.prompts import reply_text, user_text
-from univg_nb.rows import COT_SUFFIX, SINGLE_IMAGE_PREFIX
+from univg_nb.rows import COT_SUFFIX, SINGLE_IMAGE_PREFIX, Place, RowError
 from univg_nb.samples import (
     ALL_FORMATS,
     GroundingSample,
@@ -295,6 +296,50 @@ def test_round_trip_of_pixel_formats(tmp_path, name):
     assert read(path, name, tmp_path) == samples
 
 
+coordinates = st.integers(-50, 1100) | st.floats(-50, 1100) | st.floats()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(coordinates, min_size=4, max_size=4))
+def test_four_numbers_are_a_box_or_an_error(numbers):
+    """Whatever the numbers: a box with an area on the grid, near them, or RowError."""
+    row = STAGE2 | {"answer": numbers}
+    try:
+        (got,) = ALL_FORMATS["stage2_rl"].read(row, Place("f"))
+    except RowError as error:
+        assert error.kind.startswith("box_") or error.kind == "bad_box"
+        finite = all(math.isfinite(v) for v in numbers)
+        assert not (finite and min(numbers) >= 0 and max(numbers) <= 1000) or (
+            error.kind in ("box_inverted", "box_degenerate", "box_unit")
+        )
+    else:
+        x1, y1, x2, y2 = got.answer
+        assert 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
+        assert all(abs(a - v) <= 0.5 for a, v in zip(got.answer, numbers, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(words, st.none() | st.lists(ordered_boxes(), min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_every_boxed_turn_is_a_sample(turns):
+    talk = []
+    for question, boxes in turns:
+        reply = "nothing" if boxes is None else " and ".join(map(format_box, boxes))
+        talk += [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+    talk[0] = talk[0] | {"value": "<image>\n<image>" + talk[0]["value"]}
+    row = MGROUNDING | {"conversations": talk}
+    got = list(ALL_FORMATS["mgrounding"].read(row, Place("f")))
+    assert [(s.question, s.answer) for s in got] == [
+        (question, boxes[0]) for question, boxes in turns if boxes
+    ]
+    assert len({s.id for s in got}) == len(got)
+
+
 @pytest.mark.parametrize("name", TEXT_FORMATS)
 def test_written_file_is_detected_and_reads_as_written(tmp_path, name):
     path = tmp_path / "f.json"
@@ -427,12 +472,36 @@ BROKEN = {
         None,
         "2 frames, 2 boxes",
     ),
+    "image path is empty": ([STAGE2 | {"images": [""]}], None, "list of image paths"),
+    "answer is text": (
+        [STAGE2 | {"answer": "(1,2),(3,4)"}],
+        "stage2_rl",
+        "expected li",
+    ),
+    "task is a number": ([MIG | {"task": 3}], None, "'task' is 3; expected str"),
+    "llmseg, odd corners": (
+        [{"image_path": "a", "question": "x", "bbox": [[1, 2], [3, 4], [5, 6]]}],
+        None,
+        "3 corner points; give pairs",
+    ),
+    "size without area": (
+        [
+            {"image_path": "a", "instruction": "x", "boxes": [[1, 2, 3, 4]]}
+            | {"width": 0, "height": 9}
+        ],
+        None,
+        "size 0 x 9",
+    ),
     "no video": (
         [{"video_id": "v", "frames": [0], "question": "q", "bbox_list": []}],
         None,
         "video folder v does not exist",
     ),
 }
+
+
+def test_there_are_fifty_kinds():
+    assert len(BROKEN) >= 50
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
@@ -592,8 +661,14 @@ def test_audit_of_real_mig_bench():
         "view_diff": 94,
     }
     assert report["counts"]["box_inverted"] == 5
-    outside = [p["detail"] for p in report["problems"] if "leaves" in p["detail"]]
-    assert len(outside) == 2 and any("1.048" in d for d in outside)
+    found = {}
+    for problem in report["problems"]:
+        found.setdefault(problem["kind"], {})[problem["row"]] = problem["detail"]
+    assert list(found["box_inverted"]) == [7, 105, 126, 163, 512]
+    assert list(found["box_out_of_range"]) == [34, 703]
+    assert "1.048" in found["box_out_of_range"][34]
+    assert "1.035" in found["box_out_of_range"][703]
+    assert len(found["duplicate"]) == 2
     assert not report["breaks_training"]
 
 

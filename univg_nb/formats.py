@@ -21,7 +21,6 @@ from univg_nb.rows import (
     extras,
     is_single_image,
     prompt_text,
-    stem,
     target_text,
     training_box,
 )
@@ -109,7 +108,7 @@ def _turns(row: dict[str, Any], place: Place) -> list[tuple[str, str]]:
         key, who, what, names = "conversations", "from", "value", ("human", "gpt")
     else:
         key, who, what, names = "messages", "role", "content", ("user", "assistant")
-    texts = []
+    texts: list[str] = []
     for turn in place.get(row, key, list):
         if not isinstance(turn, dict):
             raise place.error("bad_turn", f"turn {turn!r:.60}", f"give {who}/{what}")
@@ -128,7 +127,7 @@ def _turns(row: dict[str, Any], place: Place) -> list[tuple[str, str]]:
             "bad_turn", f"{len(texts)} turns", "give question and reply in pairs"
         )
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
-    markers = sum(human.count(IMAGE_MARKER) for human, _ in pairs)
+    markers = sum([human.count(IMAGE_MARKER) for human, _ in pairs])
     if markers != len(place.get(row, "images", list)):
         raise place.error(
             "marker_mismatch",
@@ -192,11 +191,12 @@ def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSamp
     """
     pairs = _turns(row, place)
     images = place.images(row)
-    name = str(row.get("id", f"{stem(place.file)}#{place.row}"))
-    task = row.get("type", "")
+    name = place.name(row)
+    task = place.get(row, "type", str) if row.get("type") else None
     for turn, (human, gpt) in enumerate(pairs):
-        boxes = tuple(training_box(b, place) for b in find_boxes(gpt))
-        if boxes:
+        found = find_boxes(gpt)
+        if found:
+            boxes = tuple([training_box(box, place) for box in found])
             yield build(
                 row,
                 place,
@@ -204,7 +204,7 @@ def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSamp
                 human,
                 boxes[0],
                 id=name if len(pairs) == 1 else f"{name}/{turn}",
-                task=place.get(row, "type", str) if task else None,
+                task=task,
                 boxes=boxes if len(boxes) > 1 else (),
             )
 

@@ -20,6 +20,8 @@ COT_SUFFIX = (
 SINGLE_IMAGE_PREFIX = "This is a single image grounding task with simple reference. "
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_SEQUENCES = (list, tuple)
+_NUMBERS = frozenset((int, float))
 
 
 @dataclass(frozen=True)
@@ -97,52 +99,59 @@ class Place:
     image_root: str | None = None
     strict: bool = False
     scale: int | None = None
+    prefix: str = field(init=False)  # image_root with a slash at its end
+
+    def __post_init__(self) -> None:
+        self.prefix = os.path.join(self.image_root, "") if self.image_root else ""
 
     def error(self, kind: str, problem: str, remedy: str) -> RowError:
         return RowError(kind, f"{self.file}, row {self.row}: {problem}; {remedy}")
 
     def get(self, row: dict[str, Any], key: str, kind: type) -> Any:
         """``row[key]``, checked to exist and to be of this type."""
+        value = row.get(key)  # None is of no type that is ever asked for
+        if isinstance(value, kind):
+            return value
         if key not in row:
             raise self.error(
                 "missing_key",
                 f"key {key!r} is missing (found {sorted(row)})",
                 "add it or pass the right format=",
             )
-        value = row[key]
-        if not isinstance(value, kind):
-            raise self.error(
-                "wrong_type",
-                f"{key!r} is {value!r:.60}",
-                f"expected {kind.__name__}",
-            )
-        return value
+        raise self.error(
+            "wrong_type", f"{key!r} is {value!r:.60}", f"expected {kind.__name__}"
+        )
 
     def image(self, path: str) -> str:
         """The path with a leading "./" dropped, joined to image_root (PF T7)."""
         path = path[2:] if path.startswith("./") else path
-        return os.path.join(self.image_root, path) if self.image_root else path
+        return path if os.path.isabs(path) else self.prefix + path
 
     def unrooted(self, path: str) -> str:
         """The inverse of `image`: relative to image_root where it lies below it."""
-        root = self.image_root.rstrip("/") + "/" if self.image_root else ""
-        return path.removeprefix(root)
+        return path.removeprefix(self.prefix)
+
+    def name(self, row: dict[str, Any]) -> str:
+        """The row's id; file and number of a row that has none."""
+        if "id" in row:
+            return str(row["id"])
+        return f"{os.path.splitext(os.path.basename(self.file))[0]}#{self.row}"
 
     def images(self, row: dict[str, Any], key: str = "images") -> tuple[str, ...]:
         paths = self.get(row, key, list)
-        if not paths or not all(isinstance(p, str) and p for p in paths):
+        if set(map(type, paths)) != {str} or not all(paths):
             raise self.error(
                 "bad_images", f"{key!r} is {paths!r:.80}", "give a list of image paths"
             )
-        return tuple(self.image(p) for p in paths)
+        return tuple([self.image(p) for p in paths])
 
     def numbers(self, value: Any, count: int = 4) -> list[float]:
         # A set of types is quick, and leaves out bool, which isinstance would not.
         if (
-            not isinstance(value, list | tuple)
+            not isinstance(value, _SEQUENCES)
             or len(value) != count
-            or not set(map(type, value)) <= {int, float}
-            or not all(-1e9 < v < 1e9 for v in value)
+            or not _NUMBERS.issuperset(map(type, value))
+            or not all([-1e9 < v < 1e9 for v in value])
         ):
             raise self.error(
                 "bad_box", f"box {value!r:.80}", f"give {count} finite numbers"
@@ -156,21 +165,21 @@ def training_box(value: Any, place: Place) -> Box:
     A bad target would be trained on silently, hence no clipping here.
     """
     numbers = place.numbers(value)
-    if max(numbers) <= 1 and any(v != int(v) for v in numbers):
+    high = max(numbers)
+    if high <= 1 and any(v != int(v) for v in numbers):
         raise place.error(
             "box_unit",
             f"box {numbers} looks like 0-1 floats",
             f"multiply by {GRID}, or pass format='mig_bench' if it is a benchmark file",
         )
-    x1, y1, x2, y2 = (round(v) for v in numbers)
-    box = (x1, y1, x2, y2)
-    if min(numbers) < 0 or max(numbers) > GRID:
+    x1, y1, x2, y2 = box = tuple(map(round, numbers))
+    if min(numbers) < 0 or high > GRID:
         raise place.error(
             "box_out_of_range",
             f"box {numbers} leaves 0-{GRID}",
             "rescale it to the 0-1000 grid or drop the row",
         )
-    if box_status(box) == INVERTED:
+    if x1 >= x2 or y1 >= y2:
         raise _no_area(numbers, box, place)
     return box
 
@@ -233,7 +242,7 @@ def build(
     """A sample from what a format gave plus our optional keys id, task, cot, chain."""
     found = {k: v for k, v in known.items() if v is not None}
     for key, kind in _OPTIONAL:
-        if key not in found and row.get(key) is not None:
+        if key in row and key not in found and row[key] is not None:
             found[key] = place.get(row, key, kind)
     found.setdefault("task", "")
     if "cot" not in found:
@@ -242,7 +251,7 @@ def build(
         several = (place.numbers(b) for b in place.get(row, "boxes", list))
         found["boxes"] = tuple(tuple(round(v) for v in b) for b in several)
     if "id" not in found:
-        found["id"] = str(row.get("id", f"{stem(place.file)}#{place.row}"))
+        found["id"] = place.name(row)
     question = text.replace(IMAGE_MARKER, "").lstrip("\n")
     source = f"{place.file}#{place.row}"
     try:
@@ -251,10 +260,6 @@ def build(
         )
     except ValueError as error:
         raise place.error("bad_sample", str(error), "correct the row") from error
-
-
-def stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def extras(sample: GroundingSample, *, chain: bool = True) -> dict[str, Any]:

@@ -1,0 +1,268 @@
+"""GRPO updates of one way (stock TRL, or ours), measured in a process of their own.
+
+    python tests/bench/grpo_update.py CASE.json RESULT.json
+
+A process each keeps one way's peak memory out of the other's. CASE.json holds a `Case`.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from univg_nb import config, models, runs
+from univg_nb.grpo_trainer import DifficultyGRPOTrainer
+from univg_nb.rewards import format_reward, iou_reward
+from univg_nb.sampling import VISION_TOKENS
+
+PARTS = ("generate", "reward", "reference", "policy", "optimiser")
+
+
+@dataclass
+class Case:
+    """What is measured. side: pixels of a square image; prompts: questions an update;
+    completion: tokens of every reply (the end token is never sampled); model: "tiny" or
+    a name in univg_nb/scales/models, which gets random weights."""
+
+    way: str  # "stock" or "shared"
+    images: int
+    group: int
+    completion: int
+    side: int = 128
+    prompts: int = 2
+    updates: int = 5
+    warm_up: int = 1
+    model: str = "tiny"
+    seed: int = 0
+
+
+class Clock:
+    """Mixed into a trainer: seconds of each part of the update that is running."""
+
+    def start_clock(self) -> None:
+        self.spent = defaultdict(float)
+
+    @contextmanager
+    def timed(self, part: str):
+        began = now()
+        yield
+        self.spent[part] += now() - began
+
+    def _generate(self, *args, **kwargs):
+        with self.timed("generate"):
+            return super()._generate(*args, **kwargs)
+
+    def _calculate_rewards(self, *args, **kwargs):
+        with self.timed("reward"):
+            return super()._calculate_rewards(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        with self.timed("policy pass" if torch.is_grad_enabled() else "reference"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _prepare_inputs(self, *args, **kwargs):
+        with self.timed("prepare"):
+            return super()._prepare_inputs(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        with self.timed("step"):
+            return super().training_step(*args, **kwargs)
+
+
+class Stock(Clock, GRPOTrainer):
+    pass
+
+
+class Shared(Clock, DifficultyGRPOTrainer):
+    pass
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Watch(TrainerCallback):
+    """One row per update: seconds by part, tokens and images that were computed."""
+
+    def __init__(self, trainer, replies: int) -> None:
+        self.trainer, self.replies, self.rows = trainer, replies, []
+        backbone = models.base_model(trainer.model).model
+        backbone.visual.register_forward_pre_hook(self.count_images, with_kwargs=True)
+        backbone.language_model.register_forward_pre_hook(
+            self.count_tokens, with_kwargs=True
+        )
+
+    def count_images(self, _module, _args, kwargs) -> None:
+        self.images += len(kwargs["grid_thw"])
+
+    def count_tokens(self, _module, _args, kwargs) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():  # else a decoding step
+            self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+
+    def on_train_begin(self, *_args, **_kwargs) -> None:
+        self.base = memory()
+
+    def on_step_begin(self, *_args, **_kwargs) -> None:
+        self.images = self.tokens = 0
+        self.trainer.start_clock()
+        self.began = now()
+
+    def on_pre_optimizer_step(self, *_args, **_kwargs) -> None:
+        self.before = now()
+
+    def on_optimizer_step(self, *_args, **_kwargs) -> None:
+        self.trainer.spent["optimiser"] = now() - self.before
+
+    def on_step_end(self, *_args, **_kwargs) -> None:
+        spent = self.trainer.spent
+        spent["policy"] = spent["step"] - spent["prepare"]
+        row = {part: spent[part] for part in PARTS} | {"update": now() - self.began}
+        row["rest"] = row["update"] - sum(spent[part] for part in PARTS)
+        # reference and policy passes hold the replies too
+        prompt_tokens = self.tokens - 2 * self.replies
+        self.rows.append(row | {"prompt_tokens": prompt_tokens, "images": self.images})
+
+
+def memory() -> float:
+    """MB in use: of the GPU, or resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def peak_memory() -> float:
+    """Largest MB in use so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def build_model(case: Case):
+    """(model with a LoRA adapter, processor); the vision tower is frozen."""
+    bounds = {"min_pixels": case.side**2, "max_pixels": case.side**2}
+    tiny = {"name_or_path": "tiny", "attn_implementation": "sdpa"} | bounds
+    model, processor = models.load(tiny)
+    if case.model != "tiny":
+        path = config.SCALES / "models" / f"{case.model}.json"
+        shape = Qwen2VLConfig(**runs.read_json(path))
+        for name in ("image", "video", "vision_start", "vision_end"):
+            key = f"{name}_token_id"
+            setattr(shape, key, getattr(model.config, key))
+        with torch.device(models.device()):
+            large = Qwen2VLForConditionalGeneration(shape).to(torch.bfloat16)
+        large.generation_config = model.generation_config
+        model, processor.image_processor.patch_size = large, 14
+    models.freeze_vision(model)
+    return models.add_lora(model, {"r": 32, "lora_alpha": 64}), processor
+
+
+def make_rows(case: Case) -> Dataset:
+    """Questions with pictures of their own, as many as all updates take."""
+    noise = np.random.default_rng(case.seed)
+    shape = (case.side, case.side, 3)
+    question = "Find in the last image the thing that the first image does not show."
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{number}. {question}"}],
+                "images": [
+                    Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
+                    for _ in range(case.images)
+                ],
+                "answer": [100.0, 100.0, 500.0, 500.0],
+                "cot": True,
+                "sample_id": str(number),
+                "task": "diff",
+            }
+            for number in range(case.prompts * (case.updates + case.warm_up))
+        ]
+    )
+
+
+def build_trainer(case: Case, out: str):
+    model, processor = build_model(case)
+    tokenizer, end = processor.tokenizer, model.generation_config.eos_token_id
+    never = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    never += [tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])]
+    arguments = GRPOConfig(
+        output_dir=out,
+        num_generations=case.group,
+        per_device_train_batch_size=case.prompts * case.group,
+        max_completion_length=case.completion,
+        max_steps=case.updates + case.warm_up,
+        generation_kwargs={"suppress_tokens": sorted(set(never))},
+        beta=0.04,
+        learning_rate=1e-5,
+        bf16=case.model != "tiny",
+        activation_checkpointing=case.model != "tiny",
+        seed=case.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    common = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": make_rows(case),
+        "processing_class": processor,
+    }
+    if case.way == "shared":
+        return Shared(**common)
+    return Stock(reward_funcs=[iou_reward, format_reward], **common)
+
+
+def measure(case: Case) -> dict:
+    """Medians over the updates after warm-up."""
+    with tempfile.TemporaryDirectory() as out, models.renamed_options():
+        trainer = build_trainer(case, out)
+        watch = Watch(trainer, case.prompts * case.group * case.completion)
+        trainer.add_callback(watch)
+        trainer.train()
+    if case.way == "shared" and not trainer.shared_rollout:
+        raise RuntimeError("the trainer fell back to TRL's way; see its message")
+    rows = watch.rows[case.warm_up :]
+    middle = {name: median(row[name] for row in rows) for name in rows[0]}
+    whole = {name: round(middle.pop(name)) for name in ("prompt_tokens", "images")}
+    return {
+        **asdict(case),
+        "device": runs.device(),
+        "prompt": trainer_prompt(trainer),
+        "seconds": {name: round(value, 4) for name, value in middle.items()},
+        "prompt_tokens": whole["prompt_tokens"],
+        "images_encoded": whole["images"],
+        "base_mb": round(watch.base),
+        "peak_mb": round(peak_memory()),
+    }
+
+
+def trainer_prompt(trainer) -> int:
+    """Tokens of one prompt."""
+    return trainer._buffered_inputs[0]["prompt_ids"].size(1)
+
+
+if __name__ == "__main__":
+    case = Case(**json.loads(Path(sys.argv[1]).read_text()))
+    runs.write_json(sys.argv[2], measure(case))
