@@ -1,10 +1,11 @@
 """Scale files: reading, checking against a typed schema, overriding.
 
 A scale (DESIGN sec. 6) is a mapping with the sections `model`, `data`, `sft`, `grpo`,
-`evaluate`. Our own keys are the TypedDicts below; in `sft` and `grpo` every field of
-TRL's SFTConfig and GRPOConfig is allowed too, under the library's own name, and under
-`lora` every field of PEFT's LoraConfig. An unknown key or a wrong type is a ValueError
-that names file and key: a misspelt option must never train with a default.
+`evaluate`, and `launch` where training runs in processes of its own. Our own keys are
+the TypedDicts below; in `sft` and `grpo` every field of TRL's SFTConfig and GRPOConfig
+is allowed too, under the library's own name, and under `lora` every field of PEFT's
+LoraConfig. An unknown key or a wrong type is a ValueError that names file and key: a
+misspelt option must never train with a default.
 """
 
 import dataclasses
@@ -43,7 +44,9 @@ class DataSection(TypedDict, total=False):
     stage2_file: str
     mig_bench_file: str
     single_test_file: str
-    lisa_file: str
+    refcoco_dir: str  # refcoco_val.json, refcocop_testA.json, ... (paper.REFCOCO_FILES)
+    lisa_file: str  # LISA val
+    lisa_test_file: str
     llmseg_file: str
     reasonvos_file: str
     revos_file: str
@@ -56,9 +59,14 @@ class SftSection(TypedDict, total=False):
 
 
 class GrpoSection(TypedDict, total=False):
-    weight: Literal["none", "exp", "power", "log", "log_released"]
+    weight: Literal["none", "exp", "power", "log", "log_released", "peak", "constant"]
     power: float
+    constant: float
     unit_mean: bool
+    rescale: Literal["none", "mad", "drop_silent"]
+    max_zero_updates: int
+    shared_prefix: Literal["auto", "on", "off", True, False]  # YAML reads on as true
+    row_tokens: int
     freeze_vision: bool
 
 
@@ -67,13 +75,25 @@ class EvaluateSection(TypedDict, total=False):
     batch_size: int
 
 
+class LaunchSection(TypedDict, total=False):
+    """How a training is spread; a scale without it trains in the notebook itself."""
+
+    strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp2"]
+    processes: int  # one per GPU, over all nodes
+    nodes: int
+    written_for: int  # processes for which the scale's batch and accumulation hold
+    port: int  # of the rendezvous; 0 takes a free one (one node only)
+
+
 OWN_SECTIONS = {
     "model": ModelSection,
     "data": DataSection,
     "sft": SftSection,
     "grpo": GrpoSection,
     "evaluate": EvaluateSection,
+    "launch": LaunchSection,
 }
+OPTIONAL = ("launch",)
 
 
 class _Loader(yaml.SafeLoader):
@@ -189,14 +209,14 @@ def check_section(section: str, values: Any, where: str) -> None:
 
 
 def check(config: Any, where: str) -> dict[str, Any]:
-    """Check a whole scale and return it; every section must be there."""
+    """Check a whole scale and return it; every section but `launch` must be there."""
     if not isinstance(config, dict):
         raise ValueError(f"{where}: not a scale file (no 'section:' lines)")
     for section in config:
         if section not in OWN_SECTIONS:
             hint = suggestion(str(section), OWN_SECTIONS)
             raise ValueError(f"{where}: unknown section {section!r}{hint}")
-    missing = [section for section in OWN_SECTIONS if section not in config]
+    missing = [name for name in OWN_SECTIONS if name not in (*config, *OPTIONAL)]
     if missing:
         raise ValueError(f"{where}: section missing: {', '.join(missing)}; add it")
     for section, values in config.items():
@@ -249,7 +269,7 @@ def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
         hint = suggestion(path[0], OWN_SECTIONS)
         raise ValueError(f"--set {assignment!r}: unknown section {path[0]!r}{hint}")
     changed = {section: dict(values) for section, values in config.items()}
-    target = changed[path[0]]
+    target = changed.setdefault(path[0], {})
     if len(path) == 3:
         target["lora"] = target = dict(target.get("lora", {}))
     target[path[-1]] = parse_value(text)
@@ -260,3 +280,33 @@ def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
 def dump(config: dict[str, Any]) -> str:
     """A configuration as YAML text that load_scale reads back equal."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def spread(
+    config: dict[str, Any], stage: str, processes: int | None = None
+) -> dict[str, Any]:
+    """The scale with the batch of `stage` ("sft" or "grpo") kept whole on another
+    number of processes (default: launch.processes): its accumulation holds for
+    `launch.written_for` of them.
+
+    Raises ValueError if the batch cannot be divided so.
+    """
+    launch, section = config.get("launch", {}), dict(config[stage])
+    wanted = processes or launch.get("processes", 1)
+    written = launch.get("written_for", wanted)
+    steps = section.get("gradient_accumulation_steps", 1) * written
+    if steps % wanted:
+        raise ValueError(
+            f"the {stage} batch is {steps} micro-batches an update, which do not "
+            f"divide over {wanted} processes; take a divisor of {steps}, or set "
+            f"{stage}.gradient_accumulation_steps and launch.written_for"
+        )
+    section["gradient_accumulation_steps"] = steps // wanted
+    return {**config, stage: section}
+
+
+def whole_batch(section: dict[str, Any], processes: int) -> dict[str, Any]:
+    """A section with the accumulation of all processes together: the same for every
+    way to spread one batch, so that a checkpoint is known again on another number."""
+    steps = section.get("gradient_accumulation_steps", 1) * processes
+    return {**section, "gradient_accumulation_steps": steps}

@@ -1,0 +1,235 @@
+"""Memory of a training before it runs, by component.
+
+The model is built from its configuration on torch's meta device (shapes, no numbers),
+so that a 7B model is counted in a second on any machine. What autograd keeps for the
+backward pass is counted by sending meta tensors through one decoder layer. Bytes are
+those of one process, which has one GPU.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from univg_nb import models
+from univg_nb.config import SCALES, suggestion
+
+Stage = Literal["sft", "grpo"]
+STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, 8-bit scale, and its fp32 scale
+LOGIT_BYTES = 12  # the logit, its fp32 log-softmax, and the gradient of each
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread: strategy, processes in all, and what a row holds.
+
+    tokens: of the longest row, prompt and reply: decides the memory.
+    reply: tokens of the reply among them (GRPO keeps logits for these only).
+    images: image tokens among them; four patches of the vision tower each.
+    typical: tokens of a usual row, reply included: decides the time.
+    """
+
+    strategy: str
+    processes: int
+    tokens: int
+    reply: int
+    images: int
+    typical: int
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            hint = suggestion(self.strategy, STRATEGIES)
+            raise ValueError(f"unknown strategy {self.strategy!r}{hint}")
+        if (self.strategy == "single") != (self.processes == 1):
+            raise ValueError(
+                f"launch.strategy = {self.strategy} with {self.processes} processes; "
+                "one process is single, several are ddp, zero2, zero3 or fsdp2"
+            )
+
+    @property
+    def weight_shards(self) -> int:
+        """Into how many parts frozen and trained weights are cut."""
+        return self.processes if self.strategy in ("zero3", "fsdp2") else 1
+
+    @property
+    def state_shards(self) -> int:
+        """Into how many parts gradients and optimiser are cut."""
+        sharded = self.strategy in ("zero2", "zero3", "fsdp2")
+        return self.processes if sharded else 1
+
+
+# ---------------------------------------------------------------- the model, in shapes
+
+
+def architecture(name_or_path: str) -> Any:
+    """The model's configuration: "tiny", a folder, a shipped one, or the hub's."""
+    path = Path(models.resolve(name_or_path))
+    shipped = SCALES / "models" / f"{path.name}.json"
+    if (path / "config.json").is_file() or not shipped.is_file():
+        return AutoConfig.from_pretrained(path if path.is_dir() else name_or_path)
+    fields = json.loads(shipped.read_text(encoding="utf-8"))
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+
+
+def build(config: Mapping[str, Any], stage: Stage) -> torch.nn.Module:
+    """The scale's model on the meta device, with what `stage` trains marked."""
+    section, sft = config[stage], config["sft"]
+    dtype = getattr(torch, config["model"].get("dtype", "float32"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            architecture(config["model"]["name_or_path"]), dtype=dtype
+        )
+        if section.get("freeze_vision", True):
+            models.freeze_vision(model)
+        if sft.get("adapter", "lora") != "none":
+            model = models.add_lora(model, sft.get("lora"))
+    return model
+
+
+def _account_attention(module: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+    """Stands in for flash or memory-efficient attention, which keep q, k, v, the
+    output and one number per row and head, not the T x T scores."""
+    return _Attention.apply(q, k, v).transpose(1, 2), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float))
+        return out
+
+
+AttentionInterface.register("account", _account_attention)
+
+
+def kept_per_layer(model: torch.nn.Module, rows: int, tokens: int) -> int:
+    """Bytes that autograd keeps for the backward pass of one decoder layer."""
+    base = models.base_model(model)
+    layer = base.model.language_model.layers[0]
+    text = base.config.get_text_config()
+    width = text.hidden_size // text.num_attention_heads
+    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    shape = (rows, tokens, text.hidden_size)
+    options = {"dtype": layer.input_layernorm.weight.dtype, "device": "meta"}
+    hidden = torch.empty(shape, requires_grad=True, **options)
+    rotary = torch.empty((rows, tokens, width), **options)
+    before, text._attn_implementation = text._attn_implementation, "account"
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(hidden, attention_mask=None, position_embeddings=(rotary, rotary))
+    finally:
+        text._attn_implementation = before
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+# ---------------------------------------------------------------- memory
+
+
+PHASES = ("activations", "logits", "KV cache", "vision")
+
+
+def static_memory(
+    model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
+) -> dict[str, float]:
+    """Weights, gradients, optimiser, reference, buffers: bytes per process.
+
+    AdamW holds two numbers per trained one, in the dtype of the parameter; under bf16
+    mixed precision ZeRO and FSDP train fp32 weights and hold all three in fp32.
+    """
+    adapter = config["sft"].get("adapter", "lora")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    size = sum(p.numel() * p.element_size() for p in trained)
+    frozen = float(sum(p.numel() * p.element_size() for p in model.parameters()) - size)
+    if adapter == "qlora":
+        linears = set(models.language_linears(models.base_model(model)))
+        for name, weight in models.base_model(model).named_parameters():
+            if name.removesuffix(".weight") in linears and "lora_" not in name:
+                frozen += weight.numel() * (NF4_BYTES - weight.element_size())
+    gradients, states, master = size, 2 * size, 0
+    mixed = config[stage].get("bf16", False)
+    if layout.strategy in ("zero2", "zero3") and mixed:
+        states, master = 8 * count, 4 * count
+    elif layout.strategy == "fsdp2" and mixed:  # the trained weights become fp32
+        gradients, states, master = 4 * count, 8 * count, 4 * count - size
+    reference = 0.0
+    if stage == "grpo" and config["grpo"].get("beta", 0.04):
+        whole = (size + frozen) / layout.weight_shards
+        reference = size if adapter != "none" else whole
+    account = {
+        "weights": (frozen + size) / layout.weight_shards,
+        "gradients": gradients / layout.state_shards,
+        "optimiser": (states + master) / layout.state_shards,
+        "reference": reference,
+        "buffers": _buffers(model, layout, size),
+    }
+    return {name: float(number) for name, number in account.items()}
+
+
+def _buffers(model: torch.nn.Module, layout: Layout, size: int) -> float:
+    """DDP: a bucketed copy of the gradients. ZeRO-2: two buckets of 2e8 numbers.
+    ZeRO-3, FSDP: two decoder layers (one at work, one fetched ahead), or the embedding
+    and the head, gathered whole."""
+    if layout.strategy == "ddp":
+        return float(size)
+    if layout.strategy == "zero2":
+        return 2 * 2e8 * 2
+    if layout.weight_shards == 1:
+        return 0.0
+    base = models.base_model(model)
+    layer = base.model.language_model.layers[0]
+    gathered = 2 * sum(p.numel() * p.element_size() for p in layer.parameters())
+    ends = {base.lm_head.weight, base.get_input_embeddings().weight}
+    return float(max(gathered, sum(p.numel() * p.element_size() for p in ends)))
+
+
+def training_memory(
+    model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
+) -> dict[str, float]:
+    """Activations, logits, KV cache and vision: bytes per process at their largest."""
+    section = config[stage]
+    base = models.base_model(model)
+    text, vision = base.config.get_text_config(), base.config.vision_config
+    size = base.lm_head.weight.element_size()
+    rows = section.get("per_device_train_batch_size", 8)
+    group = section.get("num_generations", 8) if stage == "grpo" else 1
+    tokens, packed = layout.tokens, rows
+    if stage == "grpo":  # prompt once, replies behind it: one packed row per group
+        tokens = layout.tokens + (group - 1) * layout.reply
+        packed = max(1, rows // group)
+    layers = text.num_hidden_layers
+    one = kept_per_layer(model, packed, tokens)
+    carried = packed * tokens * text.hidden_size * size
+    checkpointing = section.get(
+        "activation_checkpointing", section.get("gradient_checkpointing", True)
+    )
+    kept = layers * carried + one if checkpointing else layers * one
+    scored = layout.reply if stage == "grpo" else tokens
+    width = text.hidden_size // text.num_attention_heads
+    per_token = 2 * layers * text.num_key_value_heads * width * size
+    generated = rows * section.get("gradient_accumulation_steps", 1)
+    cache = generated * layout.tokens * per_token
+    if stage == "sft" or section.get("use_vllm"):
+        cache = 0
+    patches = (rows // group) * layout.images * vision.spatial_merge_size**2
+    return {
+        "activations": float(kept),
+        "logits": float(rows * scored * text.vocab_size * LOGIT_BYTES),
+        "KV cache": float(cache),
+        "vision": float(patches * vision.embed_dim * 10 * size),
+    }

@@ -1,0 +1,246 @@
+"""Before a long run: does it fit, how long will it take, is everything there?
+
+    python -m univg_nb.launch plan full --gpu H100-80G --gpus 8
+
+Prints the account of both stages and the checks of this machine. Exit code 0: fits
+and all checks pass; 1: something does not; 2: a wrong call.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from univg_nb import cost_model, runs
+from univg_nb.audit import audit
+from univg_nb.config import spread
+from univg_nb.cost_model import Plan
+from univg_nb.memory_model import STRATEGIES, Layout, Stage
+from univg_nb.plan_text import (
+    Check,
+    checks_text,
+    compare,
+    knobs_text,
+    measured,
+    plan_text,
+)
+
+IMAGES = 4  # images of a prompt, where the data are not at hand: an assumption
+TEXT = 150  # tokens of a prompt besides its images: an assumption
+CHECKPOINTS = 3  # on disk at once: save_total_limit 2 and the one being written
+
+
+# ---------------------------------------------------------------- what a row holds
+
+
+def data_files(config: Mapping[str, Any], stage: Stage) -> tuple[str, str | None]:
+    """(file, image root) of a stage's released data; ("", None) for MiniMIG."""
+    data = config["data"]
+    key = "stage1_file" if stage == "sft" else "stage2_file"
+    return data.get(key) or "", data.get("image_root")
+
+
+def layout_of(
+    config: Mapping[str, Any],
+    stage: Stage,
+    strategy: str | None = None,
+    processes: int | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> Layout:
+    """Where and on what a stage trains. report: the audit of its data, which knows
+    the prompts' lengths. Without it a prompt is IMAGES of full size and TEXT, a usual
+    row half of that, and the longest the cut-off where the scale has one."""
+    launch = config.get("launch", {})
+    processes = processes or launch.get("processes", 1)
+    strategy = strategy or launch.get("strategy", "ddp" if processes > 1 else "single")
+    if processes == 1:
+        strategy = "single"
+    elif strategy == "single":
+        strategy = "zero3" if config["sft"].get("adapter") == "none" else "ddp"
+    model, section = config["model"], config[stage]
+    vision = cost_model.vision_config(model["name_or_path"])
+    side = vision.patch_size * vision.spatial_merge_size
+    images = IMAGES * (model.get("max_pixels", 12_845_056) // side**2)
+    reply = section.get("max_completion_length", 256)
+    limit = section.get("max_length") or 0
+    if report and report["samples"]:
+        longest = report["prompt_tokens"]["max"] + reply
+        typical = int(report["prompt_tokens"]["median"]) + reply
+        images = min(images, longest - reply)
+    else:
+        guess = images + TEXT + reply
+        longest, typical = limit or guess, guess // 2
+    longest = min(longest, limit or longest)
+    return Layout(strategy, processes, longest, reply, images, typical)
+
+
+def rows_of(config: Mapping[str, Any], stage: Stage) -> int:
+    """Training samples: the scale's number, or the paper's where it takes all."""
+    name, released = ("stage1", 90_000) if stage == "sft" else ("stage2", 10_000)
+    return config["data"].get(name) or released
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_packages(config: Mapping[str, Any], strategy: str) -> list[Check]:
+    """The GPU packages that these settings need, really imported."""
+    needed = {}
+    if config["model"].get("attn_implementation") == "flash_attention_2":
+        needed["flash_attn"] = "model.attn_implementation=sdpa"
+    if config.get("grpo", {}).get("use_vllm"):
+        needed["vllm"] = "grpo.use_vllm=false"
+    if strategy in ("zero2", "zero3"):
+        needed["deepspeed"] = "launch.strategy=fsdp2"
+    if config["sft"].get("adapter") == "qlora":
+        needed["bitsandbytes"] = "sft.adapter=lora"
+    made = []
+    for name, instead in needed.items():
+        problem = "" if importlib.util.find_spec(name) else "not installed"
+        if not problem:
+            try:
+                importlib.import_module(name)
+            except (ImportError, OSError) as error:  # built for another torch or CUDA
+                problem = f"does not import: {error}"
+        remedy = f"{problem}; pip install '.[gpu]', or set {instead}"
+        made.append(Check(f"package {name}", not problem, remedy if problem else "ok"))
+    return made
+
+
+def disk_needed(plan: Plan) -> int:
+    """Bytes that a stage writes: checkpoints with their optimiser, and the result."""
+    total, trained = plan.parameters["total"], plan.parameters["total"]["trainable"]
+    adapter = plan.parameters["adapter"]["parameters"]
+    weights = 2 * total["parameters"] if not adapter else 4 * adapter
+    return int(CHECKPOINTS * (weights + 12 * trained) + weights)
+
+
+def check_disk(folder: str | Path, needed: int) -> Check:
+    """Room for `needed` bytes where `folder` is or will be."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    detail = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free at {place}"
+    if free < needed:
+        detail += "; free some, or set RUN_DIR to another disk"
+    return Check("disk", free >= needed, detail)
+
+
+def check_port(port: int, what: str, taken: bool = False) -> Check:
+    """A port of this machine that is free, or (a server's) that answers."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        answers = probe.connect_ex(("127.0.0.1", port)) == 0
+    state = "answers" if answers else "is free"
+    remedy = "start the server first" if taken else "set launch.port to another"
+    detail = f"{port} {state}" + ("" if answers == taken else f"; {remedy}")
+    return Check(what, answers == taken, detail)
+
+
+def check_data(
+    config: Mapping[str, Any], stage: Stage, images: bool
+) -> tuple[Check, dict | None]:
+    """The audit of the stage's file, every image opened if `images`; its report."""
+    file, root = data_files(config, stage)
+    name = f"data {stage}"
+    if not file:
+        return Check(name, True, "MiniMIG, made by notebook 01"), None
+    if not Path(file).is_file():
+        return Check(name, False, f"{file} is missing; make data"), None
+    if root and not Path(root).is_dir():
+        return Check(name, False, f"image root {root} is missing; make data"), None
+    report = audit(file, image_root=root if images else None)
+    found = ", ".join(f"{kind} {n}" for kind, n in report["counts"].items())
+    detail = f"{report['samples']} samples; {found or 'no problem'}"
+    if report["breaks_training"]:
+        detail += f"; see python -m univg_nb.samples audit {file}"
+    return Check(name, not report["breaks_training"], detail), report
+
+
+def check_gpus(processes: int, nodes: int) -> Check:
+    """As many GPUs on this machine as it is to run processes."""
+    import torch
+
+    here, found = processes // nodes, torch.cuda.device_count()
+    detail = f"{found} found, {here} asked for on this machine"
+    remedy = "; set launch.processes (make: GPUS=..)" if found < here else ""
+    return Check("GPUs", found >= here, detail + remedy)
+
+
+def check_machine(
+    config: Mapping[str, Any], strategy: str, processes: int
+) -> list[Check]:
+    """Packages, GPUs and ports of this machine."""
+    launch, grpo = config.get("launch", {}), config["grpo"]
+    made = check_packages(config, strategy)
+    made.append(check_gpus(processes, launch.get("nodes", 1)))
+    if launch.get("port"):
+        made.append(check_port(launch["port"], "port of the rendezvous"))
+    server = grpo.get("use_vllm") and grpo.get("vllm_mode") == "server"
+    if server and grpo.get("vllm_server_host", "0.0.0.0") in ("0.0.0.0", "127.0.0.1"):
+        port = grpo.get("vllm_server_port", 8000)
+        made.append(check_port(port, "vLLM server", taken=True))
+    return made
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan`."""
+    parser.add_argument("config", help="a shipped scale's name or a .yaml file")
+    parser.add_argument("--gpu", default="H100-80G", help=", ".join(cost_model.GPUS))
+    parser.add_argument("--gpus", type=int, help="default: the scale's")
+    parser.add_argument("--strategy", choices=STRATEGIES)
+    parser.add_argument("--stage", choices=("sft", "grpo"), help="default: both")
+    parser.add_argument("--mfu", type=float, default=0.35, help="assumed, 0..1")
+    parser.add_argument("--price", type=float, help="of one GPU hour, any currency")
+    parser.add_argument("--out", default="runs", help="where the run will be written")
+    parser.add_argument(
+        "--measured",
+        metavar="STAGE_FOLDER",
+        help="set what that training took beside the plan (with --stage)",
+    )
+    parser.add_argument("--images", action="store_true", help="open every image too")
+    parser.add_argument(
+        "--account-only", action="store_true", help="do not check this machine"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the plan; the exit code of the module's first lines."""
+    config = runs.load_scale(options.config)
+    for assignment in options.set:
+        config = runs.override(config, assignment)
+    gpu, good, needed = cost_model.find_gpu(options.gpu), True, 0
+    checks: list[Check] = []
+    for stage in [options.stage] if options.stage else ["sft", "grpo"]:
+        report = None
+        if not options.account_only:
+            check, report = check_data(config, stage, options.images)
+            checks.append(check)
+        where = layout_of(config, stage, options.strategy, options.gpus, report)
+        rows = rows_of(config, stage)
+        whole = spread(config, stage, where.processes)
+        made = cost_model.plan(whole, stage, where, gpu, rows, options.mfu)
+        print(plan_text(made, options.gpu, options.price))
+        if not made.fits:
+            better = cost_model.knobs(whole, made, rows, options.mfu)
+            print(knobs_text(made, better))
+        if options.measured and stage == options.stage:
+            print(compare(made, measured(options.measured)))
+        print()
+        good, needed = good and made.fits, needed + disk_needed(made)
+    print(f"assumed: MFU {options.mfu:g}; hours are a model, not a measurement")
+    if not options.account_only:
+        checks += check_machine(config, where.strategy, where.processes)
+        checks.append(check_disk(options.out, needed))
+        print(checks_text(checks))
+    return int(not good or not all(check.ok for check in checks))
