@@ -1,0 +1,364 @@
+"""Launched trainings: two gloo processes through the launcher, signals, failures."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from PIL import Image
+from test_models import make_tiny
+
+from univg_nb import launch, runs, sft, worker
+from univg_nb.samples import GroundingSample
+
+ROOT = Path(launch.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def model_cfg(folder):
+    return {"name_or_path": str(make_tiny(folder / "model"))}
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    made = []
+    for i in range(16):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (64, 64), (15 * i, 200, 90)).save(path)
+        box = (10 * i, 100, 10 * i + 400, 700)
+        made.append(
+            GroundingSample(f"s{i}", "toy", (str(path),), "Find it.", box, chain="It.")
+        )
+    return made
+
+
+def scale(model_cfg, processes, strategy="ddp", **options):
+    """Four samples an update, however many processes; 16 updates."""
+    section = {
+        "adapter": "lora",
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    made = {"model": model_cfg, "data": {}, "sft": {**section, **options}}
+    if processes:
+        made["launch"] = {
+            "strategy": strategy if processes > 1 else "single",
+            "processes": processes,
+            "written_for": 1,
+        }
+    return made
+
+
+def losses(out):
+    return [row["loss"] for row in runs.read_jsonl(out / "metrics.jsonl")]
+
+
+def adapter(out):
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- without children
+
+
+def test_the_batch_stays_whole_on_another_number_of_processes(model_cfg):
+    config = {**scale(model_cfg, 4), "launch": {"processes": 4, "written_for": 8}}
+    assert launch.spread(config, "sft")["sft"]["gradient_accumulation_steps"] == 4
+    assert config["sft"]["gradient_accumulation_steps"] == 2
+    config["launch"]["processes"] = 3
+    with pytest.raises(ValueError, match="do not divide over 3 processes"):
+        launch.spread(config, "sft")
+
+
+def parsed(section, **environment):
+    """What accelerate makes of our command line and configuration file."""
+    arguments = launch.command(section, True, ["-m", "univg_nb.worker", "request"])
+    start = arguments.index("accelerate.commands.launch") + 1
+    made = launch_command_parser().parse_args(arguments[start:])
+    return arguments, _validate_launch_command(made)[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_accelerate_understands_the_shipped_configurations(strategy):
+    section = {"strategy": strategy, "processes": 4}
+    _, made = parsed(section)
+    assert (made.num_processes, made.num_machines) == (4, 1)
+    assert made.multi_gpu == (strategy == "ddp")
+    assert made.use_deepspeed == strategy.startswith("zero")
+    assert made.use_fsdp == (strategy == "fsdp2")
+    assert made.mixed_precision == "bf16" and not made.use_cpu
+    if made.use_deepspeed:
+        assert made.zero_stage == int(strategy[-1])
+    if made.use_fsdp:
+        assert made.fsdp_version in (2, "2")
+
+
+def test_several_nodes_meet_at_the_first(monkeypatch):
+    section = {"strategy": "ddp", "processes": 16, "nodes": 2, "port": 29511}
+    with pytest.raises(ValueError, match="need MASTER_ADDR"):
+        launch.command(section, True, [])
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    arguments, made = parsed(section)
+    assert arguments[:3] == ["srun", "--ntasks-per-node=1", "--nodes=2"]
+    assert (made.num_machines, made.main_process_ip) == (2, "node-1")
+    assert (made.rdzv_backend, int(made.main_process_port)) == ("c10d", 29511)
+    with pytest.raises(ValueError, match="do not divide over 2 nodes"):
+        launch.command({**section, "processes": 3}, True, [])
+
+
+def test_what_is_said_when_the_number_of_processes_changes():
+    assert "exact" in launch.resume_statement(2, 2, "zero3")
+    assert "Not exact: the order of sums" in launch.resume_statement(2, 4, "fsdp2")
+    with pytest.raises(ValueError, match="use 8 processes"):
+        launch.resume_statement(8, 4, "zero3")
+
+
+def test_a_wrong_world_size_is_an_error_before_the_weights(tmp_path):
+    request = {"processes": 2, "strategy": "ddp"}
+    with pytest.raises(ValueError, match="2 processes were asked for, 1 train"):
+        worker.run(request, worker.Status(tmp_path, 0))
+    with pytest.raises(ValueError, match=r"fsdp2 was asked for, .* runs MULTI_CPU"):
+        worker.check_processes("fsdp2", 2, 2, "MULTI_CPU")
+
+
+def test_a_missing_gpu_package_is_named_before_anything_starts(
+    model_cfg, rows, tmp_path
+):
+    if importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is installed here")
+    config = scale(model_cfg, 2, strategy="zero3")
+    with pytest.raises(ValueError, match=r"deepspeed not installed; .*fsdp2"):
+        launch.train("sft", config, tmp_path, rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_without_launch_trains_here(model_cfg, rows, tmp_path):
+    config = scale(model_cfg, 0, max_steps=1)
+    summary = launch.train("sft", config, tmp_path, rows, adapter="lora")
+    assert summary["steps"] == 1 and not (tmp_path / "launch").exists()
+
+
+# ---------------------------------------------------------------- two processes
+
+
+CALL = """
+import json, sys
+from univg_nb import launch, worker
+job = json.load(open(sys.argv[1]))
+launch.train(job["stage"], job["config"], job["out"], worker.rows_of(job["rows"]))
+"""
+
+
+def caller(folder, config, out, rows):
+    """A process of its own that calls launch.train, as a kernel does."""
+    job = folder / "job.json"
+    rows = [row.__dict__ for row in rows]
+    text = {"stage": "sft", "config": config, "out": str(out), "rows": rows}
+    job.write_text(json.dumps(text))
+    return subprocess.Popen(
+        [sys.executable, "-c", CALL, str(job)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_sigterm_then_the_same_call_resumes_exactly(
+    model_cfg, rows, tmp_path
+):
+    two, cut, one = (tmp_path / name for name in ("two", "cut", "one"))
+    config = scale(model_cfg, 2)
+    summary = launch.train("sft", config, two, rows)
+    assert summary["steps"] == 16
+    state = runs.read_json(two / "launch" / "rank-1.json")
+    assert (state["state"], state["world_size"]) == ("finished", 2)
+    assert state["distributed_type"] == "MULTI_CPU" and state["peak_bytes"] > 0
+    sft.train(scale(model_cfg, 0), one, rows)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+    process = caller(tmp_path, config, cut, rows)
+    metrics = cut / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(runs.read_jsonl(metrics)) >= 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert not (cut / "summary.json").exists()
+    assert list((cut / "checkpoints").glob("checkpoint-*/complete.json"))
+    done = len(losses(cut))
+    assert 2 <= done < 16
+    assert launch.train("sft", config, cut, rows)["steps"] == 16
+    assert runs.read_json(cut / "launch" / "rank-0.json")["first_step"] == done
+    assert losses(cut) == losses(two)
+    assert adapter(cut) == adapter(two)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_goes_on_with_one(
+    model_cfg, rows, tmp_path, capfd
+):
+    """Weights, optimiser, schedule and samples carry over; sums are ordered anew."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
+    sft.train(scale(model_cfg, 0), whole, rows)
+    launch.train("sft", scale(model_cfg, 2, **options), part, rows)
+    shutil.rmtree(part / "checkpoints" / "checkpoint-15")
+    shutil.rmtree(part / "checkpoints" / "checkpoint-16", ignore_errors=True)
+    launch.train("sft", scale(model_cfg, 1, strategy="single", **options), part, rows)
+    assert "goes on with 1 process(es) after 2" in capfd.readouterr().out
+    assert runs.read_json(part / "launch" / "rank-0.json")["first_step"] == 10
+    assert losses(part) == pytest.approx(losses(whole), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_grpo_on_two_processes_equals_one(model_cfg, rows, tmp_path):
+    """Sampled at a temperature near zero: random numbers are drawn per process."""
+    start = tmp_path / "start"
+    sft.train(scale(model_cfg, 0, max_steps=1), start, rows)
+    section = {
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 6,
+        "temperature": 1e-4,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    options = {"sft_adapter": start / "adapter", "weight": "exp"}
+    logged = []
+    for processes in (2, 1):
+        config = {**scale(model_cfg, processes), "grpo": section}
+        out = tmp_path / str(processes)
+        summary = launch.train("grpo", config, out, rows, **options)
+        assert summary["steps"] == 2
+        made = runs.read_jsonl(out / "metrics.jsonl")
+        keys = ("reward", "loss", "completions/mean_length", "groups/mean_iou")
+        logged.append([row[key] for row in made for key in keys])
+    assert logged[0] == pytest.approx(logged[1], abs=1e-5)
+    state = runs.read_json(tmp_path / "2" / "launch" / "rank-1.json")
+    assert (state["state"], state["distributed_type"]) == ("finished", "MULTI_CPU")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_is_named(model_cfg, rows, tmp_path):
+    config = scale(model_cfg, 2, num_train_epochs=400)
+    killed = []
+
+    def kill():
+        state = tmp_path / "launch" / "rank-1.json"
+        metrics = tmp_path / "metrics.jsonl"
+        wait_for(lambda: metrics.is_file() and runs.read_jsonl(metrics))
+        os.kill(runs.read_json(state)["pid"], signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(RuntimeError, match=r"rank 1 \(pid \d+ on .*\) was killed"):
+        launch.train("sft", config, tmp_path, rows)
+    assert time.monotonic() - killed[0] < 30
+    thread.join()
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_sharding_asked_for_but_not_in_force_is_an_error(model_cfg, rows, tmp_path):
+    """accelerate turns FSDP on CPUs into DDP without a word."""
+    config = scale(model_cfg, 2, strategy="fsdp2")
+    with pytest.raises(RuntimeError, match="fsdp2 was asked for, but accelerate runs"):
+        launch.train("sft", config, tmp_path, rows)
+    assert not (tmp_path / "metrics.jsonl").exists() or losses(tmp_path) == []
+
+
+# ---------------------------------------------------------------- sharded by torch
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from univg_nb import models
+source, out = sys.argv[1:]
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model, processor = models.load({"name_or_path": source}, trainable=True)
+models.freeze_vision(model)
+for layer in model.model.language_model.layers:
+    fully_shard(layer)
+fully_shard(model)
+part = model.lm_head.weight.to_local().numel()
+assert part < model.lm_head.weight.numel(), "not sharded"
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+rows = torch.arange(32).view(2, 16) + 5
+for _ in range(3):
+    mine = rows[rank : rank + 1]
+    loss = model(input_ids=mine, labels=mine).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+state = get_model_state_dict(model, options=options)
+if rank == 0:
+    plain, _ = models.load({"name_or_path": source})
+    plain.load_state_dict(state)
+    plain.save_pretrained(out)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_fully_shard_on_two_processes_saves_what_plain_transformers_loads(
+    model_cfg, tmp_path
+):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    out = tmp_path / "saved"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    source = model_cfg["name_or_path"]
+    subprocess.run(
+        [sys.executable, *torchrun, str(script), source, str(out)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(out)
+    # The same by one process: the gradient of DDP and FSDP is the mean over processes.
+    model = Qwen2VLForConditionalGeneration.from_pretrained(source).train()
+    trained = [p for n, p in model.named_parameters() if "visual." not in n]
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    rows = torch.arange(32).view(2, 16) + 5
+    for _ in range(3):
+        sum(model(input_ids=r[None], labels=r[None]).loss / 2 for r in rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        expected, found = (m.eval()(input_ids=rows).logits for m in (model, loaded))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,139 @@
+"""The processes of a launched training, watched from outside.
+
+Each writes its state to rank-N.json and its output to rank-N.log (see worker).
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from univg_nb.kernel import alive
+from univg_nb.live import Live
+from univg_nb.runs import read_json
+
+GRACE = 10.0  # seconds for the others to end when one process has failed
+CHECKPOINT = 900.0  # seconds a checkpoint may take after a signal
+TAIL = 25  # last lines of a failed process
+
+
+class Stopped(Exception):
+    """A signal came while the children trained."""
+
+
+class Children:
+    """The launched processes, seen through their rank-N.json files."""
+
+    def __init__(self, folder: Path, arguments: list[str], env: dict[str, str]) -> None:
+        self.folder = folder
+        with open(folder / "console.log", "wb") as console:
+            self.agent = subprocess.Popen(
+                arguments,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a signal reaches it through us, once
+            )
+
+    def states(self) -> list[dict[str, Any]]:
+        """What each process says of itself, by rank."""
+        paths = self.folder.glob("rank-*.json")
+        return sorted((read_json(path) for path in paths), key=lambda s: s["rank"])
+
+    def failure(self) -> str:
+        """The process that failed first, and its last lines; "" while none has.
+
+        One that is gone without a word comes before one that raised: its death is what
+        the others complain of.
+        """
+        states, ended = self.states(), self.agent.poll()
+        for state in states:
+            if state["state"] in ("started", "training") and gone(state):
+                return self.describe(state, "was killed (out of memory?)")
+        failed = [state for state in states if state["state"] == "failed"]
+        if failed:
+            first = min(failed, key=lambda state: state["time"])
+            return self.describe(first, "failed")
+        stopped = [state for state in states if state["state"] == "interrupted"]
+        if ended and not stopped:
+            return f"the launcher ended with {ended}\n{tail(self.folder, 'console')}"
+        return ""
+
+    def describe(self, state: dict[str, Any], what: str) -> str:
+        """A failed process in words, with its last lines."""
+        log = f"rank-{state['rank']}"
+        where = f"rank {state['rank']} (pid {state['pid']} on {state['host']})"
+        return f"{where} {what}\n{tail(self.folder, log)}"
+
+    def stop(self, seconds: float) -> None:
+        """SIGTERM; what is left after `seconds` is killed."""
+        try:
+            below = psutil.Process(self.agent.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            below = []
+        if self.agent.poll() is None:
+            self.agent.terminate()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.agent.poll() is not None and not any(map(alive, below)):
+                return
+            time.sleep(0.1)
+        for process in filter(alive, below):
+            process.kill()
+        self.agent.kill()
+        self.agent.wait()
+
+
+def gone(state: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine is no more."""
+    if state["host"] != os.uname().nodename:
+        return False
+    return not psutil.pid_exists(state["pid"]) or not alive(
+        psutil.Process(state["pid"])
+    )
+
+
+def tail(folder: Path, name: str) -> str:
+    """The last lines of a log."""
+    path = folder / f"{name}.log"
+    if not path.is_file():
+        return f"({path}: nothing written)"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*lines[-TAIL:], f"log: {path}"])
+
+
+def watch(children: Children, live: Live, poll: float = 0.3) -> None:
+    """Show metrics until the children end; RuntimeError if one failed, Stopped after
+    a signal, when they have ended with a checkpoint."""
+    came: list[int] = []
+    before = [
+        (number, signal.signal(number, lambda number, _: came.append(number)))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    ]
+    try:
+        while children.agent.poll() is None and not came:
+            time.sleep(poll)
+            live.update(children.states())
+            if failure := children.failure():
+                children.stop(GRACE)
+                raise RuntimeError(f"training stopped: {failure}")
+        if came:
+            print("stopping after this update, with a checkpoint", flush=True)
+            children.stop(CHECKPOINT)
+            raise Stopped(came[0])
+        children.agent.wait()
+        live.update(children.states())
+        if failure := children.failure():
+            raise RuntimeError(f"training stopped: {failure}")
+        if any(state["state"] == "interrupted" for state in children.states()):
+            raise Stopped(signal.SIGTERM)  # sent to the children by someone else
+    finally:
+        live.close()
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -1,0 +1,199 @@
+"""Train in processes of their own: one GPU, several, several nodes.
+
+    launch.train("sft", config, out, rows, adapter="lora")     # from a notebook
+    python -m univg_nb.launch plan full --gpu H100-80G --gpus 8
+
+A scale with a `launch` section trains in children of accelerate (on CPUs: torchrun),
+one process a GPU; one without it trains here. The child's metrics are shown as they
+come. Ctrl-C and SIGTERM end it after the update at hand, with a checkpoint; the same
+call goes on from there. If a process fails, the others are ended and its last lines
+are raised.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from univg_nb.children import CHECKPOINT, Children, Stopped, watch
+from univg_nb.config import SCALES, spread
+from univg_nb.live import Live
+from univg_nb.runs import read_json, write_json
+from univg_nb.samples import GroundingSample
+
+Stage = Literal["sft", "grpo"]
+
+
+# ---------------------------------------------------------------- what to start
+
+
+def strategy_of(launch: Mapping[str, Any]) -> str:
+    """launch.strategy, which one process makes single, and several make ddp."""
+    if launch.get("processes", 1) == 1:
+        return "single"
+    strategy = launch.get("strategy", "ddp")
+    return "ddp" if strategy == "single" else strategy
+
+
+def command(launch: Mapping[str, Any], gpu: bool, worker: Sequence[str]) -> list[str]:
+    """The command line of the launcher. worker: ["-m", module, request].
+
+    Several nodes: within a Slurm job each gets the same command by srun; elsewhere it
+    has to be started on each by hand. They meet at MASTER_ADDR:launch.port.
+    """
+    processes, nodes = launch.get("processes", 1), launch.get("nodes", 1)
+    if processes == 1:
+        return [sys.executable, *worker]
+    if processes % nodes:
+        raise ValueError(
+            f"launch.processes = {processes} do not divide over {nodes} nodes"
+        )
+    port = launch.get("port", 0)
+    if nodes == 1 and not gpu:
+        agent = ["-m", "torch.distributed.run", "--standalone"]
+        agent += ["--nproc_per_node", str(processes)]
+        return [sys.executable, *agent, *worker]
+    strategy = strategy_of(launch)
+    agent = ["-m", "accelerate.commands.launch"]
+    agent += ["--config_file", str(SCALES / "accelerate" / f"{strategy}.yaml")]
+    agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
+    agent += ["--main_process_port", str(port)]
+    if nodes == 1:
+        return [sys.executable, *agent, *worker]
+    address = os.environ.get("MASTER_ADDR", "")
+    if not address or not port:
+        raise ValueError(
+            "several nodes need MASTER_ADDR (the first node's name) and launch.port; "
+            "univg_nb/scales/slurm.sh sets both"
+        )
+    agent += ["--main_process_ip", address, "--rdzv_backend", "c10d"]
+    agent += ["--machine_rank", os.environ.get("SLURM_NODEID", "0")]
+    prefix = []
+    if "SLURM_JOB_ID" in os.environ:
+        prefix = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
+        prefix += ["--kill-on-bad-exit=1"]
+    return [*prefix, sys.executable, *agent, *worker]
+
+
+def environment(strategy: str, gpu: bool) -> dict[str, str]:
+    """The children's. A CPU knows no sharding in accelerate: asked for all the same,
+    so that the check in the worker speaks instead of DDP running unasked."""
+    made = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(CHECKPOINT))}
+    made["PYTHONPATH"] = os.pathsep.join(
+        [str(SCALES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    if not gpu and strategy == "fsdp2":
+        made |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    return made
+
+
+def resume_statement(before: int, now: int, strategy: str) -> str:
+    """What is and is not exact when a checkpoint goes on with other processes.
+
+    Raises ValueError where it cannot go on at all.
+    """
+    if before == now:
+        return f"goes on with {now} process(es), as before: exact"
+    if strategy in ("zero2", "zero3"):
+        raise ValueError(
+            f"the checkpoint was written by {before} processes under DeepSpeed, whose "
+            f"optimiser files hold for that number; use {before} processes, or begin "
+            "anew (FRESH) with strategy fsdp2"
+        )
+    return (
+        f"goes on with {now} process(es) after {before}. Exact: weights, optimiser, "
+        "schedule, which samples each update sees. Not exact: the order of sums, so "
+        "losses agree to rounding only; and random numbers drawn per process, so "
+        "dropout and sampled replies differ"
+    )
+
+
+# ---------------------------------------------------------------- the one call
+
+
+def train(
+    stage: Stage,
+    config: dict[str, Any],
+    out: str | Path,
+    rows: Sequence[GroundingSample],
+    **options: Any,
+) -> dict[str, Any]:
+    """sft.train(config, out, rows, **options), or grpo.train: here, or launched.
+
+    Returns the training's summary. Raises RuntimeError with the last lines of the
+    process that failed, KeyboardInterrupt or SystemExit after a signal, and ValueError
+    before anything starts for a layout that cannot be or a package that is missing.
+    """
+    if "launch" not in config:
+        from univg_nb import grpo, sft
+
+        trainer = sft.train if stage == "sft" else grpo.train
+        return trainer(config, out, rows, **options)
+    import torch
+
+    from univg_nb import preflight
+
+    gpu, config = torch.cuda.is_available(), spread(config, stage)
+    processes = config["launch"].get("processes", 1)
+    strategy = strategy_of(config["launch"])
+    missing = [c for c in preflight.check_packages(config, strategy) if not c.ok]
+    if missing:
+        raise ValueError("; ".join(f"{c.name} {c.detail}" for c in missing))
+    folder = Path(out).absolute() / "launch"
+    request = {
+        "stage": stage,
+        "config": config,
+        "out": str(Path(out).absolute()),
+        "rows": [asdict(row) for row in rows],
+        "options": options,
+        "processes": processes,
+        "strategy": strategy,
+    }
+    request = json.loads(json.dumps(request, default=str))  # paths become texts
+    announce_resume(folder, processes, strategy)
+    for old in [*folder.glob("rank-*"), folder / "summary.json"]:
+        old.unlink(missing_ok=True)
+    write_json(folder / "request.json", request)
+    worker = ["-m", "univg_nb.worker", str(folder / "request.json")]
+    arguments = command(config["launch"], gpu, worker)
+    write_json(folder / "launched.json", {"processes": processes, "command": arguments})
+    try:
+        children = Children(folder, arguments, environment(strategy, gpu))
+        watch(children, Live(Path(out), stage))
+    except Stopped as stopped:
+        if stopped.args[0] == signal.SIGINT:
+            raise KeyboardInterrupt from stopped
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+    return read_json(folder / "summary.json")
+
+
+def announce_resume(folder: Path, processes: int, strategy: str) -> None:
+    """Say how exact going on will be, if there is a checkpoint to go on from."""
+    launched = folder / "launched.json"
+    if launched.is_file() and any(folder.parent.glob("checkpoints/checkpoint-*")):
+        before = read_json(launched)["processes"]
+        print(f"{folder.parent.name} {resume_statement(before, processes, strategy)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: the plan of a scale."""
+    from univg_nb import preflight
+
+    parser = argparse.ArgumentParser(prog="python -m univg_nb.launch")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("plan", help="memory, time, price, and what is missing")
+    preflight.add_arguments(sub)
+    try:
+        return preflight.main(parser.parse_args(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
