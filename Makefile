@@ -16,11 +16,27 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lab figures base bench record clean
+# Options of `make small` and `make full`, as --set of the scale.
+GPUS ?= $(if $(filter full,$(MAKECMDGOALS) $(SCALE)),8,1)
+NODES ?= 1
+ADAPTER ?=
+VLLM ?=
+PORT ?= $(if $(filter-out 1,$(NODES)),29500,0)
+LAUNCH := --set launch.processes=$(GPUS) --set launch.nodes=$(NODES) \
+    --set launch.port=$(PORT) \
+    $(if $(ADAPTER),--set sft.adapter=$(ADAPTER)) \
+    $(if $(filter lora qlora,$(ADAPTER)),--set launch.strategy=ddp \
+        --set sft.lora.r=64 --set sft.lora.lora_alpha=128 \
+        --set sft.learning_rate=1e-4 --set grpo.learning_rate=1e-5) \
+    $(if $(VLLM),--set grpo.use_vllm=true --set grpo.vllm_mode=$(VLLM))
+DATA ?= data
+
+.PHONY: help install run test lab figures small full plan data base bench record clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | \
 	    awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo "small, full, plan: GPUS=8  NODES=1  ADAPTER=lora|qlora|none  VLLM=colocate|server"
 	@echo "variables: SCALE=tiny  RUN_DIR=runs/SCALE  NB='03 05'  FRESH=1  PYTHON=python3.12"
 
 install: $(STAMP) ## .venv with the tested versions (the other targets do it when needed)
@@ -38,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    -e '.[dev]'
 	@touch $@
 
-run: $(STAMP) ## execute notebooks 00 to 09 into RUN_DIR; finished stages are reused
+run: $(STAMP) ## execute the notebooks into RUN_DIR; finished stages are reused
 	@$(RUN) $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
 test: $(STAMP) ## lint, unit tests, every notebook at SCALE=smoke (what CI runs)
@@ -52,6 +68,20 @@ lab: $(STAMP) ## JupyterLab on the notebooks
 
 figures: $(STAMP) ## redraw every table and figure from the artefacts of RUN_DIR
 	@$(RUN) --fresh 09
+
+small full: $(STAMP)
+	@$(BIN)/python -m univg_nb.run_notebooks --scale $@ --run-dir runs/$@ $(LAUNCH) \
+	    $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
+
+small: ## Qwen2-VL-2B, QLoRA, one 24 GB GPU; never run by the authors
+full: ## Qwen2-VL-7B, the paper's recipe on GPUS=8; never run by the authors
+
+plan: $(STAMP) ## what SCALE needs on GPUS x GPU=H100-80G, and what is missing here
+	@$(BIN)/python -m univg_nb.launch plan $(SCALE) --gpus $(GPUS) \
+	    $(if $(GPU),--gpu $(GPU)) $(LAUNCH)
+
+data: $(STAMP) ## download the released data and weights (SCALE=small or full) to DATA
+	@$(BIN)/python -m univg_nb.download $(SCALE) --to $(DATA) $(if $(YES),--yes)
 
 base: $(STAMP) ## train the shipped tiny model again, from nothing
 	$(BIN)/python -m univg_nb.pretrain --out runs/base
