@@ -1,14 +1,19 @@
 """GRPO: weights in any layout, shared prompts, banned tokens, files, guards."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interrupted import killed
 from PIL import Image
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, TrainerCallback
 
-from univg_nb import grpo, models, rollouts, runs, shared_prefix
+from univg_nb import grpo, grpo_trainer, models, rollouts, runs, shared_prefix
 from univg_nb.difficulty import difficulty_weight
 from univg_nb.encoding import EncodedBatch
 from univg_nb.folded import folded
@@ -75,9 +80,6 @@ def make_config(folder: Path, **grpo_options) -> dict:
         "save_strategy": "no",
         "disable_tqdm": True,
         "seed": 0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
     }
     return {
         "model": {"name_or_path": str(folder / "base")},
@@ -107,9 +109,11 @@ class Scripted(grpo.DifficultyGRPOTrainer):
     """Samples fixed replies, so that any layout sees the same ones."""
 
     def _generate_single_turn(self, prompt_ids, *_args, **_kwargs):
-        sides = (500, 400, 300, 150)  # and each group its own difficulty
+        first = self.accelerator.process_index * len(prompt_ids)
         texts = [
-            box_text(sides[row % G] + 10 * (row // G)) for row in range(len(prompt_ids))
+            # each group its own difficulty, by its prompt, and each reply its own box
+            box_text((500, 400, 300, 150)[(first + row) % G] + sum(ids) % 7 * 10)
+            for row, ids in enumerate(prompt_ids)
         ]
         ids = self._tokenizer(texts)["input_ids"]
         return [row + [self._tokenizer.eos_token_id] for row in ids], None
@@ -118,20 +122,29 @@ class Scripted(grpo.DifficultyGRPOTrainer):
 # ---------------------------------------------------------------- weights
 
 
-def scripted_update(folder, out, monkeypatch, per_device, accumulation, weight="exp"):
-    """(rollout rows, gradient of each adapter matrix) of one update."""
-    monkeypatch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
-    trainer = make_trainer(
+def scripted_update(folder, out, per_device, accumulation):
+    """(rollout rows, gradient of each adapter matrix) of one update, in float64."""
+    config = make_config(
         folder,
-        out,
-        keep={"weight": weight, "rollout_log": out / "rollouts.jsonl"},
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=1e9,
     )
+    config["model"]["dtype"] = "float64"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
+        log = out / "rollouts.jsonl"
+        trainer = grpo.build_trainer(
+            config, out, make_samples(folder), folder / "sft", log, weight="exp"
+        )
+    # The reference moves away from the policy: the KL has a gradient too.
+    for name, parameter in trainer.model.named_parameters():
+        if ".ref." in name:
+            torch.manual_seed(len(name))
+            parameter.data += 0.05 * torch.randn_like(parameter)
     gradients = {}
 
-    class Catch(grpo.TrainerCallback):
+    class Catch(TrainerCallback):
         def on_pre_optimizer_step(self, *_args, model=None, **_kwargs):
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
@@ -139,30 +152,66 @@ def scripted_update(folder, out, monkeypatch, per_device, accumulation, weight="
 
     trainer.add_callback(Catch())
     trainer.train()
-    return runs.read_jsonl(out / "rollouts.jsonl"), gradients
+    return runs.read_jsonl(log), gradients
 
 
+def assert_same_update(made, expected):
+    assert made[0] == expected[0]  # weights, advantages, rewards, replies
+    assert made[1].keys() == expected[1].keys()
+    for key, gradient in expected[1].items():
+        error = (made[1][key] - gradient).norm() / gradient.norm()
+        assert error < 1e-6, (key, error)
+
+
+@pytest.fixture(scope="module")
+def one_batch(folder, tmp_path_factory):
+    """The update of two groups in one batch of one process."""
+    return scripted_update(folder, tmp_path_factory.mktemp("2G"), 2 * G, 1)
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(G, 2), (G // 2, 4)])
 def test_T2_weights_and_gradient_do_not_depend_on_the_layout(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, one_batch, per_device, accumulation
 ):
     """PF sec. 9, T2: the released mean was over the micro-batch, not the group."""
-    layouts = {"2G": (2 * G, 1), "G": (G, 2), "half": (G // 2, 4)}
-    made = {
-        name: scripted_update(folder, tmp_path / name, monkeypatch, *layout)
-        for name, layout in layouts.items()
-    }
-    rows, gradients = made["2G"]
+    rows, gradients = one_batch
     assert len({row["weight"] for row in rows}) == len(rows) == 2
     assert gradients
     assert all(g.abs().max() > 0 for n, g in gradients.items() if "default" in n)
-    for name in ("G", "half"):
-        assert made[name][0] == rows
-        for key, gradient in gradients.items():
-            error = (made[name][1][key] - gradient).norm() / gradient.norm()
-            assert error < 1e-5, (name, key, error)
     for row in rows:
         expected = math.exp(1 - sum(row["iou"]) / G)
         assert row["weight"] == pytest.approx(expected, abs=1e-5)
+    assert_same_update(
+        scripted_update(folder, tmp_path, per_device, accumulation), one_batch
+    )
+
+
+@pytest.mark.slow
+def test_T2_nor_on_two_processes(folder, tmp_path, one_batch):
+    """Also T11: both processes have replies, and one file has each of them once."""
+    layouts = [(G, 1), (G // 2, 2)]
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_grpo\n"
+        "folder, out = map(Path, sys.argv[1:])\n"
+        f"for number, layout in enumerate({layouts}):\n"
+        "    made = test_grpo.scripted_update(folder, out / str(number), *layout)\n"
+        "    rank = torch.distributed.get_rank()\n"
+        "    torch.save(made, out / f'{number}_{rank}.pt')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launch, "--nproc_per_node", "2", str(script), str(folder), str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(grpo.__file__).parents[1])},
+    )
+    for number in range(len(layouts)):
+        made = [torch.load(tmp_path / f"{number}_{rank}.pt") for rank in (0, 1)]
+        assert_same_update(made[0], one_batch)
+        assert all(torch.equal(made[0][1][k], g) for k, g in made[1][1].items())
 
 
 def test_loss_is_the_weighted_surrogate_plus_an_unweighted_kl(folder, tmp_path):
@@ -375,6 +424,11 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
     shares = [metrics[0][f"groups/{name}"] for name in ("hard", "medium", "easy")]
     assert sum(shares) == pytest.approx(1)
+    bins = [n for n in ("hard", "medium", "easy") if metrics[0][f"groups/{n}"]]
+    for name in bins:
+        assert 0 <= metrics[0][f"zero_variance/{name}"] <= 1
+        assert metrics[0][f"gradient/{name}"] >= 0
+    assert metrics[0]["kl_clamped"] == 0
     rows = runs.read_jsonl(out / "rollouts.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 2, 2]
     wide = ("replies", "boxes", "status", "iou", "format", "rewards", "advantages")
@@ -392,6 +446,81 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     model, _ = models.load(config["model"], out / "adapter")
     sft, _ = models.load(config["model"], folder / "sft")
     assert models.weights_hash(model) == models.weights_hash(sft)
+
+
+UNTIMED = ("seconds", "step_time", "train_runtime")
+
+
+def what_was_learned(out: Path):
+    """(metrics but for times, rollouts, adapter) of a finished training."""
+    metrics = [
+        {k: v for k, v in row.items() if not k.startswith(UNTIMED)}
+        for row in runs.read_jsonl(out / "metrics.jsonl")
+    ]
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    return metrics, runs.read_jsonl(out / "rollouts.jsonl"), weights
+
+
+class Interrupt(TrainerCallback):
+    """Ends the training as Ctrl-C would, after an update and before its log."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # a generation for every update, two updates an epoch
+        # Checkpoints fall between the updates that use the same replies.
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+        | {"per_device_train_batch_size": G, "num_iterations": 2},
+    ],
+)
+def test_resume_is_exact(folder, tmp_path, options):
+    """Sampler, generators, replies to be used again, optimiser, metrics."""
+    config = make_config(folder, max_steps=6, **options)
+    job = {"sft_adapter": folder / "sft"}
+    rows = make_samples(folder)
+    grpo.train(config, tmp_path / "whole", rows, **job)
+    expected = what_was_learned(tmp_path / "whole")
+    config["grpo"] |= {"save_strategy": "steps", "save_steps": 1}
+    for last in (3, 4, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            build = grpo.build_trainer
+
+            def interrupted(*args, build=build, last=last, **kwargs):
+                trainer = build(*args, **kwargs)
+                trainer.add_callback(Interrupt(last))
+                return trainer
+
+            patch.setattr(grpo, "build_trainer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                grpo.train(config, tmp_path / "cut", rows, **job)
+    grpo.train(config, tmp_path / "cut", rows, **job)
+    made = what_was_learned(tmp_path / "cut")
+    for ours, theirs in zip(made, expected, strict=True):
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_of_an_update_resumes_exactly(folder, tmp_path):
+    """Update 3 has sampled, logged its groups and taken its gradient."""
+    config = make_config(folder, max_steps=4, save_strategy="steps", save_steps=2)
+    job = {"sft_adapter": str(folder / "sft")}
+    rows = make_samples(folder)
+    grpo.train(config, tmp_path / "whole", rows, **job)
+    where = {"signal": "SIGTERM", "method": "_get_grad_norm", "at": 3}
+    out = tmp_path / "cut"
+    code = killed(tmp_path, "grpo", config, rows, out, options=job, **where)
+    assert code == -signal.SIGTERM
+    assert {row["step"] for row in runs.read_jsonl(out / "rollouts.jsonl")} == {1, 2, 3}
+    grpo.train(config, out, rows, **job)
+    assert what_was_learned(out) == what_was_learned(tmp_path / "whole")
 
 
 def test_rollout_rows_hold_boxes_as_scoring_reads_them():
@@ -437,3 +566,175 @@ def test_a_loss_that_is_not_finite_stops_with_advice(folder, tmp_path):
     weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="diverged"):
         scored_batch(trainer)
+
+
+def test_no_reward_at_all_stops_with_advice(folder, tmp_path):
+    trainer = make_trainer(
+        folder, tmp_path, max_steps=9, keep={"max_zero_updates": 3}
+    )  # an untrained model: nothing it writes is a box
+    with pytest.raises(ValueError, match=r"last 3 generations.*stage 1 longer"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def ready_batch(trainer):
+    """The micro-batch of an update, as compute_loss takes it."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def test_an_exploding_kl_is_bounded_counted_and_stopped(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path)
+    batch = ready_batch(trainer)
+    ref = batch["ref_per_token_logps"]
+    far = ref.clone()
+    far[0, 0] += 200.0  # e^200 is infinite in float32
+    loss = trainer.compute_loss(trainer.model, batch | {"ref_per_token_logps": far})
+    tokens = int(batch["completion_mask"].sum())
+    bounded = math.exp(10) - 11  # k3 at the limit
+    share = 0.04 * bounded / (2 * G * int(batch["completion_mask"][0].sum()))
+    plain = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() - plain.item() == pytest.approx(share, rel=1e-3)
+    assert trainer._metrics["train"]["kl_clamped"] == [1.0, 0.0]
+    assert far[0, 0] == ref[0, 0] + 200.0  # the batch is used again: left alone
+    with pytest.raises(FloatingPointError, match=f"{tokens} of {tokens} tokens.*beta"):
+        trainer.compute_loss(
+            trainer.model, batch | {"ref_per_token_logps": ref + 200.0}
+        )
+
+
+# ---------------------------------------------------------------- comparison forms
+
+
+def test_comparison_forms_are_one_option_each(folder, tmp_path):
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    advantages = {}
+    for name, options in {
+        "std": {},
+        "std_free": {"scale_rewards": "none"},
+        "mad": {"rescale": "mad"},
+        "drop": {"rescale": "drop_silent"},
+    }.items():
+        config = make_config(folder, weight="none", **options)
+        trainer = grpo.build_trainer(
+            config, tmp_path, make_samples(folder), folder / "sft"
+        )
+        trainer.model.train()
+        trainer._calculate_rewards = scripted_rewards(trainer, rewards)
+        made = trainer._generate_and_score_completions(
+            next(iter(trainer.get_train_dataloader()))
+        )
+        advantages[name] = made["advantages"].view(2, G)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = centred[0] / (1.0 + 1e-4)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(advantages["std"][0], std, **close)
+    torch.testing.assert_close(advantages["std_free"][0], centred[0], **close)
+    torch.testing.assert_close(advantages["mad"][0], centred[0] / 0.75, **close)
+    torch.testing.assert_close(advantages["drop"][0], 2 * std, **close)
+    assert all(not made[1].any() for made in advantages.values())
+
+
+def scripted_rewards(trainer, totals):
+    """A _calculate_rewards that gives these totals, all as format reward."""
+
+    def rewards(inputs, prompts, completions, ids):
+        trainer.local_replies = []
+        values = totals.flatten()
+        trainer.gathered_rewards = torch.stack([torch.zeros_like(values), values], 1)
+        return trainer.gathered_rewards
+
+    return rewards
+
+
+# ---------------------------------------------------------------- the released loss
+
+RELEASED = {
+    "exp": lambda m: math.exp(1 - m),
+    "power": lambda m: 1.05 - m,
+    "log_released": lambda m: -math.log(0.02 + m),
+}
+
+
+@pytest.fixture(scope="module")
+def loss_trainer(folder, tmp_path_factory):
+    trainer = make_trainer(folder, tmp_path_factory.mktemp("loss"))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("form", RELEASED)
+def test_the_trainers_loss_is_the_released_formula(
+    loss_trainer, monkeypatch, form, on_policy
+):
+    """PF sec. 4 and 5, written out for each group of a batch of three: value and
+    gradient of the trainer's own loss on random log-probs, advantages and IoUs."""
+    trainer, steps = loss_trainer, 12
+    monkeypatch.setitem(trainer.weight_options, "form", form)
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape, generator=generator):
+            return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+        logps = (-3 * random(3 * G, steps)).requires_grad_()
+        old = logps.detach() + (0 if on_policy else random(3 * G, steps) - 0.5)
+        ref = logps.detach() + random(3 * G, steps) - 0.5
+        lengths = torch.randint(1, steps + 1, (3 * G,), generator=generator)
+        mask = (torch.arange(steps) < lengths[:, None]).long()
+        # up to 0.9: the released log weight is negative above 0.98 (T3)
+        iou, advantages = 0.9 * random(3 * G), 2 * random(3 * G) - 1
+        trainer.gathered_rewards = torch.stack([iou, iou], 1)
+        weights = trainer._group_weights(iou.view(3, G))
+        batch = {
+            "prompt_ids": torch.zeros(3 * G, 1, dtype=torch.long),
+            "prompt_mask": torch.ones(3 * G, 1, dtype=torch.long),
+            "completion_ids": torch.zeros(3 * G, steps, dtype=torch.long),
+            "completion_mask": mask,
+            "advantages": advantages * trainer._my_rows(weights),
+            "mean_iou": trainer._my_rows(trainer.mean_iou),
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+        }
+        monkeypatch.setattr(
+            grpo_trainer.SharedPrefixGRPOTrainer,
+            "_get_per_token_logps_and_entropies",
+            lambda *_args, logps=logps, **_kwargs: (logps, logps.detach(), None),
+        )
+        ours = trainer.compute_loss(trainer.model, batch)
+        theirs = 0.0
+        for group in torch.arange(3 * G).view(3, G):
+            phi = RELEASED[form](iou[group].mean().item())
+            for row in group.tolist():
+                token = 0.0
+                for t in range(lengths[row]):
+                    rho = torch.exp(logps[row, t] - old[row, t])
+                    a = advantages[row]
+                    d = ref[row, t] - logps[row, t]
+                    k3 = torch.exp(d) - d - 1
+                    clipped = rho.clamp(0.8, 1.2)
+                    token += -torch.minimum(rho * a, clipped * a) * phi + 0.04 * k3
+                theirs += token / lengths[row] / (3 * G)
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+        gradients = [torch.autograd.grad(x, logps)[0] for x in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_gradient_by_bin_is_the_logits_gradient(folder, tmp_path):
+    """The closed form against autograd, where old log-probs clip some tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    logps = logits.log_softmax(-1)[..., 2]
+    old = logps.detach() + 0.4 * torch.randn(3, 5, dtype=torch.float64)
+    advantages = torch.tensor([1.5, -0.7, 0.0], dtype=torch.float64)
+    ratio, a = torch.exp(logps - old), advantages[:, None]
+    value = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    (gradient,) = torch.autograd.grad((value * mask).sum(), logits)
+    expected = gradient.abs().sum(-1).sum(1) / mask.sum(1)
+    made = rollouts.logit_gradient(logps.detach(), old, advantages, mask, (0.2, 0.2))
+    torch.testing.assert_close(made, expected)
+    assert made[2] == 0

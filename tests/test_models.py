@@ -1,5 +1,6 @@
 """Loading, adapters, quantisation and the account of parameters."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_lora_is_on_every_language_linear_and_nowhere_else(tiny):
     assert adapted == linears
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_old_names_inside_the_libraries_give_no_warning(tiny, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = models.add_lora(models.load(tiny)[0], LORA)
+        model.save_pretrained(tmp_path)
+        models.load(tiny, tmp_path)
 
 
 def test_weights_hash_survives_lora_and_sees_a_change(tiny):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal as signals
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interrupted import killed
 from PIL import Image, ImageDraw
 from test_models import make_tiny
 from transformers import TrainerCallback
@@ -24,8 +26,9 @@ from univg_nb.collator import (
     tokenize,
     vision_features,
 )
+from univg_nb.merging import merge_check
 from univg_nb.samples import GroundingSample
-from univg_nb.sft_trainer import COMPLETE, whole_checkpoint
+from univg_nb.training import COMPLETE, whole_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +262,50 @@ def test_resume_is_exact(trained, model_cfg, data, tmp_path, monkeypatch, stop):
     assert adapter_bytes(tmp_path) == adapter_bytes(out)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signal", "method", "at"),
+    [
+        ("SIGTERM", "_get_grad_norm", 4),  # in update 4, its gradient computed
+        ("SIGKILL", "_save_optimizer_and_scheduler", 2),  # checkpoint-4 half written
+    ],
+)
+def test_a_killed_process_resumes_exactly(
+    trained, model_cfg, data, tmp_path, signal, method, at
+):
+    out, _ = trained
+    config = scale(model_cfg, save_strategy="steps", save_steps=2)
+    where = {"signal": signal, "method": method, "at": at}
+    code = killed(tmp_path, "sft", config, data, tmp_path / "a", options={}, **where)
+    assert code == -getattr(signals, signal)
+    checkpoints = tmp_path / "a" / "checkpoints"
+    assert {path.parent.name for path in checkpoints.glob(f"*/{COMPLETE}")} == {
+        "checkpoint-2"
+    }
+    assert (checkpoints / "checkpoint-4").exists() == (signal == "SIGKILL")
+    sft.train(config, tmp_path / "a", data)
+    assert losses(tmp_path / "a") == losses(out)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(out)
+
+
+def test_killed_after_the_last_update_trains_no_further(
+    trained, model_cfg, data, tmp_path
+):
+    """The Trainer would make one update more from a checkpoint of the last."""
+    out, _ = trained
+    config = scale(model_cfg, save_strategy="steps", save_steps=3)
+    for _ in range(2):
+        sft.train(config, tmp_path, data)
+        assert losses(tmp_path) == losses(out)
+        assert adapter_bytes(tmp_path) == adapter_bytes(out)
+
+
 def test_checkpoints_of_another_configuration_are_not_used(tmp_path):
-    for step, fingerprint in ((9, "a"), (10, "a"), (20, "b")):
-        path = tmp_path / f"checkpoint-{step}" / COMPLETE
-        runs.write_json(path, {"fingerprint": fingerprint})
+    for step, fingerprint in ((9, "a"), (10, "a"), (20, "b"), (40, "a")):
+        path = tmp_path / f"checkpoint-{step}"
+        runs.write_json(path / COMPLETE, {"fingerprint": fingerprint})
+        state = {"global_step": step, "max_steps": 40}
+        runs.write_json(path / "trainer_state.json", state)
     (tmp_path / "checkpoint-30").mkdir()
     assert whole_checkpoint(tmp_path, "a").name == "checkpoint-10"
     assert whole_checkpoint(tmp_path, "c") is None
@@ -298,6 +341,18 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(
         if not torch.equal(a, b)
     }
     assert changed and not any("visual" in name for name in changed)
+
+
+def test_merged_models_answer_as_the_trained_ones(trained, model_cfg, data):
+    """LoRA: the same but for rounding. On NF4: merged into the unrounded base."""
+    out, _ = trained
+    job = (model_cfg, out / "adapter", data, 8)
+    lora, qlora = merge_check(*job), merge_check(*job, quantize="nf4")
+    assert lora["samples"] == lora["same_replies"] == len(data) == 12
+    assert 0 < lora["max_logit_difference"] < 1e-3 * lora["logit_std"]
+    assert lora["reloaded_difference"] == qlora["reloaded_difference"] == 0
+    assert 100 * lora["mean_logit_difference"] < qlora["mean_logit_difference"]
+    assert qlora["mean_logit_difference"] < qlora["logit_std"]
 
 
 # ---------------------------------------------------------------- guards

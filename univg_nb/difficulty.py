@@ -14,9 +14,12 @@ import difflib
 import torch
 from torch import Tensor
 
-FORMS = ("none", "exp", "power", "log", "log_released", "constant")
+FORMS = ("none", "exp", "power", "log", "log_released", "peak", "constant")
+RESCALED = ("none", "mad", "drop_silent")
+BINS = ("hard", "medium", "easy")
 HARD_BELOW = 0.3
 EASY_ABOVE = 0.7
+STD_FLOOR = 1e-4  # what GRPO adds to a group's standard deviation (PF sec. 4)
 
 
 def difficulty_weight(
@@ -37,6 +40,8 @@ def difficulty_weight(
       log           -ln(0.02+m), floored at 0
       log_released  -ln(0.02+m) as released: negative above m = 0.98, where it pushes
                     towards worse answers (PF sec. 9, T3)
+      peak          4m(1-m): most for groups that succeed half of the time; not in the
+                    paper, for comparison
       constant      `constant` whatever m is: a control. e^(1-m) is above 1 nearly
                     everywhere, so it also raises the step size; this tells the two
                     effects apart
@@ -65,17 +70,54 @@ def difficulty_weight(
         weight = (-torch.log(0.02 + m)).clamp(min=0)
     elif form == "log_released":
         weight = -torch.log(0.02 + m)
+    elif form == "peak":
+        weight = 4 * m * (1 - m)
     elif form == "constant":
         weight = torch.full_like(m, constant)
     else:
-        close = difflib.get_close_matches(form, FORMS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown weight {form!r}, one of {', '.join(FORMS)}{hint}")
+        raise _unknown("weight", form, FORMS)
     if unit_mean and weight.numel():
         mean = weight.mean()
         if mean > 0:
             weight = weight / mean
     return weight
+
+
+def rescaled(rewards: Tensor, how: str = "none") -> Tensor:
+    """Factor for each group's advantages from its rewards, (groups, G) -> (groups,).
+
+    Other ways to size a group, for comparison with the weights; none is the paper's.
+    (Advantages that are not divided by a spread at all are TRL's scale_rewards: none.)
+
+      none         1: advantages stay divided by the group's standard deviation
+      mad          divided by the mean absolute deviation instead: then the sum of |A|
+                   is G for every group that is not silent
+      drop_silent  groups whose rewards are all equal leave the mean over groups, so
+                   the others grow by groups / groups kept
+
+    Raises ValueError for an unknown `how`.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if how == "none":
+        return torch.ones_like(rewards[:, 0])
+    if how == "mad":
+        spread = centred.abs().mean(dim=1) + STD_FLOOR
+        return (rewards.std(dim=1) + STD_FLOOR) / spread
+    if how == "drop_silent":
+        kept = (~silent(rewards)).to(rewards.dtype)
+        return kept * len(kept) / kept.sum().clamp(min=1)
+    raise _unknown("rescale", how, RESCALED)
+
+
+def silent(rewards: Tensor) -> Tensor:
+    """Which groups teach nothing, all rewards being equal: (groups, G) -> (groups,)."""
+    return rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-8
+
+
+def _unknown(option: str, value: str, known: tuple[str, ...]) -> ValueError:
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {option} {value!r}, one of {', '.join(known)}{hint}")
 
 
 def group_mean_iou(ious: Tensor, num_generations: int) -> Tensor:

@@ -2,165 +2,52 @@
 
     python -m univg_nb.grpo CONFIG.yaml --sft-adapter runs/NAME/sft_lora/adapter
 
-TRL does the method. What the paper adds is the weight phi of a group's mean IoU. It is
-put on the advantages, which equals putting it on the clipped surrogate and leaves the
-KL alone. The mean is taken over the gathered group, so that no layout of batches and
-processes changes it (PF sec. 9, T2).
+TRL does the method, `grpo_trainer` adds the weight of a group's mean IoU. The policy
+goes on training the SFT adapter. The KL reference is the SFT model: TRL keeps a frozen
+copy of the adapter as "ref", so no second copy of the base weights. An interrupted
+training started again with the same command goes on from its last whole checkpoint and
+ends with the same replies, metrics and weights, bit for bit on a CPU.
 
-The policy goes on training the SFT adapter. The KL reference is the SFT model: TRL
-keeps a frozen copy of the adapter as "ref", so no second copy of the base weights.
+Comparison forms, each one line of the scale or one --set:
+
+    grpo.scale_rewards=none         advantages not divided by the group's deviation
+    grpo.rescale=mad                divided by the mean absolute deviation
+    grpo.rescale=drop_silent        groups of equal rewards left out of the mean
+    grpo.weight=peak                weight 4m(1-m), largest at a mean IoU of 0.5
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
-from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from univg_nb import models, rollouts, runs, samples
-from univg_nb.difficulty import difficulty_weight, group_mean_iou
+from univg_nb import models, runs, samples, training
+from univg_nb.config import whole_batch
+from univg_nb.grpo_trainer import DifficultyGRPOTrainer
 from univg_nb.prompts import user_text
-from univg_nb.rewards import format_reward, iou_reward
 from univg_nb.samples import GroundingSample
-from univg_nb.shared_trainer import SharedPrefixGRPOTrainer
+from univg_nb.scoring import sha256_of
 
-IOU, FORMAT = 0, 1  # columns of the reward matrix
-OWN_OPTIONS = ("weight", "power", "unit_mean", "freeze_vision")  # the rest are TRL's
-
-
-class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
-    """GRPO whose groups are weighted by their difficulty.
-
-    weight, power, unit_mean, constant: as in `difficulty.difficulty_weight`.
-    rollout_log: rollouts.jsonl, or None. Rows of `train_dataset`: see `to_rows`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        args: GRPOConfig,
-        *,
-        weight: str = "exp",
-        power: float = 1.0,
-        unit_mean: bool = False,
-        constant: float = 1.0,
-        rollout_log: Path | None = None,
-        **others: Any,
-    ) -> None:
-        self.weight_options = {
-            "form": weight,
-            "power": power,
-            "unit_mean": unit_mean,
-            "constant": constant,
-        }
-        # A wrong form fails here and not after the first rollout.
-        difficulty_weight(torch.zeros(1), **self.weight_options)
-        super().__init__(
-            model, args, reward_funcs=[iou_reward, format_reward], **others
-        )
-        self.rollout_log = rollout_log
-
-    def _calculate_rewards(
-        self, inputs: list, prompts: list, completions: list, completion_ids_list: list
-    ) -> Tensor:
-        """TRL's; keeps the gathered rewards and this process's replies."""
-        began = time.perf_counter()
-        self.gathered_rewards = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )  # (N, 2) of all processes, groups adjacent
-        self.local_replies = [
-            rollouts.Reply(
-                row["sample_id"],
-                row["task"],
-                completion[-1]["content"],
-                len(ids),
-                ids[-1] not in self.eos_token_ids,
-            )
-            for row, completion, ids in zip(
-                inputs, completions, completion_ids_list, strict=True
-            )
-        ]
-        self._record_seconds("reward", began)
-        return self.gathered_rewards
-
-    def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
-        """TRL's; then this process's advantages times its groups' weights."""
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            weights = self._group_weights()
-            self._log_groups(output["advantages"], weights)
-            rank, rows = self.accelerator.process_index, len(inputs)
-            mine = weights.repeat_interleave(self.num_generations)
-            mine = mine[rank * rows : (rank + 1) * rows]
-            output["advantages"] = output["advantages"] * mine
-        return output
-
-    def _group_weights(self) -> Tensor:
-        """phi of every group of all processes, (groups,)."""
-        self.mean_iou = group_mean_iou(
-            self.gathered_rewards[:, IOU], self.num_generations
-        )
-        return difficulty_weight(self.mean_iou, **self.weight_options)
-
-    def _log_groups(self, advantages: Tensor, weights: Tensor) -> None:
-        totals = (self.gathered_rewards * self.reward_weights.to(weights.device)).sum(1)
-        summary = rollouts.group_summary(
-            self.mean_iou, weights, totals.view(-1, self.num_generations)
-        )
-        for name, value in summary.items():
-            self._metrics["train"][name].append(value)
-        if self.rollout_log is None:
-            return
-        advantages = self.accelerator.gather(advantages)
-        replies = gather_object(self.local_replies)
-        if self.accelerator.is_main_process:
-            for row in rollouts.group_rows(
-                self.state.global_step + 1,
-                replies,
-                self.gathered_rewards[:, IOU],
-                self.gathered_rewards[:, FORMAT],
-                totals,
-                advantages,
-                weights,
-            ):
-                runs.append_jsonl(self.rollout_log, row)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"GRPO loss is {loss.item()} at update {self.state.global_step + 1}: "
-                "lower grpo.learning_rate or grpo.max_grad_norm, or raise grpo.beta; "
-                "the last rows of rollouts.jsonl show the replies it came from"
-            )
-        return loss
-
-
-class MetricsWriter(TrainerCallback):
-    """metrics.jsonl: one row per update, `step` from 1, `seconds` since the start."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.began = time.perf_counter()
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
-    ) -> None:
-        if state.is_world_process_zero and logs and "reward" in logs:
-            seconds = round(time.perf_counter() - self.began, 3)
-            row = {"step": state.global_step, **logs, "seconds": seconds}
-            runs.append_jsonl(self.path, row)
+# The section's options that the trainer takes, with freeze_vision; the rest are TRL's.
+TRAINER_OPTIONS = (
+    "weight",
+    "power",
+    "constant",
+    "unit_mean",
+    "rescale",
+    "max_zero_updates",
+    "shared_prefix",
+    "row_tokens",
+)
+OWN_OPTIONS = (*TRAINER_OPTIONS, "freeze_vision")
 
 
 def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
@@ -186,21 +73,12 @@ def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
 
 def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPOConfig:
     """The `grpo` section as GRPOConfig; ValueError for a layout that cannot be."""
-    gpu = torch.cuda.is_available()
     options = {
-        "output_dir": str(out / "checkpoints"),
         "loss_type": "grpo",
         "beta": 0.04,
         # TRL's own default multiplies the KL by the policy ratio; the paper's does not.
         "use_bias_correction_kl": False,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_total_limit": 2,
-        "bf16": gpu,
-        "gradient_checkpointing": gpu,
-        "dataloader_pin_memory": gpu,
-        **{key: value for key, value in section.items() if key not in OWN_OPTIONS},
-        "remove_unused_columns": False,
+        **training.library_options(section, out, OWN_OPTIONS),
         "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
     }
     size = options.get("num_generations", 8)
@@ -209,7 +87,7 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
             f"grpo.num_generations = {size}: an advantage compares the replies of a "
             "group, so it takes at least 2 (the paper: 8)"
         )
-    world = PartialState().num_processes
+    world = training.processes()
     accumulation = options.get("gradient_accumulation_steps", 1)
     steps = options.get("steps_per_generation") or accumulation
     batch = options.get("generation_batch_size") or (
@@ -228,7 +106,9 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
             "prompts: TRL would drop them all and train nothing; give more samples or "
             "lower grpo.per_device_train_batch_size"
         )
-    return GRPOConfig(**options)
+    arguments = GRPOConfig(**options)
+    training.check_world(arguments, "grpo")
+    return arguments
 
 
 def build_trainer(
@@ -236,34 +116,26 @@ def build_trainer(
     out: Path,
     train: Sequence[GroundingSample],
     sft_adapter: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    **weight_options: Any,
+    rollout_log: Path | None = None,
+    **options: Any,
 ) -> DifficultyGRPOTrainer:
-    """Everything up to the first update."""
+    """Everything up to the first update; `options` overrule the grpo section's."""
     section = config["grpo"]
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
     model, processor = models.load(config["model"], sft_adapter, True, quantize)
     if section.get("freeze_vision", True):
         models.freeze_vision(model)
-    exact = {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and quantize
-    }
-    trainer = DifficultyGRPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=to_rows(train),
-        processing_class=processor,
-        callbacks=list(callbacks),
-        **weight_options,
-    )
-    # TRL rounds the adapter of a quantised model to bf16, but not its reference copy.
-    for name, parameter in model.named_parameters():
-        if name in exact:
-            parameter.data = exact[name].to(parameter.device)
-    return trainer
+    mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
+    with training.exact_adapter(model, quantize == "nf4"), models.renamed_options():
+        return DifficultyGRPOTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=to_rows(train),
+            processing_class=processor,
+            rollout_log=rollout_log,
+            **{**mine, **options},
+        )
 
 
 def train(
@@ -274,73 +146,83 @@ def train(
     sft_adapter: str | Path,
     weight: str | None = None,
     unit_mean: bool | None = None,
-    constant: float = 1.0,
+    constant: float | None = None,
 ) -> dict[str, Any]:
     """GRPO from an SFT adapter.
 
     Writes out/{config.yaml, metrics.jsonl, rollouts.jsonl, adapter/, summary.json} and
-    returns the summary. config: a whole scale; weight, unit_mean override its grpo
-    section. sft_adapter: the adapter folder of stage 1 (or a fully trained model's).
-    The new adapter takes its place: it is loaded the same way, on the same base.
+    returns the summary. config: a whole scale; weight, unit_mean, constant override
+    its grpo section. sft_adapter: the adapter folder of stage 1 (or a fully trained
+    model's). The new adapter takes its place: it is loaded the same way, on the same
+    base.
 
-    Raises ValueError for an impossible layout or option, FloatingPointError for a loss
-    that is not finite.
+    Raises ValueError for an impossible layout or option and for a policy that never
+    earns a reward, FloatingPointError for a loss or KL out of bounds.
     """
     out = Path(out)
-    section = dict(config["grpo"])
-    if weight is not None:
-        section["weight"] = weight
-    if unit_mean is not None:
-        section["unit_mean"] = unit_mean
-    config = {**config, "grpo": section}
-    metrics = MetricsWriter(out / "metrics.jsonl")
+    given = {"weight": weight, "unit_mean": unit_mean, "constant": constant}
+    given = {key: value for key, value in given.items() if value is not None}
+    config = {**config, "grpo": {**config["grpo"], **given}}
+    fingerprint = _fingerprint(config, train, Path(sft_adapter))
+    checkpoint = training.whole_checkpoint(out / "checkpoints", fingerprint)
     trainer = build_trainer(
-        config,
-        out,
-        train,
-        Path(sft_adapter),
-        [metrics],
-        weight=section.get("weight", "exp"),
-        power=section.get("power", 1.0),
-        unit_mean=section.get("unit_mean", False),
-        constant=constant,
-        rollout_log=out / "rollouts.jsonl",
+        config, out, train, Path(sft_adapter), out / "rollouts.jsonl"
     )
+    progress = not config["grpo"].get("disable_tqdm", False)
+    recorder = training.Recorder(out, fingerprint, progress, "reward")
+    recorder.attach(trainer)
     if trainer.is_world_process_zero():
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            (out / name).unlink(missing_ok=True)
+            training.forget_after(out / name, checkpoint)
         runs.write_text(out / "config.yaml", runs.dump(config))
-    metrics.began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - metrics.began
+    with models.renamed_options():
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
-    summary = summarize(trainer, out, seconds, sft_adapter)
     if trainer.is_world_process_zero():
         # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
         shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
+        summary = summarize(trainer, out, sft_adapter)
         runs.write_json(out / "summary.json", summary)
-    return summary
+    trainer.accelerator.wait_for_everyone()
+    del trainer, recorder
+    gc.collect()  # model, reference and optimiser: a trainer is full of cycles
+    return runs.read_json(out / "summary.json")
+
+
+def _fingerprint(
+    config: Mapping[str, Any], train: Sequence[GroundingSample], sft_adapter: Path
+) -> str:
+    """Changes with anything that the training depends on."""
+    weights = sft_adapter / "adapter_model.safetensors"
+    start = sha256_of(weights) if weights.is_file() else str(sft_adapter)
+    used = [config["model"], config["sft"]]
+    used += [whole_batch(config["grpo"], training.processes())]
+    return runs.config_hash([used, start, [asdict(sample) for sample in train]])
 
 
 def summarize(
-    trainer: DifficultyGRPOTrainer, out: Path, seconds: float, sft_adapter: str | Path
+    trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path
 ) -> dict[str, Any]:
-    """What a training did: means over the first and last tenth of its updates."""
-    rows = runs.read_jsonl(out / "metrics.jsonl")
+    """What a training did: means over the first and last tenth of the updates that
+    sampled replies; seconds are those of this call."""
+    logged = runs.read_jsonl(out / "metrics.jsonl")
+    rows = [row for row in logged if "reward" in row]
     part = max(1, len(rows) // 10)
+    seconds = logged[-1]["seconds"]
+    first = trainer._initial_global_step
 
     def mean(key: str, some: list[dict[str, Any]]) -> float:
         return sum(row[key] for row in some) / len(some)
 
     return {
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 3),
-        "seconds_per_update": round(seconds / max(1, trainer.state.global_step), 3),
+        "seconds": seconds,
+        "seconds_per_update": round(seconds / (trainer.state.global_step - first), 3),
         "reward_first": mean("reward", rows[:part]),
         "reward_last": mean("reward", rows[-part:]),
         "mean_iou_first": mean("groups/mean_iou", rows[:part]),
         "mean_iou_last": mean("groups/mean_iou", rows[-part:]),
-        "weight": trainer.weight_options,
+        "weight": trainer.weight_options | {"rescale": trainer.rescale},
         "sft_adapter": str(sft_adapter),
         "parameters": models.parameter_account(trainer.model),
     }

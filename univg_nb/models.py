@@ -8,7 +8,9 @@ merger, frozen in both stages of the paper, PF sec. 3), `model.language_model`,
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +50,17 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@contextmanager
+def renamed_options() -> Iterator[None]:
+    """Inside, no warning that PEFT and TRL still ask for gradient checkpointing by the
+    name it had before transformers called it activation checkpointing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`(is_)?gradient_checkpointing", FutureWarning
+        )
+        yield
 
 
 def load_processor(model_cfg: Mapping[str, Any]) -> ProcessorMixin:
@@ -133,7 +146,10 @@ def load(
         model.to(device())  # in training, the trainer (DDP, ZeRO, FSDP) places it
     model.requires_grad_(trainable and quantize is None)
     if is_adapter:
-        model = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
+        with renamed_options():
+            model = PeftModel.from_pretrained(
+                model, adapter_path, is_trainable=trainable
+            )
         if merge:
             model = model.merge_and_unload()
     return model.train(trainable), load_processor(model_cfg)
@@ -148,7 +164,8 @@ def add_lora(
     numbers come from torch's global generator: seed it first.
     """
     options = {"target_modules": LANGUAGE_LINEARS, "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
+    with renamed_options():
+        return get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
 
 
 def language_linears(model: torch.nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .boxes import parse_box
-from .difficulty import difficulty_bin
+from .difficulty import BINS, difficulty_bin, silent
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,51 @@ def group_summary(
     """Numbers of one update for metrics.jsonl.
 
     mean_iou, weights: (groups,); rewards: (groups, G) totals. Shares are of groups: by
-    difficulty (PF sec. 6 bins) and those whose rewards are all equal, which give no
-    gradient whatever their weight.
+    difficulty (PF sec. 6 bins), and of silent ones, whose rewards are all equal and
+    which give no gradient whatever their weight: of all groups, and of each bin.
     """
     bins = [difficulty_bin(value) for value in mean_iou.tolist()]
-    flat = rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-8
-    return {
+    flat = silent(rewards)
+    summary = {
         "groups/mean_iou": mean_iou.mean().item(),
         "groups/zero_variance": flat.float().mean().item(),
         "groups/weight_mean": weights.mean().item(),
-        **{
-            f"groups/{name}": bins.count(name) / len(bins)
-            for name in ("hard", "medium", "easy")
-        },
     }
+    for name in BINS:
+        mine = [
+            quiet
+            for found, quiet in zip(bins, flat.tolist(), strict=True)
+            if found == name
+        ]
+        summary[f"groups/{name}"] = len(mine) / len(bins)
+        if mine:
+            summary[f"zero_variance/{name}"] = sum(mine) / len(mine)
+    return summary
+
+
+def logit_gradient(
+    logps: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon: tuple[float, float],
+) -> Tensor:
+    """How hard each reply pushes at the model's output, (B,); needs no backward pass.
+
+    The L1 norm of the gradient of the clipped surrogate with respect to the logits a
+    token is sampled from, mean over the reply's tokens: |A| rho 2 (1 - p), or 0 where
+    the clip has cut the gradient. It is small where all rewards are equal (A = 0), and
+    where the model is sure of every token (p = 1).
+
+    logps, old, mask: (B, T) log p of the sampled tokens now and when sampled, which
+    are real; advantages: (B,), weights included; epsilon: clip range below and above.
+    """
+    ratio, side = torch.exp(logps - old), advantages[:, None]
+    cut = ((side > 0) & (ratio > 1 + epsilon[1])) | (
+        (side < 0) & (ratio < 1 - epsilon[0])
+    )
+    size = side.abs() * ratio * 2 * (1 - logps.exp()) * ~cut * mask
+    return size.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _rounded(values: Tensor) -> list[float]:

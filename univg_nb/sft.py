@@ -9,59 +9,42 @@ whole checkpoint and ends with the same weights, bit for bit on a CPU.
 """
 
 import argparse
-import json
-import os
+import gc
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig
 
-from univg_nb import models, runs, samples
+from univg_nb import models, runs, samples, training
 from univg_nb.collator import VisionCollator, features_fit, tokenize, vision_features
+from univg_nb.config import whole_batch
 from univg_nb.samples import GroundingSample
-from univg_nb.sft_trainer import GroundingSFTTrainer, Recorder, whole_checkpoint
+from univg_nb.sft_trainer import GroundingSFTTrainer
 
 Adapter = Literal["lora", "qlora", "none"]
 OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
 
 
 def sft_config(section: Mapping[str, Any], out: Path) -> SFTConfig:
-    """The `sft` section as SFTConfig; on a CPU without bf16 and checkpointing.
+    """The `sft` section as SFTConfig.
 
-    TRL would turn both on. max_length is not handed on, since TRL cuts where we refuse.
+    max_length is not handed on, since TRL cuts where we refuse.
     """
-    gpu = torch.cuda.is_available()
-    options = {
-        "output_dir": str(out / "checkpoints"),
-        "train_sampling_strategy": "group_by_length",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_total_limit": 2,
-        "bf16": gpu,
-        "gradient_checkpointing": gpu,
-        "dataloader_pin_memory": gpu,
-        "use_cpu": not gpu,  # without it torchrun on CPUs starts unconnected processes
-        "ddp_find_unused_parameters": False,
-        **{key: value for key, value in section.items() if key not in OWN_OPTIONS},
-        "max_length": None,
-        "completion_only_loss": False,  # our collator's labels say it already
-        "remove_unused_columns": False,
-        "disable_tqdm": True,  # Recorder shows the progress
-    }
-    arguments = SFTConfig(**options)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if arguments.world_size != launched:
-        raise ValueError(
-            f"{launched} processes were launched but each trains by itself (world size "
-            f"{arguments.world_size}); use torchrun, and sft.use_cpu: true without GPU"
-        )
+    arguments = SFTConfig(
+        **{
+            "train_sampling_strategy": "group_by_length",
+            "ddp_find_unused_parameters": False,
+            **training.library_options(section, out, OWN_OPTIONS),
+            "max_length": None,
+            "completion_only_loss": False,  # our collator's labels say it already
+        }
+    )
+    training.check_world(arguments, "sft")
     return arguments
 
 
@@ -103,7 +86,6 @@ def build_trainer(
     adapter: Adapter,
     chains: bool,
     init_adapter: Path | None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> GroundingSFTTrainer:
     """Everything up to the first step: model, token ids, vision features, trainer."""
     arguments = sft_config(config["sft"], out)
@@ -121,25 +103,14 @@ def build_trainer(
         features = vision_features(
             base, processor, paths, progress=not config["sft"].get("disable_tqdm")
         )
-    # TRL rounds the adapter of a quantised model to bf16, whatever the computing dtype.
-    exact = {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and adapter == "qlora"
-    }
-    trainer = GroundingSFTTrainer(
-        model=model,
-        args=arguments,
-        data_collator=VisionCollator(processor, features, max_length=max_length),
-        train_dataset=dataset,
-        processing_class=processor,
-        callbacks=list(callbacks),
-    )
-    for name, parameter in model.named_parameters():
-        if name in exact:
-            parameter.data = exact[name].to(parameter.device)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    with training.exact_adapter(model, adapter == "qlora"):
+        return GroundingSFTTrainer(
+            model=model,
+            args=arguments,
+            data_collator=VisionCollator(processor, features, max_length=max_length),
+            train_dataset=dataset,
+            processing_class=processor,
+        )
 
 
 def train(
@@ -168,26 +139,21 @@ def train(
     config = {**config, "sft": {**config["sft"], "adapter": adapter}}
     fingerprint = runs.config_hash(
         [
-            {key: config[key] for key in ("model", "sft")},
+            [config["model"], whole_batch(config["sft"], training.processes())],
             [asdict(sample) for sample in train],
             [chains, str(init_adapter)],
         ]
     )
-    checkpoint = whole_checkpoint(out / "checkpoints", fingerprint)
+    checkpoint = training.whole_checkpoint(out / "checkpoints", fingerprint)
     began = time.perf_counter()
-    recorder = Recorder(out, fingerprint, not config["sft"].get("disable_tqdm", False))
-    with warnings.catch_warnings():
-        # TRL's own option and PEFT's own call, which transformers is renaming
-        warnings.filterwarnings(
-            "ignore", "`(is_)?gradient_checkpointing", FutureWarning
-        )
-        trainer = build_trainer(
-            config, out, train, adapter, chains, init_adapter, [recorder]
-        )
-        recorder.trainer = trainer
+    with models.renamed_options():
+        trainer = build_trainer(config, out, train, adapter, chains, init_adapter)
+        training.Recorder(
+            out, fingerprint, not config["sft"].get("disable_tqdm", False)
+        ).attach(trainer)
         if trainer.is_world_process_zero():
             runs.write_text(out / "config.yaml", runs.dump(config))
-            forget_after(out / "metrics.jsonl", checkpoint)
+            training.forget_after(out / "metrics.jsonl", checkpoint)
         prepared = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - prepared
@@ -197,15 +163,9 @@ def train(
     summary["prepare_seconds"] = round(prepared - began, 3)
     if trainer.is_world_process_zero():
         runs.write_json(out / "summary.json", summary)
+    del trainer
+    gc.collect()  # model, optimiser and features: a trainer is full of cycles
     return summary
-
-
-def forget_after(metrics: Path, checkpoint: Path | None) -> None:
-    """Keep the metric rows up to a checkpoint; the steps after it come again."""
-    last = 0 if checkpoint is None else int(checkpoint.name.split("-")[-1])
-    rows = runs.read_jsonl(metrics) if metrics.is_file() else []
-    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= last]
-    runs.write_text(metrics, "".join(kept))
 
 
 def summarize(trainer: GroundingSFTTrainer, seconds: float) -> dict[str, Any]:

@@ -1,31 +1,25 @@
 """Stage 1's trainer: TRL's SFTTrainer, and what it lacks for an exact resume.
 
 Length-grouped order that is a function of (seed, epoch), vision features computed
-once, a stop before a broken update, and checkpoints that say when they are whole.
+once, attention without a mask where padding is behind, a stop before a broken update.
 """
 
 import math
-import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from univg_nb import runs
-from univg_nb.collator import LengthGroupedBatches
-
-COMPLETE = "complete.json"  # written last into a checkpoint
+from univg_nb import models
+from univg_nb.collator import LengthGroupedBatches, VisionCollator
 
 
 class GroundingSFTTrainer(SFTTrainer):
     """SFTTrainer that groups batches by length, takes ready-made vision features, and
     stops before an update with a loss or gradient that is not finite."""
 
-    length_sampler: LengthGroupedBatches | None = None
+    epoch_sampler: LengthGroupedBatches | None = None
     seen: list[int]  # indices of the samples of the update at hand
     samples = 0  # of this process and this call, as the next two
     tokens = 0  # padding included
@@ -34,19 +28,23 @@ class GroundingSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen = []
+        collator = self.data_collator
+        if isinstance(collator, VisionCollator) and collator.padding_side == "right":
+            backbone = models.base_model(self.model).model
+            backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        self.length_sampler = LengthGroupedBatches(
+        self.epoch_sampler = LengthGroupedBatches(
             dataset[self.args.length_column_name],
             self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
             self.args.seed,
         )
-        return self.length_sampler
+        return self.epoch_sampler
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
         self.seen += inputs.pop("sample_index").tolist()
@@ -84,66 +82,7 @@ class GroundingSFTTrainer(SFTTrainer):
         )
 
 
-class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks whole checkpoints, shows one progress bar (the
-    Trainer's own prints a line or a table row for every step)."""
-
-    def __init__(self, out: Path, fingerprint: str, progress: bool) -> None:
-        self.metrics = out / "metrics.jsonl"
-        self.fingerprint = fingerprint
-        self.progress = progress
-        self.trainer: GroundingSFTTrainer | None = None
-        self.began = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.metrics.parent.name,
-            disable=not (self.progress and state.is_world_process_zero),
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(1)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # accelerate does not reach the sampler of a resumed run on several processes
-        if self.trainer is not None and self.trainer.length_sampler is not None:
-            epoch = int((state.epoch or 0.0) + 1e-6)
-            self.trainer.length_sampler.set_epoch(epoch)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
-    ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            seconds = round(time.perf_counter() - self.began, 3)
-            row = {"step": state.global_step, **logs, "seconds": seconds}
-            runs.append_jsonl(self.metrics, row)
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            runs.write_json(folder / COMPLETE, {"fingerprint": self.fingerprint})
-
-
-def whole_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The latest checkpoint that was written to its end by the same training.
-
-    Half-written ones, and those of another configuration or other data, are passed
-    over; the Trainer's rotation removes them in time.
-    """
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
-    whole = [path for path in found if (path / COMPLETE).is_file()]
-    same = [
-        path
-        for path in whole
-        if runs.read_json(path / COMPLETE)["fingerprint"] == fingerprint
-    ]
-    return same[-1] if same else None
+def _without_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+    """In training on right-padded rows no real token looks back at padding, and the
+    padding's own outputs carry no loss: plain causal attention, which is faster."""
+    return (args, {**kwargs, "attention_mask": None}) if module.training else None

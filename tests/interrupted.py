@@ -1,0 +1,61 @@
+"""A training in a process of its own that a signal ends at a chosen place.
+
+    python interrupted.py JOB.json
+
+The signal is sent to the process itself when the trainer calls `method` for the
+`at`-th time, before the method does anything: so the test knows what was cut.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from univg_nb import grpo, sft
+from univg_nb.grpo_trainer import DifficultyGRPOTrainer
+from univg_nb.samples import GroundingSample
+from univg_nb.sft_trainer import GroundingSFTTrainer
+
+STAGES = {
+    "sft": (sft.train, GroundingSFTTrainer),
+    "grpo": (grpo.train, DifficultyGRPOTrainer),
+}
+
+
+def killed(folder: Path, stage: str, config: dict, rows, out: Path, **job) -> int:
+    """Run the training in a child until its signal; the child's exit code."""
+    rows = [dataclasses.asdict(row) for row in rows]
+    path = folder / "job.json"
+    text = json.dumps(
+        {"stage": stage, "config": config, "rows": rows, "out": str(out), **job}
+    )
+    path.write_text(text)
+    root = str(Path(sft.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, __file__, str(path)], env={**os.environ, "PYTHONPATH": root}
+    ).returncode
+
+
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text())
+    train, trainer = STAGES[job["stage"]]
+    original, calls = getattr(trainer, job["method"]), []
+
+    def cut(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == job["at"]:
+            os.kill(os.getpid(), getattr(signal, job["signal"]))
+        return original(*args, **kwargs)
+
+    setattr(trainer, job["method"], cut)
+    for row in job["rows"]:
+        row |= {key: tuple(row[key]) for key in ("images", "answer", "boxes")}
+    rows = [GroundingSample(**row) for row in job["rows"]]
+    train(job["config"], job["out"], rows, **job["options"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
