@@ -1,0 +1,202 @@
+"""Is it the difficulty, or only the size of the step? Several seeds of GRPO, compared.
+
+    python -m univg_nb.reference --scale tiny --seeds 0 1 2 --set grpo.max_steps=60
+
+From the SFT stage of a run, for every seed: GRPO without a weight, with e^(1-m), with
+e^(1-m) divided by its mean, and with a constant that makes the whole update as large as
+e^(1-m) does. Long: as many trainings as seeds times four. Finished trainings and
+replies are loaded, so the command can be repeated after an interruption.
+
+Every model answers the run's benchmark greedily and with sampled replies. Written:
+notebooks/reference_runs/weights_SCALE.json, which notebook 06 draws.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from univg_nb import benchmarks, grpo, models, runs, samples, scoring, statistics
+from univg_nb.generation import generate
+
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"weight": "none"},
+    "exp": {"weight": "exp"},
+    "exp_unit_mean": {"weight": "exp", "unit_mean": True},
+    "constant": {"weight": "constant"},  # its value comes from the exp run
+}
+PAIRS = (
+    ("exp", "none"),
+    ("exp", "constant"),
+    ("exp", "exp_unit_mean"),
+    ("exp_unit_mean", "none"),
+    ("constant", "none"),
+)
+REPLIES = 8  # sampled to each item, as in a group
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def fair_constant(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The constant weight whose update is as large as that of these weighted groups.
+
+    rows: of rollouts.jsonl. Silent groups have a weight but no part in the update, so
+    each group counts by its mean |A|: c = sum(phi |A|) / sum(|A|).
+    """
+    sizes = [float(np.abs(row["advantages"]).mean()) for row in rows]
+    if not sum(sizes):
+        raise ValueError("every group is silent: no constant does what the weights do")
+    weights = [row["weight"] for row in rows]
+    return float(np.dot(sizes, weights) / sum(sizes))
+
+
+def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """a - b of two methods, (seeds, items) each, with two paired 95 % intervals.
+
+    items: chance of the items drawn, for the mean of these very trainings (bootstrap).
+    seeds: chance of the training, from the differences of the seeds (Student's t);
+    None for one seed.
+    """
+    difference = a - b
+    by_seed = difference.mean(axis=1)  # (seeds,)
+    over_items = statistics.paired_bootstrap(a.mean(axis=0), b.mean(axis=0))
+    over_seeds = None
+    count = len(by_seed)
+    if count > 1:
+        half = T_975[count - 2] * by_seed.std(ddof=1) / math.sqrt(count)
+        over_seeds = [float(by_seed.mean() - half), float(by_seed.mean() + half)]
+    return {
+        "mean_diff": float(difference.mean()),
+        "by_seed": by_seed.tolist(),
+        "items_95": [over_items["lo"], over_items["hi"]],
+        "seeds_95": over_seeds,
+    }
+
+
+def train_one(run: runs.Run, method: str, seed: int, sft: str) -> runs.Stage:
+    """The stage reference/METHOD_SEED of the run, trained now if it is not there."""
+    section = {**run.config["grpo"], **METHODS[method], "seed": seed}
+    if method == "constant":
+        exp = run.dir / "reference" / f"exp_{seed}" / "rollouts.jsonl"
+        section["constant"] = fair_constant(runs.read_jsonl(exp))
+    settings = {"model": run.config["model"], "grpo": section}
+    stage = run.stage(f"reference/{method}_{seed}", settings, needs=["data", sft])
+    if not stage.done:
+        before = runs.load_scale(run.dir / sft / "config.yaml")["sft"]
+        file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
+        rows = samples.read(file, image_root=root)[: run.config["data"].get("stage2")]
+        summary = grpo.train(
+            run.config | {"grpo": section, "sft": before},
+            stage.dir,
+            rows,
+            sft_adapter=run.dir / sft / "adapter",
+        )
+        stage.finish(**summary)
+    return stage
+
+
+def evaluate_one(
+    run: runs.Run, bench: benchmarks.Benchmark, folder: Path, options: dict[str, Any]
+) -> dict[str, list[float]]:
+    """Per item: greedy IoU and hit, mean IoU of the sampled replies."""
+    quantize = "nf4" if options["adapter"] == "qlora" else None
+    model, processor = models.load(
+        run.config["model"], folder / "adapter", quantize=quantize, merge=not quantize
+    )
+    section = run.config["evaluate"]
+    ways = {
+        "greedy": {},
+        "sampled": {"temperature": 1.0, "num_return_sequences": REPLIES},
+    }
+    for name, way in ways.items():
+        path = folder / f"{name}.jsonl"
+        generate(model.eval(), processor, bench.items, path, **section, **way)
+    greedy = scoring.score_items(
+        bench.items, scoring.read_predictions(folder / "greedy.jsonl")
+    )
+    sampled = scoring.read_predictions(folder / "sampled.jsonl")
+    ious = [
+        [
+            one.iou
+            for one in scoring.score_items(
+                bench.items, {i: [replies[k]] for i, replies in sampled.items()}
+            )
+        ]
+        for k in range(REPLIES)
+    ]  # (REPLIES, items)
+    return {
+        "greedy_iou": [round(one.iou, 4) for one in greedy],
+        "hit": [float(one.iou >= 0.5) for one in greedy],
+        "expected_iou": np.mean(ious, axis=0).round(4).tolist(),
+    }
+
+
+def compare(results: Mapping[str, Mapping[int, Mapping[str, list[float]]]]) -> dict:
+    """{"exp - none": {measure: over_seeds_and_items()}, ...} from
+    results[method][seed][measure], one value per item."""
+    made = {}
+    for first, second in PAIRS:
+        pair = [list(results[method].values()) for method in (first, second)]
+        made[f"{first} - {second}"] = {
+            measure: over_seeds_and_items(
+                *(np.array([seed[measure] for seed in seeds]) for seeds in pair)
+            )
+            for measure in ("expected_iou", "greedy_iou", "hit")
+        }
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the head of this file."""
+    parser = argparse.ArgumentParser(prog="python -m univg_nb.reference")
+    parser.add_argument("--scale", default="tiny")
+    parser.add_argument("--run-dir", default="", help="default runs/SCALE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
+    parser.add_argument("--out", type=Path, help="default notebooks/reference_runs/")
+    typed = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(typed)
+    if not 1 <= len(options.seeds) <= len(T_975) + 1:
+        parser.error(f"--seeds: 1 to {len(T_975) + 1} seeds, got {len(options.seeds)}")
+    run = runs.start(options.scale, options.run_dir, overrides=options.set)
+    bench = benchmarks.load(run, "mig")
+    sft = runs.load_scale(run.dir / options.sft / "config.yaml")["sft"]
+    results: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
+    trainings = []
+    for seed in options.seeds:
+        for method in METHODS:  # exp comes before the constant that copies its size
+            stage = train_one(run, method, seed, options.sft)
+            results[method][seed] = evaluate_one(run, bench, stage.dir, sft)
+            facts = {k: v for k, v in stage.results.items() if k != "parameters"}
+            trainings.append({"method": method, "seed": seed, **facts})
+    name = Path(options.scale).stem
+    out = options.out or runs.repo_root() / "notebooks" / "reference_runs"
+    used = {key: run.config[key] for key in ("model", "grpo", "evaluate")}
+    runs.write_json(
+        out / f"weights_{name}.json",
+        {
+            "command": " ".join(["python -m univg_nb.reference", *typed]),
+            "config": used,
+            "versions": runs.versions(),
+            "device": runs.device(),
+            "git": runs.git_hash(),
+            "threads": torch.get_num_threads(),
+            "items": len(bench.items),
+            "records_sha256": bench.sha256,
+            "seeds": options.seeds,
+            "trainings": trainings,
+            "comparisons": compare(results),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
