@@ -356,8 +356,12 @@ def test_migician_stretch_is_an_option_of_the_score(tmp_path, capsys):
 
 
 def test_pixel_boxes_are_scored_with_an_image_root(tmp_path, capsys):
-    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
-    row = {"image_path": "a.png", "instruction": "cup", "boxes": [[20, 10, 40, 20]]}
+    Image.new("RGB", (200, 100)).save(tmp_path / "lisa_cup.png")
+    row = {
+        "image_path": "lisa_cup.png",
+        "instruction": "cup",
+        "boxes": [[20, 10, 40, 20]],
+    }
     (tmp_path / "lisa.json").write_text(json.dumps([row]))
     predictions = write_predictions(tmp_path / "p.jsonl", [RIGHT])
     arguments = ["score", "--records", str(tmp_path / "lisa.json")]
