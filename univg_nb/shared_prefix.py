@@ -1,16 +1,11 @@
-"""One vision pass and one prefill for all replies to a prompt.
+"""One prefill for all replies to a prompt: prompts, positions, masks, and sampling.
 
-The G replies of a group share a long prompt with images. Both functions here lay them
-out in ONE row of the unmodified model, so that images and prompt are computed once:
+The G replies of a group share a long prompt with images. Here each distinct prompt goes
+through the model once, in the rollout (`sample_replies`) as in the training passes
+(`packed_rows`). A reply sees the prompt and itself (a 4-D attention mask) and takes the
+positions that follow the prompt (M-RoPE), exactly as if it stood alone.
 
-    [ prompt without its last token | s1 | s2 | ... | sG ],   s_i = last token + reply i
-
-Reply i sees the prompt and itself (a 4-D attention mask) and takes the positions that
-follow the prompt (M-RoPE), exactly as if it stood alone. Each segment starts with a
-copy of the prompt's last token, so that every reply has its own place from which its
-first token is predicted. DESIGN sec. 9 has the measurement that this is exact.
-
-Works for models with Qwen2-VL's `get_rope_index` and sdpa or eager attention.
+Works for models with Qwen2-VL's `get_rope_index`.
 """
 
 from __future__ import annotations
@@ -22,10 +17,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessorList
 
-ATTENTION = ("sdpa", "eager")  # the ones that take a 4-D mask
+from univg_nb.vision_cache import VisionCache, vision_inputs
+
+ATTENTION = ("sdpa", "eager", "flex_attention")  # the ones that take any mask
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 
@@ -42,6 +38,11 @@ class Prompt:
     pixel_values: Tensor | None
     grid: Tensor | None
 
+    @property
+    def images(self) -> list[tuple[Tensor, Tensor]]:
+        """[(pixel_values, grid)], or [] without images."""
+        return [] if self.grid is None else [(self.pixel_values, self.grid)]
+
     def same_as(self, other: Prompt) -> bool:
         """Whether both are the same text over the same pixels."""
         if (self.pixel_values is None) != (other.pixel_values is None):
@@ -55,10 +56,9 @@ class Prompt:
         )
 
 
-def supports(model: Module) -> bool:
-    """Whether this model can run shared rows (else the trainer takes TRL's way)."""
-    config = model.config
-    return config.model_type in MODEL_TYPES and config._attn_implementation in ATTENTION
+def attention_of(model: Module) -> str:
+    """The attention implementation of the language model."""
+    return model.config.get_text_config()._attn_implementation
 
 
 def split_rows(
@@ -107,119 +107,19 @@ def prompt_positions(backbone: Module, prompt: Prompt) -> Tensor:
     return positions[:, 0]  # (3, 1, P) -> (3, P)
 
 
-def vision_inputs(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """pixel_values and image_grid_thw of several prompts in a row."""
-    seen = [p for p in prompts if p.grid is not None]
-    if not seen:
-        return {}
-    return {
-        "pixel_values": torch.cat([p.pixel_values for p in seen]),
-        "image_grid_thw": torch.cat([p.grid for p in seen]),
-    }
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """Who sees whom, bool (B, S, S): causal, a segment sees segment 0 and itself only.
-
-    segments: (B, S) 0 for the prompt, 1..G for the replies, -1 for padding.
-    """
-    length = segments.size(1)
-    key, query = segments[:, None, :], segments[:, :, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
-    # A padding query sees the padding before it and itself: no row is all masked.
-    return causal & ((key == query) | (key == 0))
+def compute_dtype(model: Module) -> torch.dtype:
+    """What the model computes in: the dtype of autocast where it is on."""
+    first = next(model.parameters())
+    if torch.is_autocast_enabled(first.device.type):
+        return torch.get_autocast_dtype(first.device.type)
+    return first.dtype
 
 
 def additive(allowed: Tensor, model: Module) -> Tensor:
-    """bool (B, Q, K) -> what attention adds to its scores, (B, 1, Q, K).
-
-    In the dtype the scores will have: that of autocast where it is on.
-    """
-    device = allowed.device.type
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    """bool (B, Q, K) -> what attention adds to its scores, (B, 1, Q, K)."""
+    dtype = compute_dtype(model)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
-
-def chunked(
-    groups: Sequence[tuple[Prompt, list[int]]], lengths: Sequence[int], rows: int
-) -> list[list[tuple[Prompt, list[int]]]]:
-    """Split groups into chunks of about `rows` rows, similar lengths together.
-
-    lengths: reply tokens of every row. Groups are never cut, so a chunk can be larger.
-    """
-    order = sorted(
-        groups, key=lambda g: len(g[0].ids) + sum(lengths[row] for row in g[1])
-    )
-    chunks: list[list[tuple[Prompt, list[int]]]] = []
-    filled = 0
-    for group in order:
-        if not chunks or filled + len(group[1]) > rows:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(group)
-        filled += len(group[1])
-    return chunks
-
-
-def packed_log_probs(
-    model: Module,
-    backbone: Module,
-    groups: Sequence[tuple[Prompt, Sequence[Tensor]]],
-) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Log-probability and entropy of every reply token, one row per group.
-
-    model: called with TRL's fused head (`fused_lm_head=True`, pre-shifted labels);
-    backbone: its Qwen2VLModel, for positions. groups: prompt and replies, each (L_i,)
-    without padding, L_i >= 1. Returns two nested lists [group][reply] of (L_i,) tensors
-    in float32; the entropies are None where the head does not compute them.
-    """
-    rows: dict[str, list[Tensor]] = {"ids": [], "labels": [], "segments": [], "pos": []}
-    for prompt, replies in groups:
-        where = prompt_positions(backbone, prompt)  # (3, P)
-        last, start = prompt.ids[-1:], where[:, -1:]
-        assert int(where.max()) == int(start.max()), "a prompt must end in text"
-        ids = [prompt.ids[:-1]]
-        labels = [torch.full_like(prompt.ids[:-1], -100)]
-        segments = [torch.zeros_like(prompt.ids[:-1])]
-        positions = [where[:, :-1]]
-        for number, reply in enumerate(replies, start=1):
-            if not len(reply):  # a truncated reply that TRL masks out altogether
-                continue
-            ids += [last, reply[:-1]]
-            labels.append(reply)
-            segments.append(torch.full_like(reply, number))
-            positions.append(start + torch.arange(len(reply), device=reply.device))
-        rows["ids"].append(torch.cat(ids))
-        rows["labels"].append(torch.cat(labels))
-        rows["segments"].append(torch.cat(segments))
-        rows["pos"].append(torch.cat(positions, dim=1).T)  # (S, 3)
-    input_ids = pad_sequence(rows["ids"], batch_first=True)  # (B, S)
-    labels = pad_sequence(rows["labels"], batch_first=True, padding_value=-100)
-    segments = pad_sequence(rows["segments"], batch_first=True, padding_value=-1)
-    positions = pad_sequence(rows["pos"], batch_first=True).permute(2, 0, 1)
-    outputs = model(
-        input_ids=input_ids,
-        attention_mask=additive(block_mask(segments), backbone),
-        position_ids=positions,  # (3, B, S)
-        shift_labels=labels,
-        fused_lm_head=True,
-        **vision_inputs([prompt for prompt, _ in groups]),
-    )
-
-    def split(values: Tensor | None) -> list[list[Tensor]]:
-        if values is None:
-            return []
-        parts = []
-        for row, (prompt, replies) in zip(values, groups, strict=True):
-            lengths = [len(reply) for reply in replies]
-            start = len(prompt.ids) - 1
-            parts.append(list(row[start : start + sum(lengths)].split(lengths)))
-        return parts
-
-    return split(outputs.log_probs), split(outputs.entropy)
 
 
 @torch.no_grad()
@@ -232,6 +132,7 @@ def sample_replies(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     warp: LogitsProcessorList,
+    vision: VisionCache | None = None,
 ) -> list[list[list[int]]]:
     """Sample `num_replies` replies to every prompt: [prompt][reply] -> token ids.
 
@@ -239,7 +140,8 @@ def sample_replies(
     that row, so the cache holds the prompt once. A reply ends with its first EOS, which
     is kept, or at `max_new_tokens`. Rows whose replies are all done leave the batch.
     `warp` turns logits (N, V) into the logits sampled from (temperature, top-p, banned
-    tokens). Raises FloatingPointError when they are not finite.
+    tokens); vision remembers image features. Raises FloatingPointError when the
+    probabilities are not finite.
     """
     device = prompts[0].ids.device
     where = [prompt_positions(backbone, prompt) for prompt in prompts]
@@ -260,11 +162,11 @@ def sample_replies(
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        **vision_inputs(prompts),
+        **vision_inputs(backbone, [i for p in prompts for i in p.images], vision),
     )
     tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].repeat(1, group)
     at = torch.stack([place[:, -1] for place in where], dim=1)  # (3, D)
-    eos = torch.tensor(list(eos_token_ids), device=device)
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     finished = torch.zeros(size, group, dtype=torch.bool, device=device)
     alive = torch.arange(size, device=device)  # which prompts the rows still are
     replies: list[list[list[int]]] = [[[] for _ in range(group)] for _ in prompts]

@@ -3,18 +3,22 @@
 TRL encodes every row twice and sends images and prompt through the model for each of
 the G replies. Here each distinct prompt is encoded once, prefilled once, and sits once
 in a row of the reference and policy passes (`shared_prefix`). What is learned does not
-change: log-probs are equal, and the replies have the same distribution.
+change: log-probs are equal, and the replies have the same distribution. A frozen
+vision tower sees each image once (`vision_cache`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import (
@@ -23,18 +27,25 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
-from univg_nb import models, shared_prefix
+from univg_nb import models, packed_rows, shared_check, shared_prefix
 from univg_nb.encoding import EncodedBatch, EncodedOnce
 from univg_nb.folded import folded
 from univg_nb.sampling import ban_vision_tokens, can_share_rollout, logits_warp
+from univg_nb.vision_cache import VisionCache, tower_trains
+
+logger = logging.getLogger(__name__)
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with shared prompts, and with vision tokens banned while sampling.
 
-    shared_prefix=False takes TRL's own passes; so do vLLM, FSDP, models without
-    Qwen2-VL's positions, attention without 4-D masks, and sampling options that
-    `sampling.logits_warp` does not cover. Rows need `images`: paths or pictures.
+    shared_prefix "auto": at first use one group goes both ways; where log-probs differ
+    (`shared_check`) a message says so and TRL's own passes are taken, as they are for
+    what `shared_check.obstacle` names. "on" shares unchecked and refuses an obstacle,
+    "off" does not share; YAML's bare on and off, which are booleans, mean the same.
+    Rollouts by vLLM or with options that `sampling.logits_warp` does not cover are
+    TRL's. row_tokens: about so many tokens go through the model at a time, in whole
+    groups. Rows need `images`: paths or pictures.
     """
 
     def __init__(
@@ -43,15 +54,36 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         args: Any,
         *,
         processing_class: Any,
-        shared_prefix: bool = True,
+        shared_prefix: str | bool = "auto",
+        row_tokens: int = 8192,
         **others: Any,
     ) -> None:
+        if shared_prefix not in ("auto", "on", "off", True, False):
+            raise ValueError(
+                f"grpo.shared_prefix = {shared_prefix!r}: write auto, on or off"
+            )
+        if row_tokens < 1:
+            raise ValueError(f"grpo.row_tokens = {row_tokens}: must be at least 1")
+        self.row_tokens = row_tokens
         self.banned_tokens = ban_vision_tokens(args, processing_class.tokenizer)
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )
-        self.shared_forward = shared_prefix and can_share(self)
+        base = models.base_model(self.model)
+        reason = shared_check.obstacle(base, self.is_fsdp_enabled)
+        if reason and shared_prefix in ("on", True):
+            raise ValueError(
+                f"grpo.shared_prefix = on, but {reason}; set it to auto or off"
+            )
+        self.shared_forward = shared_prefix not in ("off", False) and not reason
         self.shared_rollout = self.shared_forward and can_share_rollout(args)
+        self.unchecked = self.shared_forward and shared_prefix == "auto"
+        if self.shared_forward and not self.unchecked:
+            shared_check.take_masks(base.model)
+        # With sharded weights all processes must call the tower equally often.
+        remember = self.shared_forward and not is_deepspeed_zero3_enabled()
+        frozen = remember and not tower_trains(base.model)
+        self.vision = VisionCache() if frozen else None
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
         """TRL's, which encodes all rows again: hand it what was encoded before."""
@@ -67,6 +99,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.encoded = EncodedBatch.encode(
             self.real_processor, prompts, self.num_generations, self.accelerator.device
         )
+        if self.unchecked:
+            self._check_sharing()
         fields = {} if self.shared_rollout else self.encoded.fields()
         return self.encoded.prompt_ids(), self.encoded.images, fields
 
@@ -82,15 +116,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         began = time.perf_counter()
         if self.shared_rollout:
             with (
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-                ) as model,
+                self._for_generation() as model,
                 self.accelerator.autocast(),
                 torch.no_grad(),
                 folded(model),
+                shared_check.rollout_attention(models.base_model(model).model),
             ):
                 base = models.base_model(model)
                 replies = shared_prefix.sample_replies(
@@ -101,6 +131,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                     max_new_tokens=self.max_completion_length,
                     eos_token_ids=self.eos_token_ids,
                     warp=logits_warp(self.args, self.banned_tokens),
+                    vision=self.vision,
                 )
             made = self.encoded.expand(replies), None
         else:
@@ -109,6 +140,41 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             )
         self._record_seconds("generate", began)
         return made
+
+    def _for_generation(self) -> AbstractContextManager[Any]:
+        """TRL's way to the bare model: sharded weights gathered, no checkpointing."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+
+    def _check_sharing(self) -> None:
+        """One group both ways. Keeps the first attention that gives equal log-probs;
+        where none does, TRL's way from here on, and a message."""
+        self.unchecked = False
+        warp = logits_warp(self.args, self.banned_tokens)
+        prompt = self.encoded.prompts[0]
+        with self._for_generation() as model, self.accelerator.autocast():
+            backbone = models.base_model(model).model
+            before, allowed = shared_prefix.attention_of(backbone), 0.0
+            for name in shared_check.attention_choices(backbone):
+                backbone.language_model.set_attn_implementation(name)
+                worst, allowed = shared_check.difference_with(
+                    model, prompt, warp, self.temperature, self.vision
+                )
+                worst = self.accelerator.gather(worst).max().item()  # one answer
+                if worst <= allowed:
+                    return
+                logger.warning(
+                    "shared prompts with %s: log-probs differ by %.2g from those of "
+                    "whole rows (allowed: %.2g)", name, worst, allowed,
+                )  # fmt: skip
+            backbone.language_model.set_attn_implementation(before)
+        logger.warning("grpo.shared_prefix: auto falls back to TRL's own passes")
+        self.shared_forward = self.shared_rollout = False
+        self.vision = None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's, but groups stay whole, and similar lengths share a micro-batch.
@@ -168,8 +234,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             )  # fmt: skip
         else:
             made = self._shared_log_probs(
-                model, input_ids, attention_mask, logits_to_keep,
-                batch_size or len(input_ids), compute_entropy, fields,
+                model, input_ids, attention_mask, logits_to_keep, compute_entropy,
+                fields,
             )  # fmt: skip
         if not torch.is_grad_enabled():
             self._record_seconds("reference", began)
@@ -181,7 +247,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        batch_size: int,
         compute_entropy: bool,
         fields: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None, None]:
@@ -198,15 +263,22 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         lengths = attention_mask[:, width:].sum(1).tolist()
         unwrapped = self.accelerator.unwrap_model(model)
         backbone = models.base_model(unwrapped).model
+        # Where a forward pass talks to other processes, all must make equally many.
+        sharded, training = is_deepspeed_zero3_enabled(), torch.is_grad_enabled()
+        talks = sharded or (training and self.accelerator.num_processes > 1)
+        budget = packed_rows.UNLIMITED if talks else self.row_tokens
+        called = model if talks or training else unwrapped
         log_probs: list[Any] = [None] * len(input_ids)
         entropies: list[Any] = [None] * len(input_ids)
-        for chunk in shared_prefix.chunked(groups, lengths, batch_size):
+        for chunk in packed_rows.chunked(groups, lengths, budget):
             packed = [
                 (prompt, [input_ids[r, width : width + lengths[r]] for r in rows])
                 for prompt, rows in chunk
             ]
             with self.accelerator.autocast(), folded(unwrapped):
-                parts = shared_prefix.packed_log_probs(model, backbone, packed)
+                parts = packed_rows.packed_log_probs(
+                    called, backbone, packed, self.vision
+                )
             for (_, rows), logps, entropy in zip(chunk, *parts, strict=True):
                 for row, logp, e in zip(rows, logps, entropy, strict=True):
                     log_probs[row], entropies[row] = logp, e
@@ -226,9 +298,3 @@ def _permuted(value: Any, order: list[int]) -> Any:
     if isinstance(value, Tensor):
         return value[order] if value.ndim else value
     return [value[i] for i in order]
-
-
-def can_share(trainer: GRPOTrainer) -> bool:
-    """Whether prompts can be shared: a model that supports it, weights not sharded."""
-    base = models.base_model(trainer.model)
-    return shared_prefix.supports(base) and not trainer.is_fsdp_enabled
