@@ -174,8 +174,9 @@ def plan(
     section = config[stage]
     model = build(config, stage)
     memory = static_memory(model, config, stage, layout)
-    memory |= training_memory(model, config, stage, layout)
-    memory["runtime"] = RUNTIME if gpu.flops > CPU.flops else 0.0
+    on_gpu = gpu is not CPU
+    memory |= training_memory(model, config, stage, layout, on_gpu)
+    memory["runtime"] = RUNTIME if on_gpu else 0.0
     colocated = section.get("vllm_mode", "colocate") == "colocate"
     if section.get("use_vllm") and colocated:
         share = section.get("vllm_gpu_memory_utilization", 0.3)

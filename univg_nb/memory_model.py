@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from univg_nb import models
 from univg_nb.config import SCALES, suggestion
@@ -22,7 +23,9 @@ from univg_nb.config import SCALES, suggestion
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, 8-bit scale, and its fp32 scale
-LOGIT_BYTES = 12  # the logit, its fp32 log-softmax, and the gradient of each
+LOGIT_BYTES = 12  # GRPO: the logit, its fp32 log-softmax, and the gradient of each
+TILE = 32_768  # SFT: TRL scores this many words of the vocabulary at a time
+TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a CPU)
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,11 @@ def _buffers(model: torch.nn.Module, layout: Layout, size: int) -> float:
 
 
 def training_memory(
-    model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
+    model: torch.nn.Module,
+    config: Mapping[str, Any],
+    stage: Stage,
+    layout: Layout,
+    on_gpu: bool,
 ) -> dict[str, float]:
     """Activations, logits, KV cache and vision: bytes per process at their largest."""
     section = config[stage]
@@ -219,7 +226,6 @@ def training_memory(
         "activation_checkpointing", section.get("gradient_checkpointing", True)
     )
     kept = layers * carried + one if checkpointing else layers * one
-    scored = layout.reply if stage == "grpo" else tokens
     width = text.hidden_size // text.num_attention_heads
     per_token = 2 * layers * text.num_key_value_heads * width * size
     generated = rows * section.get("gradient_accumulation_steps", 1)
@@ -229,7 +235,29 @@ def training_memory(
     patches = (rows // group) * layout.images * vision.spatial_merge_size**2
     return {
         "activations": float(kept),
-        "logits": float(rows * scored * text.vocab_size * LOGIT_BYTES),
+        "logits": scoring_memory(base, stage, rows, layout, on_gpu),
         "KV cache": float(cache),
         "vision": float(patches * vision.embed_dim * 10 * size),
     }
+
+
+def scoring_memory(
+    base: torch.nn.Module, stage: Stage, rows: int, layout: Layout, on_gpu: bool
+) -> float:
+    """Bytes from the last hidden states to the loss and back.
+
+    GRPO holds the logits of the replies. SFT goes over tiles of tokens and words (TRL's
+    ChunkedLogProbFunction), whose buffer is TILE words wide whatever the vocabulary,
+    and sums the gradients of hidden states and of a trained head in fp32. On a GPU a
+    Triton kernel scores the replies alone, without temporaries.
+    """
+    head = base.lm_head.weight
+    words, hidden = head.shape
+    if stage == "grpo":
+        return float(rows * layout.reply * words * LOGIT_BYTES)
+    tokens = rows * (layout.reply if on_gpu else layout.tokens)
+    part = min(tokens, TOKEN_CHUNK_SIZE)
+    tile = part * TILE * head.element_size()
+    copies = 0 if on_gpu else TILE_COPIES
+    tile += copies * part * min(words, TILE) * 4
+    return float(tile + 4 * tokens * hidden + 4 * head.numel() * head.requires_grad)
