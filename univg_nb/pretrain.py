@@ -1,9 +1,10 @@
 """Makes the shipped base model from nothing: ``make base``.
 
-Two stages, both on pictures drawn as they are needed: the vision tower learns to
-see (:mod:`univg_nb.pretrain_vision`), then the whole model learns the lessons of
-:mod:`univg_nb.minimig.lessons` as dialogues, with loss on the replies only. A run
-that was stopped goes on from its last checkpoint with the same data and weights.
+Three stages on pictures drawn as they are needed: the vision tower learns to see
+(:mod:`univg_nb.pretrain_vision`), then the whole model learns the lessons of
+:mod:`univg_nb.minimig.lessons` as dialogues, with loss on the replies only, and last
+to repeat words of the whole vocabulary. A run that was stopped goes on from its last
+checkpoint with the same data and weights.
 """
 
 import argparse
@@ -23,13 +24,14 @@ from transformers import Qwen2Tokenizer
 from univg_nb.minimig.lessons import corpus
 from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.muon import Muon
-from univg_nb.pretrain_data import Lessons, Plan, Views
+from univg_nb.pretrain_data import Lessons, Plan, Views, Words
 from univg_nb.pretrain_guide import AttentionGuide
 from univg_nb.pretrain_vision import CellHeads, grid, patchify
 from univg_nb.runs import append_jsonl
 from univg_nb.tiny_model import build_model, build_processor, train_tokenizer
 
 TOWER_FROZEN_UNTIL = 0.4  # share of the language stage
+WORDS_SHARE = 0.4  # learning rates of the third stage, as a share of the second's
 LOOK_WEIGHT = 0.5  # of each guiding loss beside the loss on the replies
 
 
@@ -66,10 +68,15 @@ class Stage:
     """A stage's loop: checkpoint, resume, schedule, log."""
 
     def __init__(
-        self, name: str, out: Path, modules: dict[str, nn.Module], lr: float, plan: Plan
+        self,
+        name: str,
+        out: Path,
+        modules: dict[str, nn.Module],
+        lr: float,
+        matrix_lr: float,
     ):
         self.name, self.out, self.modules = name, out, modules
-        self.optimizers = optimizers_for([*modules.values()], lr, plan.matrix_lr)
+        self.optimizers = optimizers_for([*modules.values()], lr, matrix_lr)
         self.peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.file = out / f"{name}.pt"
         self.step = 0
@@ -170,22 +177,34 @@ def align_words(
 
 
 def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
-    """Stage two: all parameters learn the lessons."""
-    stage = Stage("language", out, {"model": model}, plan.language_lr, plan)
-    image_token = model.config.image_token_id
+    """Stage two: all parameters learn the lessons. Stage three: all words as well.
+
+    The lessons use half of the vocabulary. The other words would keep embeddings that
+    no reply ever told apart, which a fine-tuning of the layers alone cannot mend.
+    """
     guide = AttentionGuide(model.model.language_model.layers)
+    image_token = model.config.image_token_id
 
     def losses(batch):
-        frozen = stage.step < TOWER_FROZEN_UNTIL * plan.language_steps
-        model.model.visual.requires_grad_(not frozen)
         looks = batch.pop("looks")
         types = (batch["input_ids"] == image_token).int()
         out = model(**batch, mm_token_type_ids=types, use_cache=False)
         guided = {k: LOOK_WEIGHT * v for k, v in guide.loss(looks).items()}
         return {"loss": out.loss, **guided}
 
+    def tower_rests(batch):
+        frozen = lessons.step < TOWER_FROZEN_UNTIL * plan.language_steps
+        model.model.visual.requires_grad_(not frozen)
+        return losses(batch)
+
+    modules = {"model": model}
+    lessons = Stage("language", out, modules, plan.language_lr, plan.matrix_lr)
     data = Lessons(plan, tokenizer)
-    stage.run(data, None, plan.language_steps, losses, plan.save_every)
+    lessons.run(data, None, plan.language_steps, tower_rests, plan.save_every)
+    model.model.visual.requires_grad_(False)
+    lr, matrix_lr = (WORDS_SHARE * v for v in (plan.language_lr, plan.matrix_lr))
+    words = Stage("words", out, modules, lr, matrix_lr)
+    words.run(Words(plan, tokenizer), None, plan.words_steps, losses, plan.save_every)
 
 
 def main() -> None:

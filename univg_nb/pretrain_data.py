@@ -34,9 +34,9 @@ PICTURE = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the two stages. Learning rates are the peaks of cosine schedules.
+    """Sizes of the three stages. Learning rates are the peaks of cosine schedules.
 
-    matrix_lr is Muon's, in both stages; the others are AdamW's for all the rest.
+    matrix_lr is Muon's, in every stage; the others are AdamW's for all the rest.
     """
 
     seed: int = 0
@@ -47,6 +47,7 @@ class Plan:
     language_steps: int = 3000
     language_batch: int = 16
     language_lr: float = 1.5e-3
+    words_steps: int = 300
     save_every: int = 100
 
 
@@ -156,6 +157,7 @@ class Lessons(Dataset):
     """
 
     WINDOW = 5
+    STREAM = 2  # of random numbers; the vision stage draws from 1
 
     def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer):
         self.plan, self.tokenizer = plan, tokenizer
@@ -170,15 +172,18 @@ class Lessons(Dataset):
             self._window = (window, self._make(window))
         return self._window[1][place]
 
+    def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
+        stage = sum(progress >= border for border in LANGUAGE_BORDERS)
+        several = (0.0, 0.0, 0.15, 0.35)[stage]
+        return lesson(rng, (1, 2, 3, 5)[stage], several=several)
+
     def _make(self, window: int) -> list[dict[str, Tensor]]:
-        rng = np.random.default_rng([self.plan.seed, 2, window])
+        rng = np.random.default_rng([self.plan.seed, self.STREAM, window])
         progress = window * self.WINDOW / len(self)
         size = self.plan.language_batch
         items = []
         for _ in range(self.WINDOW * size):
-            stage = sum(progress >= border for border in LANGUAGE_BORDERS)
-            several = (0.0, 0.0, 0.15, 0.35)[stage]
-            item = lesson(rng, (1, 2, 3, 5)[stage], several=several)
+            item = self._lesson(rng, progress)
             pictures = torch.from_numpy(np.stack([seen(s, rng) for s in item.scenes]))
             items.append((pictures, dialogue(item, self.tokenizer)))
         items.sort(key=lambda item: len(item[1].ids))
@@ -189,6 +194,35 @@ class Lessons(Dataset):
             for k in range(self.WINDOW)
         ]
         return [batches[k] for k in rng.permutation(self.WINDOW)]
+
+
+class Words(Lessons):
+    """Third stage: as many turns of a lesson as of words to be repeated, mixed."""
+
+    STREAM = 3
+
+    def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer):
+        super().__init__(plan, tokenizer)
+        special = set(tokenizer.all_special_ids)
+        texts = (
+            tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special
+        )
+        self.words = [text for text in texts if text.isprintable()]
+
+    def __len__(self) -> int:
+        return self.plan.words_steps
+
+    def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
+        taught = lesson(rng, several=0.35, turns=3)
+        turns = [*taught.turns, *(self._repeat(rng) for _ in taught.turns)]
+        mixed = tuple(turns[k] for k in rng.permutation(len(turns)))
+        return Lesson(taught.scenes, mixed)
+
+    def _repeat(self, rng: np.random.Generator) -> Turn:
+        """Words without sense, so that nothing is learned of how they follow."""
+        count = int(rng.integers(4, 13))
+        text = "".join(str(w) for w in rng.choice(self.words, count)).strip()
+        return Turn(f"Repeat: {text}", text)
 
 
 def collate(
