@@ -64,7 +64,7 @@ def merge_check(
             reply(model, processor, part, max_new_tokens=max_new_tokens)
             for model in (trained, merged)
         ]
-        same += sum(a.text == b.text for a, b in zip(*answers, strict=True))
+        same += sum(a.response == b.response for a, b in zip(*answers, strict=True))
     gap, mean, square = (sums / count).tolist()
     return {
         "samples": len(samples),
