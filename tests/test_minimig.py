@@ -194,6 +194,24 @@ SIZES = {
 }  # fmt: skip
 
 
+def test_drawn_by_several_processes_is_the_same(tmp_path, monkeypatch):
+    alone = export.build(tmp_path / "alone", SIZES, seed=4)
+    monkeypatch.setattr(export, "FEW", 1)
+    monkeypatch.setattr(export.os, "cpu_count", lambda: 2)
+    together = export.build(tmp_path / "together", SIZES, seed=4)
+    for key, path in alone.items():
+        assert path.read_bytes() == together[key].read_bytes()
+    for picture in (tmp_path / "alone" / "images").iterdir():
+        other = tmp_path / "together" / "images" / picture.name
+        assert picture.read_bytes() == other.read_bytes()
+
+
+def test_validation_items_are_of_their_own_split(tmp_path):
+    read = samples.read(export.validation(tmp_path, 2, seed=3), image_root=tmp_path)
+    assert [s.task for s in read] == [task for task in items.TASKS for _ in range(2)]
+    assert all("val_" in path for s in read for path in s.images)
+
+
 def test_export_round_trip_and_same_bytes(tmp_path):
     one = export.build(tmp_path / "one", SIZES, seed=3)
     two = export.build(tmp_path / "two", SIZES, seed=3)

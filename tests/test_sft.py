@@ -24,8 +24,8 @@ from univg_nb.collator import (
     VisionCollator,
     encode,
     tokenize,
-    vision_features,
 )
+from univg_nb.image_features import vision_features
 from univg_nb.merging import merge_check
 from univg_nb.samples import GroundingSample
 from univg_nb.training import COMPLETE, whole_checkpoint
@@ -163,6 +163,27 @@ def test_padding_side_and_stored_features_do_not_change_the_loss(
     with torch.no_grad():
         found.append(model(**batch, mm_encoder_outputs={"image": image}).loss.item())
     assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+
+
+def test_features_kept_on_disk_are_the_same_and_follow_the_images(
+    data, processor, model_cfg, tmp_path
+):
+    model, _ = models.load(model_cfg)
+    paths = []
+    for number, path in enumerate(data[4].images):  # of different sizes
+        paths.append(str(tmp_path / f"{number}.png"))
+        shutil.copy(path, paths[-1])
+    keep = tmp_path / "features"
+    first = vision_features(model, processor, paths, keep, progress=False)
+    assert len(list(keep.iterdir())) == 1
+    again = vision_features(model, processor, paths, keep, progress=False)
+    assert list(first) == list(again) == list(dict.fromkeys(paths))
+    for path in first:
+        assert all(map(torch.equal, first[path], again[path]))
+    Image.new("RGB", (64, 64), "red").save(paths[0])
+    changed = vision_features(model, processor, paths, keep, progress=False)
+    assert len(list(keep.iterdir())) == 2
+    assert not torch.equal(changed[paths[0]][0], first[paths[0]][0])
 
 
 def test_control_without_chains(data, processor):

@@ -7,22 +7,20 @@ is preprocessed once where the vision tower is frozen and its output fits in mem
 and a sample that is too long is an error that names it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from univg_nb import prompts
-from univg_nb.images import MIN_SIDE, image_size, open_image
+from univg_nb.image_features import Encoded, pixels
+from univg_nb.images import MIN_SIDE, image_size
 from univg_nb.samples import GroundingSample
 
 IGNORE = -100  # the label torch's cross-entropy leaves out
-FEATURE_BYTES = 2**30  # vision features up to this size are kept in memory
-IMAGES_AT_ONCE = 32  # through processor and vision tower when features are computed
 
 
 def encode(
@@ -81,10 +79,12 @@ def tokenize(
     chains: bool = True,
     max_length: int | None = None,
 ) -> Dataset:
-    """Rows of index, sample_id, images, prompt_ids, completion_ids, length.
+    """Rows of index, sample_id, images, image_tokens, prompt_ids, completion_ids and
+    length.
 
-    length counts prompt, image and reply tokens. Raises ValueError, before any
-    training, for a missing image and for a sample longer than max_length tokens.
+    image_tokens: of each image; length counts prompt, image and reply tokens. Raises
+    ValueError, before any training, for a missing image and for a sample longer than
+    max_length tokens.
     """
     sizes: dict[str, int] = {}
     rows = []
@@ -93,10 +93,12 @@ def tokenize(
         for path in sample.images:
             if path not in sizes:
                 sizes[path] = expected_tokens(path, processor, sample.id)
-        visual = sum(sizes[path] - 1 for path in sample.images)
+        counts = [sizes[path] for path in sample.images]
+        visual = sum(counts) - len(counts)  # each image is one token of prompt_ids
         length = len(row["prompt_ids"]) + visual + len(row["completion_ids"])
         check_length(length, max_length, place(sample))
-        rows.append({**row, "index": index, "length": length})
+        row |= {"index": index, "image_tokens": counts, "length": length}
+        rows.append(row)
     if not rows:
         raise ValueError("no training samples; check the data section of the scale")
     return Dataset.from_list(rows)
@@ -109,55 +111,6 @@ def check_length(length: int, max_length: int | None, name: str) -> None:
             f"{name}: {length} tokens, more than sft.max_length = {max_length}; "
             "raise it, lower model.max_pixels or leave the sample out"
         )
-
-
-# --------------------------------------------------------------------- images
-
-Encoded = tuple[torch.Tensor, torch.Tensor]  # (patches or features, grid (1, 3))
-
-
-def pixels(processor: ProcessorMixin, paths: Sequence[str]) -> Encoded:
-    """Preprocess images: pixel_values (patches, values), image_grid_thw (images, 3)."""
-    pictures = [open_image(path) for path in paths]
-    out = processor.image_processor(images=pictures, return_tensors="pt")
-    return out["pixel_values"], out["image_grid_thw"]
-
-
-def vision_features(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    paths: Iterable[str],
-    progress: bool = True,
-) -> dict[str, Encoded]:
-    """The vision tower's output for each distinct path: (tokens, hidden), grid (1, 3).
-
-    A frozen tower gives the same output every time, so training needs it only once.
-    """
-    distinct = list(dict.fromkeys(paths))
-    encoded: dict[str, Encoded] = {}
-    was_training = model.training
-    model.eval()
-    starts = range(0, len(distinct), IMAGES_AT_ONCE)
-    for start in tqdm(starts, desc="images", disable=not progress, leave=False):
-        chunk = distinct[start : start + IMAGES_AT_ONCE]
-        values, grids = pixels(processor, chunk)
-        with torch.no_grad():
-            features = model.get_image_features(
-                values.to(model.device), grids.to(model.device)
-            ).pooler_output
-        for path, feature, grid in zip(chunk, features, grids, strict=True):
-            encoded[path] = (feature.cpu().clone(), grid[None])
-    model.train(was_training)
-    return encoded
-
-
-def features_fit(dataset: Dataset, processor: ProcessorMixin, hidden: int) -> bool:
-    """Whether the features of all images of a dataset stay within FEATURE_BYTES."""
-    distinct = {path: row["sample_id"] for row in dataset for path in row["images"]}
-    tokens = sum(
-        expected_tokens(path, processor, name) for path, name in distinct.items()
-    )
-    return tokens * hidden * 4 <= FEATURE_BYTES
 
 
 # --------------------------------------------------------------------- batches

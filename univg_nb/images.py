@@ -96,6 +96,8 @@ def image_size(path: str | os.PathLike[str], sample_id: str = "") -> tuple[int, 
     """(width, height) in pixels, upright, from the header alone; errors as above."""
     with _header(path, sample_id) as image:
         width, height = image.size
+        if width == height:  # looking for the orientation decodes a whole PNG
+            return width, height
         orientation = image.getexif().get(0x0112, 1)
     return (height, width) if orientation >= 5 else (width, height)
 

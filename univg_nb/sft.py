@@ -21,8 +21,9 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from univg_nb import models, runs, samples, training
-from univg_nb.collator import VisionCollator, features_fit, tokenize, vision_features
+from univg_nb.collator import VisionCollator, tokenize
 from univg_nb.config import whole_batch
+from univg_nb.image_features import features_fit, vision_features
 from univg_nb.samples import GroundingSample
 from univg_nb.sft_trainer import GroundingSFTTrainer
 
@@ -97,12 +98,12 @@ def build_trainer(
     features = None
     frozen = config["sft"].get("freeze_vision", True)
     hidden = base.config.get_text_config().hidden_size
-    if frozen and features_fit(dataset, processor, hidden):
+    if frozen and features_fit(dataset, hidden):
         base.to(models.device())
         paths = [path for sample in train for path in sample.images]
-        features = vision_features(
-            base, processor, paths, progress=not config["sft"].get("disable_tqdm")
-        )
+        progress = not config["sft"].get("disable_tqdm")
+        keep = out.parent / "vision_features"  # the run's other trainings read it too
+        features = vision_features(base, processor, paths, keep, progress)
     with training.exact_adapter(model, adapter == "qlora"):
         return GroundingSFTTrainer(
             model=model,

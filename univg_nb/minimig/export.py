@@ -2,6 +2,10 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from univg_nb import samples
@@ -20,18 +24,22 @@ SIZES = {
 STAGE2_START = 100_000  # index of stage 2's first item: no item is in both stages
 
 
-def _rounds(n: int, seed: int, split: str, first: int = 0) -> Iterator[Item]:
+Spec = tuple[str, int, str, int]  # (task, seed, split, index): makes an item
+FEW = 200  # items that are made before further processes would have started
+
+
+def _rounds(n: int, seed: int, split: str, first: int = 0) -> Iterator[Spec]:
     """``n`` items, the ten tasks taking turns."""
     for i in range(n):
         turn, number = divmod(i, len(TASKS))
-        yield make(tuple(TASKS)[number], seed, split, first + turn)
+        yield tuple(TASKS)[number], seed, split, first + turn
 
 
-def _of(task: str, n: int, seed: int, split: str, first: int = 0) -> Iterator[Item]:
-    return (make(task, seed, split, first + i) for i in range(n))
+def _of(task: str, n: int, seed: int, split: str, first: int = 0) -> Iterator[Spec]:
+    return ((task, seed, split, first + i) for i in range(n))
 
 
-def _stage2(sizes: Mapping[str, int], seed: int) -> Iterator[Item]:
+def _stage2(sizes: Mapping[str, int], seed: int) -> Iterator[Spec]:
     """The ten tasks with the single-image items spread evenly between them."""
     total, single = sizes["stage2"], sizes["single"]
     if single > total:
@@ -55,10 +63,20 @@ def save_images(item: Item, folder: Path) -> None:
         os.replace(temporary, target)
 
 
-def _saved(items: Iterator[Item], folder: Path) -> Iterator[GroundingSample]:
-    for item in items:
-        save_images(item, folder)
-        yield item.sample
+def _made(folder: Path, spec: Spec) -> GroundingSample:
+    """Draws one item and saves its pictures."""
+    item = make(*spec)
+    save_images(item, folder)
+    return item.sample
+
+
+def _workers(items: int) -> ProcessPoolExecutor | None:
+    """Processes to draw with, one a core; none for so few items."""
+    cores = min(os.cpu_count() or 1, 8)
+    if cores == 1 or items < FEW:
+        return None
+    # Not forked: the parent may hold threads, of torch for one.
+    return ProcessPoolExecutor(cores, mp_context=get_context("spawn"))
 
 
 def build(
@@ -93,7 +111,7 @@ def build(
                    _rounds(wanted["stage1"], seed, "train")),
         "stage2": ("stage2_rl.json", "stage2_rl", _stage2(wanted, seed)),
         "mig_bench": ("mig_bench.json", "mig_bench",
-                      (i for t in TASKS for i in _of(t, per_task, seed, "test"))),
+                      (s for t in TASKS for s in _of(t, per_task, seed, "test"))),
         "single": ("refcoco_val.json", "stage2_rl",
                    _of("single", wanted["single_test"], seed, "test")),
         "lisa": ("lisa_eval.json", "lisa",
@@ -101,8 +119,25 @@ def build(
         "video": ("reasonvos_eval.json", "reasonvos",
                   _of("video", wanted["zero_shot"], seed, "test")),
     }  # fmt: skip
-    for name, format, items in plan.values():
-        # Image paths stay relative in the file; the zero-shot writers open the pictures
-        # for their size, and find them under image_root.
-        samples.write(_saved(items, out), out / name, format, image_root=out)
+    specs = {key: list(items) for key, (_, _, items) in plan.items()}
+    pool = _workers(sum(map(len, specs.values())))
+    with pool or nullcontext():
+        for key, (name, format, _) in plan.items():
+            draw = partial(_made, out)
+            many = specs[key]
+            made = pool.map(draw, many, chunksize=32) if pool else map(draw, many)
+            # Image paths stay relative in the file; the zero-shot writers open the
+            # pictures for their size, and find them under image_root.
+            samples.write(made, out / name, format, image_root=out)
     return {key: out / name for key, (name, _, _) in plan.items()}
+
+
+def validation(out_dir: str | os.PathLike[str], per_task: int, seed: int = 0) -> Path:
+    """Writes ``per_task`` validation items of each of the ten tasks as a MIG-Bench file
+    below ``out_dir``; settings are chosen on these, never on the test."""
+    out = Path(out_dir)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    specs = (spec for task in TASKS for spec in _of(task, per_task, seed, "val"))
+    made = map(partial(_made, out), specs)
+    samples.write(made, out / "validation.json", "mig_bench", image_root=out)
+    return out / "validation.json"
