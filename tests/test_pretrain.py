@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from univg_nb.boxes import format_box
+from univg_nb.minimig.albums import album
 from univg_nb.minimig.lessons import lesson
 from univg_nb.minimig.scenes import render
-from univg_nb.pretrain_data import IMAGE_TOKENS, Lessons, Plan, dialogue
-from univg_nb.pretrain_guide import AttentionGuide
+from univg_nb.pretrain_data import Albums, Lessons, Plan
+from univg_nb.pretrain_dialogue import IMAGE_TOKENS, dialogue
+from univg_nb.pretrain_guide import NUMBER, AttentionGuide
 from univg_nb.pretrain_vision import covered_cells, patchify
 from univg_nb.tiny_model import build_model, build_processor, train_tokenizer
 
@@ -85,3 +87,45 @@ def test_batches_and_guide(tokenizer):
     (out.loss + sum(losses.values())).backward()
     # Random attention spreads over the keys before the query: -log of a small share.
     assert all(1.0 < float(loss.detach()) < 8.0 for loss in losses.values())
+
+
+def test_which_image_is_meant_is_looked_up_where_it_is_said(tokenizer):
+    rng = np.random.default_rng(6)
+    said = 0
+    for _ in range(40):
+        item = album(rng)
+        assert 1 <= len(item.scenes) <= 6
+        made = dialogue(item, tokenizer, numbers=True)
+        for look in made.looks:
+            if look.phrase != NUMBER:
+                continue
+            said += 1
+            ((image, box),) = look.spots
+            assert box == (0, 0, 1000, 1000)
+            word = tokenizer.decode([made.ids[look.at]]).strip()
+            ordinals = ("first", "second", "third", "fourth", "fifth", "sixth")
+            # a word of a small vocabulary may end in a later piece
+            assert word == str(image + 1) or any(o.endswith(word) for o in ordinals)
+        plain = dialogue(item, tokenizer)
+        assert plain.ids == made.ids and plain.labels == made.labels
+        assert plain.looks == [k for k in made.looks if k.phrase != NUMBER]
+    assert said > 50
+
+
+def test_albums_compare_no_pictures():
+    rng = np.random.default_rng(7)
+    words = " ".join(
+        turn.question for _ in range(200) for turn in album(rng).turns
+    ).lower()
+    for word in ("differen", "change", "common", "share", "same", "both", "purpose"):
+        assert word not in words, word
+    assert "describe all images" in words
+
+
+def test_albums_come_as_batches(tokenizer):
+    data = Albums(Plan(albums_steps=5, albums_batch=2), tokenizer)
+    batch = data[4]
+    assert len(data) == 5 and batch["input_ids"].shape[0] == 2
+    looks = batch["looks"]
+    assert looks.thing.any(1).all() and (looks.phrase == NUMBER).any()
+    assert torch.equal(data[4]["input_ids"], batch["input_ids"])

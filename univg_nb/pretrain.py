@@ -1,9 +1,10 @@
 """Makes the shipped base model from nothing: ``make base``.
 
-Three stages on pictures drawn as they are needed: the vision tower learns to see
-(:mod:`univg_nb.pretrain_vision`), then the whole model learns the lessons of
-:mod:`univg_nb.minimig.lessons` as dialogues, with loss on the replies only, and last
-to repeat words of the whole vocabulary. A run that was stopped goes on from its last
+Four stages on pictures drawn as they are needed: the vision tower learns to see
+(:mod:`univg_nb.pretrain_vision`), the whole model learns the lessons of
+:mod:`univg_nb.minimig.lessons` as dialogues, with loss on the replies only, then to
+repeat words of the whole vocabulary, and last to tell several pictures apart
+(:mod:`univg_nb.minimig.albums`). A run that was stopped goes on from its last
 checkpoint with the same data and weights.
 """
 
@@ -24,7 +25,7 @@ from transformers import Qwen2Tokenizer
 from univg_nb.minimig.lessons import corpus
 from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.muon import Muon
-from univg_nb.pretrain_data import Lessons, Plan, Views, Words
+from univg_nb.pretrain_data import Albums, Lessons, Plan, Views, Words
 from univg_nb.pretrain_guide import AttentionGuide
 from univg_nb.pretrain_vision import CellHeads, grid, patchify
 from univg_nb.runs import append_jsonl
@@ -32,6 +33,7 @@ from univg_nb.tiny_model import build_model, build_processor, train_tokenizer
 
 TOWER_FROZEN_UNTIL = 0.4  # share of the language stage
 WORDS_SHARE = 0.4  # learning rates of the third stage, as a share of the second's
+ALBUMS_SHARE = 0.7  # and of the fourth
 LOOK_WEIGHT = 0.5  # of each guiding loss beside the loss on the replies
 
 
@@ -177,7 +179,7 @@ def align_words(
 
 
 def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
-    """Stage two: all parameters learn the lessons. Stage three: all words as well.
+    """Stages two to four: the lessons, all words, several pictures.
 
     The lessons use half of the vocabulary. The other words would keep embeddings that
     no reply ever told apart, which a fine-tuning of the layers alone cannot mend.
@@ -205,6 +207,11 @@ def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     lr, matrix_lr = (WORDS_SHARE * v for v in (plan.language_lr, plan.matrix_lr))
     words = Stage("words", out, modules, lr, matrix_lr)
     words.run(Words(plan, tokenizer), None, plan.words_steps, losses, plan.save_every)
+    model.model.visual.requires_grad_(True)  # close-ups are new to the tower
+    lr, matrix_lr = (ALBUMS_SHARE * v for v in (plan.language_lr, plan.matrix_lr))
+    albums = Stage("albums", out, modules, lr, matrix_lr)
+    data = Albums(plan, tokenizer)
+    albums.run(data, None, plan.albums_steps, losses, plan.save_every)
 
 
 def main() -> None:

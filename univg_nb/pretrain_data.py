@@ -5,7 +5,6 @@ it would have seen without the stop.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Qwen2Tokenizer
 
-from univg_nb.boxes import Box
-from univg_nb.minimig.lessons import Lesson, Look, Turn, lesson, scene_for
+from univg_nb.minimig.albums import album
+from univg_nb.minimig.lessons import Lesson, Turn, lesson, scene_for
 from univg_nb.minimig.scenes import PLACES
+from univg_nb.pretrain_dialogue import IMAGE_TOKENS, Dialogue, dialogue
 from univg_nb.pretrain_guide import Looks
 from univg_nb.pretrain_vision import (
-    CELLS,
     cell_targets,
     covered_cells,
     grid,
@@ -27,14 +26,10 @@ from univg_nb.pretrain_vision import (
     seen,
 )
 
-IMAGE_TOKENS = CELLS * CELLS
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-PICTURE = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the three stages. Learning rates are the peaks of cosine schedules.
+    """Sizes of the four stages. Learning rates are the peaks of cosine schedules.
 
     matrix_lr is Muon's, in every stage; the others are AdamW's for all the rest.
     """
@@ -48,6 +43,8 @@ class Plan:
     language_batch: int = 16
     language_lr: float = 1.5e-3
     words_steps: int = 300
+    albums_steps: int = 1600
+    albums_batch: int = 12
     save_every: int = 100
 
 
@@ -75,75 +72,6 @@ class Views(Dataset):
         return picture, torch.from_numpy(cell_targets(scene)), PLACES.index(scene.place)
 
 
-class Attend(NamedTuple):
-    """A token's look: from position ``at`` to ``spots``, (picture, box in 0..1000).
-
-    phrase: position of the last token of the words that name it, or -1; ``at`` itself
-    where those words do the looking.
-    """
-
-    at: int
-    spots: tuple[tuple[int, Box], ...]
-    phrase: int
-
-
-class Dialogue(NamedTuple):
-    """A lesson's dialogue as token ids, labels (-100 where no loss is taken), looks."""
-
-    ids: list[int]
-    labels: list[int]
-    looks: list[Attend]
-
-
-def named(item: Lesson, turn: Turn, look: Look) -> tuple[tuple[int, Box], ...]:
-    """What the words of a question may mean when they are read.
-
-    Which picture is meant is said only after them: a name means every thing of that
-    name, and a phrase that tells things apart by place or size means nothing yet.
-    """
-    if len(item.scenes) == 1:
-        return ((look.image, look.box),)
-    words = turn.question[look.start : look.end]
-    return tuple(
-        (number, thing.box)
-        for number, scene in enumerate(item.scenes)
-        for thing in scene.things
-        if thing.name == words
-    )
-
-
-def dialogue(item: Lesson, tokenizer: Qwen2Tokenizer) -> Dialogue:
-    """The chat template applied to all turns; loss on each reply and its end token."""
-    ids: list[int] = []
-    labels: list[int] = []
-    looks: list[Attend] = []
-    pictures = PICTURE * len(item.scenes)
-    for k, turn in enumerate(item.turns):
-        opening = (SYSTEM if k == 0 else "\n") + "<|im_start|>user\n"
-        opening += pictures if k == 0 else ""
-        asked = f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n"
-        prompt = tokenizer(asked, return_offsets_mapping=True)
-        answer = tokenizer(turn.reply + "<|im_end|>", return_offsets_mapping=True)
-        phrase = -1
-        for place, (_, end) in enumerate(prompt.offset_mapping):
-            for look in turn.asks:
-                if end == len(opening) + look.end:
-                    phrase = len(ids) + place
-                    if spots := named(item, turn, look):
-                        looks.append(Attend(phrase, spots, phrase))
-        assert not turn.asks or phrase >= 0, turn
-        ids += prompt.input_ids
-        labels += [-100] * len(prompt.input_ids)
-        for place, (_, end) in enumerate(answer.offset_mapping):
-            for look in turn.looks:
-                if look.start < end <= look.end:  # seen from the token before
-                    at = len(ids) + place - 1
-                    looks.append(Attend(at, ((look.image, look.box),), phrase))
-        ids += answer.input_ids
-        labels += answer.input_ids
-    return Dialogue(ids, labels, looks)
-
-
 # Shares of the language stage at which lessons grow from one thing to two, three and
 # five, and from single pictures to several: started crowded, it stays on a plateau.
 LANGUAGE_BORDERS = (0.05, 0.15, 0.28)
@@ -158,6 +86,7 @@ class Lessons(Dataset):
 
     WINDOW = 5
     STREAM = 2  # of random numbers; the vision stage draws from 1
+    NUMBERS = False  # whether "image 2" is told to look at the second picture
 
     def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer):
         self.plan, self.tokenizer = plan, tokenizer
@@ -165,6 +94,11 @@ class Lessons(Dataset):
 
     def __len__(self) -> int:
         return self.plan.language_steps
+
+    @property
+    def batch(self) -> int:
+        """Dialogues in a batch."""
+        return self.plan.language_batch
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         window, place = divmod(step, self.WINDOW)
@@ -180,12 +114,13 @@ class Lessons(Dataset):
     def _make(self, window: int) -> list[dict[str, Tensor]]:
         rng = np.random.default_rng([self.plan.seed, self.STREAM, window])
         progress = window * self.WINDOW / len(self)
-        size = self.plan.language_batch
+        size = self.batch
         items = []
         for _ in range(self.WINDOW * size):
             item = self._lesson(rng, progress)
             pictures = torch.from_numpy(np.stack([seen(s, rng) for s in item.scenes]))
-            items.append((pictures, dialogue(item, self.tokenizer)))
+            made = dialogue(item, self.tokenizer, self.NUMBERS)
+            items.append((pictures, made))
         items.sort(key=lambda item: len(item[1].ids))
         pad = self.tokenizer.pad_token_id
         image = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -223,6 +158,26 @@ class Words(Lessons):
         count = int(rng.integers(4, 13))
         text = "".join(str(w) for w in rng.choice(self.words, count)).strip()
         return Turn(f"Repeat: {text}", text)
+
+
+class Albums(Words):
+    """Fourth stage: several pictures a lesson, mostly to be described one by one."""
+
+    STREAM = 4
+    NUMBERS = True
+
+    def __len__(self) -> int:
+        return self.plan.albums_steps
+
+    @property
+    def batch(self) -> int:
+        return self.plan.albums_batch
+
+    def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
+        taught = album(rng)
+        if rng.random() < 0.25:  # so that no word is forgotten
+            return Lesson(taught.scenes, (*taught.turns, self._repeat(rng)))
+        return taught
 
 
 def collate(

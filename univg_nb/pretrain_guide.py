@@ -19,14 +19,18 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 PHRASE_TO_THING = ((0, 0), (1, 0))
 REPLY_TO_PHRASE = ((1, 4), (2, 4))
 REPLY_TO_THING = ((2, 0), (3, 0), (3, 3))
+# "image 2" looks at the second picture. Not in layer 0: which one a picture is, its
+# tokens can only learn there.
+NUMBER_TO_IMAGE = ((1, 3), (2, 3))
+NUMBER = -2  # in the place of a phrase: the token that says which image
 
 
 class Looks(NamedTuple):
     """Where the tokens of a batch should look.
 
     row, at: (N,) the query; thing: (N, T) bool, the image tokens of what it is about;
-    phrase: (N,) position of the phrase's last token, or -1; asking: (N,) bool, whether
-    the query is that token itself and not one of the reply.
+    phrase: (N,) position of the phrase's last token, -1 for none, or NUMBER; asking:
+    (N,) bool, whether the query is that token itself and not one of the reply.
     """
 
     row: Tensor
@@ -58,15 +62,22 @@ class AttentionGuide:
 
     def loss(self, looks: Looks) -> dict[str, Tensor]:
         """For each step, the mean of -log(attention that falls where it should)."""
-        asking, replying = looks.only(looks.asking), looks.only(~looks.asking)
+        number = looks.phrase == NUMBER
+        asking = looks.only(looks.asking)
+        replying = looks.only(~looks.asking & ~number)
         naming = replying.only(replying.phrase >= 0)
         length = looks.thing.shape[1]
         phrase = torch.nn.functional.one_hot(naming.phrase, length).bool()
+        counted = looks.only(number)
         losses = {
             "phrase_to_thing": self._step(PHRASE_TO_THING, asking, asking.thing),
             "reply_to_phrase": self._step(REPLY_TO_PHRASE, naming, phrase),
             "reply_to_thing": self._step(REPLY_TO_THING, replying, replying.thing),
         }
+        if len(counted.at):
+            losses["number_to_image"] = self._step(
+                NUMBER_TO_IMAGE, counted, counted.thing
+            )
         self.seen.clear()
         return losses
 

@@ -115,10 +115,10 @@ def looking(question: str, reply: str, number: int, box: Box, phrase: str = "") 
 
 
 def listing_looks(
-    reply: str, names: list[str], scene: Scene, number: int
+    reply: str, names: list[str], scene: Scene, number: int, at: int = 0
 ) -> tuple[Look, ...]:
-    """Looks for a reply that names the things from left to right."""
-    looks, at = [], 0
+    """Looks for a reply that, from ``at`` on, names the things from left to right."""
+    looks = []
     for name, thing in zip(names, scene.reading_order(), strict=True):
         start = reply.index(name, at)
         at = start + len(name)
@@ -265,15 +265,25 @@ def lesson(
     number of questions asked about them.
     """
     of = int(rng.choice((2, 2, 3, 3, 4, 5, 6))) if rng.random() < several else 1
+    scenes = related_scenes(rng, of, most, split)
+    return Lesson(scenes, tuple(_turns(rng, scenes, turns)))
+
+
+def related_scenes(
+    rng: np.random.Generator, of: int, most: int, split: str, kept_share: float = 0.5
+) -> tuple[Scene, ...]:
+    """``of`` scenes that share things, so that the image named must be looked at.
+
+    ``kept_share`` of an earlier scene's things stand in the next one again.
+    """
     scenes = [scene_for(rng, most, split)]
     for _ in range(of - 1):
-        # Pictures share things, so that the image named must be looked at.
         earlier = pick(rng, scenes)
-        kept = [(t.kind, t.colour) for t in earlier.things if rng.random() < 0.5]
+        kept = [(t.kind, t.colour) for t in earlier.things if rng.random() < kept_share]
         fresh = int(rng.integers(0 if kept else 1, max(2, most - len(kept))))
         names = kept + random_names(rng, min(fresh, most - len(kept)), set(kept))
         scenes.append(scene_for(rng, most, split, names))
-    return Lesson(tuple(scenes), tuple(_turns(rng, tuple(scenes), turns)))
+    return tuple(scenes)
 
 
 def _turns(
