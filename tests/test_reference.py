@@ -35,7 +35,7 @@ def test_intervals_know_the_luck_of_items_and_of_seeds():
 
 
 def test_every_pair_is_compared():
-    values = {m: i for i, m in enumerate(reference.METHODS)}
+    values = {m: i for i, m in enumerate([*reference.METHODS, reference.SFT])}
     results = {
         m: {
             seed: {k: [float(i)] * 5 for k in ("expected_iou", "greedy_iou", "hit")}
@@ -47,3 +47,4 @@ def test_every_pair_is_compared():
     assert made["exp - none"]["hit"]["mean_diff"] == 1.0
     assert made["exp - constant"]["expected_iou"]["by_seed"] == [-2.0, -2.0]
     assert len(made) == len(reference.PAIRS)
+    assert reference.means(results)["exp"]["hit"] == [1.0, 1.0]

@@ -30,7 +30,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "exp_unit_mean": {"weight": "exp", "unit_mean": True},
     "constant": {"weight": "constant"},  # its value comes from the exp run
 }
+SFT = "sft"  # where every training starts
 PAIRS = (
+    ("none", SFT),
+    ("exp", SFT),
     ("exp", "none"),
     ("exp", "constant"),
     ("exp", "exp_unit_mean"),
@@ -101,12 +104,19 @@ def train_one(run: runs.Run, method: str, seed: int, sft: str) -> runs.Stage:
 
 
 def evaluate_one(
-    run: runs.Run, bench: benchmarks.Benchmark, folder: Path, options: dict[str, Any]
+    run: runs.Run,
+    bench: benchmarks.Benchmark,
+    adapter: Path,
+    folder: Path,
+    four_bit: bool,
 ) -> dict[str, list[float]]:
-    """Per item: greedy IoU and hit, mean IoU of the sampled replies."""
-    quantize = "nf4" if options["adapter"] == "qlora" else None
+    """Per item: greedy IoU and hit, mean IoU of the sampled replies, which are kept in
+    `folder`. four_bit: the adapter was trained on NF4 weights."""
     model, processor = models.load(
-        run.config["model"], folder / "adapter", quantize=quantize, merge=not quantize
+        run.config["model"],
+        adapter,
+        quantize="nf4" if four_bit else None,
+        merge=not four_bit,
     )
     section = run.config["evaluate"]
     ways = {
@@ -151,6 +161,19 @@ def compare(results: Mapping[str, Mapping[int, Mapping[str, list[float]]]]) -> d
     return made
 
 
+def means(
+    results: Mapping[str, Mapping[int, Mapping[str, list[float]]]],
+) -> dict[str, dict[str, list[float]]]:
+    """{method: {measure: mean over the items, one a seed}}."""
+    return {
+        method: {
+            measure: [float(np.mean(one[measure])) for one in seeds.values()]
+            for measure in ("expected_iou", "greedy_iou", "hit")
+        }
+        for method, seeds in results.items()
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(prog="python -m univg_nb.reference")
@@ -169,12 +192,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
     bench = benchmarks.load(run, "mig")
     sft = runs.load_scale(run.dir / options.sft / "config.yaml")["sft"]
+    four_bit = sft["adapter"] == "qlora"
     results: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
     trainings = []
+    before = run.dir / options.sft / "adapter"
+    begun = evaluate_one(run, bench, before, run.dir / "reference" / SFT, four_bit)
+    results[SFT] = {seed: begun for seed in options.seeds}
     for seed in options.seeds:
         for method in METHODS:  # exp comes before the constant that copies its size
             stage = train_one(run, method, seed, options.sft)
-            results[method][seed] = evaluate_one(run, bench, stage.dir, sft)
+            results[method][seed] = evaluate_one(
+                run, bench, stage.dir / "adapter", stage.dir, four_bit
+            )
             facts = {k: v for k, v in stage.results.items() if k != "parameters"}
             trainings.append({"method": method, "seed": seed, **facts})
     name = Path(options.scale).stem
@@ -193,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "records_sha256": bench.sha256,
             "seeds": options.seeds,
             "trainings": trainings,
+            "means": means(results),
             "comparisons": compare(results),
         },
     )
