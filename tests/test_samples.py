@@ -1,8 +1,10 @@
 """Readers, writers, detection, broken input, the audit, the real annotation."""
 
+import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from univg_nb.audit import audit, main, table
-from univg_nb.boxes import box_status, format_box, parse_box
+from univg_nb.boxes import box_status, find_boxes, format_box, parse_box
+from univg_nb.formats import _boxes_in
 from univg_nb.prompts import reply_text, user_text
 from univg_nb.rows import COT_SUFFIX, SINGLE_IMAGE_PREFIX, Place, RowError
 from univg_nb.samples import (
@@ -340,6 +343,39 @@ def test_every_boxed_turn_is_a_sample(turns):
     assert len({s.id for s in got}) == len(got)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["(1,2),(3,4)", "(10, 20), (30, 40)", "(0.1,0.2),(0.3,0.4)", "(1,2,3,4)"]
+            + ["[1,2,3,4]", "<box>1 2 3 4</box>", "(12345,2),(3,4)", "(", ")", "(1,2)"]
+            + ["<|box_start|>", "<|box_end|>", " and ", ",", "(1,2),", "1"]
+        ),
+        max_size=6,
+    ).map("".join)
+)
+def test_the_quick_way_to_a_box_finds_what_the_thorough_one_finds(text):
+    assert _boxes_in(text) == find_boxes(text)
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_system_turns_are_passed_over_wherever_they_stand(key):
+    who, what, *names = ("from", "value", "human", "gpt")
+    if key == "messages":
+        who, what, *names = ("role", "content", "user", "assistant")
+    talk = [
+        {who: names[i % 2], what: turn["value"]}
+        for i, turn in enumerate(MGROUNDING["conversations"])
+    ]
+    system = {who: "system", what: "Help."}
+    row = {k: v for k, v in MGROUNDING.items() if k != "conversations"}
+    expected = list(ALL_FORMATS["mgrounding"].read(MGROUNDING, Place("f")))
+    for at in range(len(talk) + 1):
+        turns = [*talk[:at], system, *talk[at:]]
+        read_row = ALL_FORMATS["mgrounding"].read
+        assert list(read_row(row | {key: turns}, Place("f"))) == expected
+
+
 @pytest.mark.parametrize("name", TEXT_FORMATS)
 def test_written_file_is_detected_and_reads_as_written(tmp_path, name):
     path = tmp_path / "f.json"
@@ -558,6 +594,20 @@ def test_a_sample_the_format_cannot_hold(tmp_path, format, changes, message):
 def test_sample_checks_itself(changes):
     with pytest.raises(ValueError, match="sample a"):
         sample(**changes)
+
+
+def test_sample_is_frozen_copied_and_compared():
+    one = sample(source="f#1", boxes=((1, 2, 300, 400), (1, 1, 2, 2)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.answer = (0, 0, 1, 1)
+    assert pickle.loads(pickle.dumps(one)) == one == dataclasses.replace(one)
+    assert dataclasses.replace(one, source="g#2") == one
+    assert dataclasses.replace(one, cot=False) != one
+    assert len({one, dataclasses.replace(one, id="b")}) == 2
+    names = [field.name for field in dataclasses.fields(GroundingSample)]
+    assert list(vars(one)) == names  # the written constructor leaves none out
+    with pytest.raises(ValueError, match="integers 0-1000"):
+        dataclasses.replace(one, answer=(0, 0, 1, 1001))
 
 
 def test_detection_names_the_released_files():

@@ -6,6 +6,7 @@ are read and written by `samples`. Schemas: PF sec. 2.3 and 9.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,23 @@ from univg_nb.rows import (
 )
 
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
+_USUAL_BOX = re.compile(r"\(([0-9]{1,4}),([0-9]{1,4})\),\(([0-9]{1,4}),([0-9]{1,4})\)")
+
+
+class _Style(NamedTuple):
+    """One kind of sharegpt row: keys of the row and of a turn, who asks and replies."""
+
+    key: str
+    who: str
+    what: str
+    asks: str
+    replies: str
+
+
+_STYLES = {
+    "conversations": _Style("conversations", "from", "value", "human", "gpt"),
+    "messages": _Style("messages", "role", "content", "user", "assistant"),
+}
 
 
 def _markers(sample: GroundingSample) -> str:
@@ -98,54 +116,86 @@ def read_mig_revised(row: dict[str, Any], place: Place) -> Iterator[GroundingSam
     return read_mig(row, place)
 
 
-def _turns(row: dict[str, Any], place: Place) -> list[tuple[str, str]]:
+def _boxes_in(text: str) -> list[tuple[float, ...]]:
+    """As `find_boxes`, in half the time for what nearly every reply holds."""
+    usual = _USUAL_BOX.search(text)
+    if usual and text.count("(") == 2 and "[" not in text and "<box>" not in text:
+        return [tuple(map(int, usual.groups()))]
+    return find_boxes(text)
+
+
+def _turns(
+    row: dict[str, Any], place: Place, images: tuple[str, ...]
+) -> list[tuple[str, str]]:
     """(human, gpt) pairs of a sharegpt row, in either key style; system turns skipped.
 
     Checks that ``<image>`` markers and images agree in number: LLaMA-Factory pairs them
     in order, so one too few shifts or drops a picture.
     """
-    if "conversations" in row:
-        key, who, what, names = "conversations", "from", "value", ("human", "gpt")
-    else:
-        key, who, what, names = "messages", "role", "content", ("user", "assistant")
-    texts: list[str] = []
-    for turn in place.get(row, key, list):
-        if not isinstance(turn, dict):
-            raise place.error("bad_turn", f"turn {turn!r:.60}", f"give {who}/{what}")
-        role = place.get(turn, who, str)
-        if role == "system":
-            continue
-        if role != names[len(texts) % 2]:
-            raise place.error(
-                "bad_turn",
-                f"turn {len(texts)} is from {role!r}",
-                f"turns must alternate {names[0]}, {names[1]}",
-            )
-        texts.append(place.get(turn, what, str))
-    if not texts or len(texts) % 2:
-        raise place.error(
-            "bad_turn", f"{len(texts)} turns", "give question and reply in pairs"
-        )
-    pairs = list(zip(texts[::2], texts[1::2], strict=True))
-    markers = sum([human.count(IMAGE_MARKER) for human, _ in pairs])
-    if markers != len(place.get(row, "images", list)):
+    style = _STYLES["conversations" if "conversations" in row else "messages"]
+    turns = place.get(row, style.key, list)
+    pairs = _pairs(turns, style) or _pairs(_without_system(turns, style, place), style)
+    markers = sum([question.count(IMAGE_MARKER) for question, _ in pairs])
+    if markers != len(images):
         raise place.error(
             "marker_mismatch",
-            f"{markers} {IMAGE_MARKER} markers for {len(row['images'])} images",
+            f"{markers} {IMAGE_MARKER} markers for {len(images)} images",
             "write one marker for each image",
         )
     return pairs
 
 
+def _pairs(turns: list[Any], style: _Style) -> list[tuple[str, str]]:
+    """Questions and replies; [] unless all turns are texts and alternate in pairs."""
+    _, who, what, asks, replies = style
+    pairs = []
+    try:
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            question, reply = human[what], gpt[what]
+            if human[who] != asks or gpt[who] != replies:
+                return []
+            if type(question) is not str or type(reply) is not str:
+                return []
+            pairs.append((question, reply))
+    except (KeyError, TypeError, ValueError):  # no such key, no object, an odd number
+        return []
+    return pairs
+
+
+def _without_system(turns: list[Any], style: _Style, place: Place) -> list[Any]:
+    """The turns but for the system's, looked at one by one to say what is wrong."""
+    _, who, what, *names = style
+    kept = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise place.error("bad_turn", f"turn {turn!r:.60}", f"give {who}/{what}")
+        role = place.get(turn, who, str)
+        if role == "system":
+            continue
+        if role != names[len(kept) % 2]:
+            raise place.error(
+                "bad_turn",
+                f"turn {len(kept)} is from {role!r}",
+                f"turns must alternate {names[0]}, {names[1]}",
+            )
+        place.get(turn, what, str)
+        kept.append(turn)
+    if not kept or len(kept) % 2:
+        raise place.error(
+            "bad_turn", f"{len(kept)} turns", "give question and reply in pairs"
+        )
+    return kept
+
+
 def read_stage1(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    pairs = _turns(row, place)
+    images = place.images(row)
+    pairs = _turns(row, place, images)
     if len(pairs) != 1:
         raise place.error(
             "bad_turn",
             f"{len(pairs)} question/reply pairs",
             "stage1_cotsft has one; multi-turn files are format='mgrounding'",
         )
-    images = place.images(row)
     text, reply = pairs[0]
     text = text.replace(IMAGE_MARKER, "").lstrip("\n")
     asked = text.endswith(COT_SUFFIX)
@@ -158,7 +208,7 @@ def read_stage1(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
     text = text if cot else text.removeprefix(SINGLE_IMAGE_PREFIX)
     think, closed, rest = reply.partition("</think>")
     chain = think.partition("<think>")[2] if closed and "<think>" in think else None
-    boxes = find_boxes(rest if closed else reply)
+    boxes = _boxes_in(rest if closed else reply)
     if len(boxes) != 1:
         raise place.error(
             "bad_reply",
@@ -189,14 +239,13 @@ def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSamp
 
     Several boxes in one reply: all in ``boxes``, the first is the answer.
     """
-    pairs = _turns(row, place)
     images = place.images(row)
+    pairs = _turns(row, place, images)
     name = place.name(row)
     task = place.get(row, "type", str) if row.get("type") else None
     for turn, (human, gpt) in enumerate(pairs):
-        found = find_boxes(gpt)
-        if found:
-            boxes = tuple([training_box(box, place) for box in found])
+        if found := _boxes_in(gpt):
+            boxes = [training_box(box, place) for box in found]
             yield build(
                 row,
                 place,
@@ -205,7 +254,7 @@ def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSamp
                 boxes[0],
                 id=name if len(pairs) == 1 else f"{name}/{turn}",
                 task=task,
-                boxes=boxes if len(boxes) > 1 else (),
+                boxes=tuple(boxes) if len(boxes) > 1 else (),
             )
 
 

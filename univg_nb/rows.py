@@ -1,17 +1,19 @@
-"""`GroundingSample`, and what the readers of all formats share.
+"""What the readers of all formats share.
 
-Row readers are in `formats` and `zero_shot_formats`, whole files in `samples`.
+`GroundingSample` itself is in `grounding_sample`; row readers are in `formats` and
+`zero_shot_formats`, whole files in `samples`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from univg_nb.boxes import GRID, INVERTED, Box, box_status, format_box
+from univg_nb.grounding_sample import IMAGE_MARKER, GroundingSample
 
-IMAGE_MARKER = "<image>"
 # Wording of the released prompts (PF sec. 9 and 2.2); a checkpoint expects it verbatim.
 COT_SUFFIX = (
     " First output the thinking process in <think> </think> tags and then output the "
@@ -19,64 +21,11 @@ COT_SUFFIX = (
 )
 SINGLE_IMAGE_PREFIX = "This is a single image grounding task with simple reference. "
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SEQUENCES = (list, tuple)
 _NUMBERS = frozenset((int, float))
 _INTEGERS = frozenset((int,))
-
-
-@dataclass(frozen=True)
-class GroundingSample:
-    """One question with one target box.
-
-    Attributes:
-        id: unique within its file.
-        task: task name as in the file ("diff", "region", …; "" if it gives none).
-        images: paths, in the order the question counts them; at least one.
-        question: the text alone: no ``<image>`` marker, no think/answer request.
-        answer: target box, integers 0-1000 relative to the target image. Benchmarks
-            hold a few inverted ones; training files never do.
-        cot: False in single-image mode, where no chain is asked for (PF sec. 2.2).
-        chain: the text inside ``<think>``, without tags; None if there is none.
-        boxes: all instances where a benchmark marks several, else ().
-        source: "file#row", for messages; not part of equality.
-    """
-
-    id: str
-    task: str
-    images: tuple[str, ...]
-    question: str
-    answer: Box
-    cot: bool = True
-    chain: str | None = None
-    boxes: tuple[Box, ...] = ()
-    source: str = field(default="", compare=False)
-
-    def __post_init__(self) -> None:
-        problem = ""
-        if type(self.images) is not tuple or not self.images or "" in self.images:
-            problem = f"images must be a tuple of paths, got {self.images!r}"
-        elif IMAGE_MARKER in self.question or self.question[:1] in ("", "\n"):
-            problem = (
-                f"question {self.question[:60]!r} must be text without {IMAGE_MARKER} "
-                "and not begin with a newline"
-            )
-        elif self.chain is not None and any(tag in self.chain for tag in TAGS):
-            problem = "chain must be the text inside <think>, without tags"
-        else:
-            bad = [b for b in (self.answer, *self.boxes) if not _on_grid(b)]
-            problem = f"box {bad[0]!r} must be four integers 0-{GRID}" if bad else ""
-        if problem:
-            raise ValueError(f"sample {self.id} {self.source}: {problem}")
-
-
-def _on_grid(box: Box) -> bool:
-    return (
-        len(box) == 4
-        and _INTEGERS.issuperset(map(type, box))
-        and min(box) >= 0
-        and max(box) <= GRID
-    )
+_TEXTS = frozenset((str,))
+_OWN_KEYS = frozenset(("task", "chain", "cot", "boxes"))  # see `extras`
 
 
 class RowError(ValueError):
@@ -125,8 +74,18 @@ class Place:
 
     def image(self, path: str) -> str:
         """The path with a leading "./" dropped, joined to image_root (PF T7)."""
-        path = path[2:] if path.startswith("./") else path
-        return path if os.path.isabs(path) else self.prefix + path
+        return self._rooted((path,))[0]
+
+    def _rooted(self, paths: Sequence[str]) -> list[str]:
+        prefix = self.prefix
+        return [
+            prefix + path[2:].lstrip("/")
+            if path[:2] == "./"
+            else path
+            if path[:1] == "/"  # quicker than os.path.isabs
+            else prefix + path
+            for path in paths
+        ]
 
     def unrooted(self, path: str) -> str:
         """The inverse of `image`: relative to image_root where it lies below it."""
@@ -140,11 +99,11 @@ class Place:
 
     def images(self, row: dict[str, Any], key: str = "images") -> tuple[str, ...]:
         paths = self.get(row, key, list)
-        if set(map(type, paths)) != {str} or not all(paths):
+        if not paths or not _TEXTS.issuperset(map(type, paths)) or not all(paths):
             raise self.error(
                 "bad_images", f"{key!r} is {paths!r:.80}", "give a list of image paths"
             )
-        return tuple([self.image(p) for p in paths])
+        return tuple(self._rooted(paths))
 
     def numbers(self, value: Any, count: int = 4) -> list[float]:
         # A set of types is quick, and leaves out bool, which isinstance would not.
@@ -165,6 +124,10 @@ def training_box(value: Any, place: Place) -> Box:
 
     A bad target would be trained on silently, hence no clipping here.
     """
+    if _INTEGERS.issuperset(map(type, value)) and len(value) == 4:
+        x1, y1, x2, y2 = value
+        if 0 <= x1 < x2 <= GRID and 0 <= y1 < y2 <= GRID:
+            return (x1, y1, x2, y2)  # as nearly always: nothing to round or refuse
     numbers = place.numbers(value)
     high = max(numbers)
     if high <= 1 and any(v != int(v) for v in numbers):
@@ -249,27 +212,29 @@ def build(
 ) -> GroundingSample:
     """A sample from what a format gave; what it did not, from our optional keys.
 
-    Written out key by key: a loop over them costs a third of reading a long file.
+    Written out key by key, and not at all for a row that has none of them (a released
+    one): a loop over them costs a third of reading a long file.
     """
-    if task is None:
-        task = _optional(row, "task", str, place) or ""
-    if chain is None:
-        chain = _optional(row, "chain", str, place)
-    if cot is None:
-        cot = _optional(row, "cot", bool, place)
-    if boxes is None:
-        several = _optional(row, "boxes", list, place) or ()
-        boxes = tuple(tuple(map(round, place.numbers(b))) for b in several)
+    if not _OWN_KEYS.isdisjoint(row):
+        if task is None:
+            task = _optional(row, "task", str, place)
+        if chain is None:
+            chain = _optional(row, "chain", str, place)
+        if cot is None:
+            cot = _optional(row, "cot", bool, place)
+        if boxes is None:
+            several = _optional(row, "boxes", list, place) or ()
+            boxes = tuple(tuple(map(round, place.numbers(b))) for b in several)
     try:
         return GroundingSample(
             place.name(row) if id is None else id,
-            task,
+            task or "",
             images,
             text.replace(IMAGE_MARKER, "").lstrip("\n"),
             answer,
             not is_single_image(images) if cot is None else cot,
             chain,
-            boxes,
+            boxes or (),
             f"{place.file}#{place.row}",
         )
     except ValueError as error:

@@ -7,12 +7,13 @@ Files are JSON arrays or JSON lines. Formats: `ALL_FORMATS`; schemas in PF sec. 
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from univg_nb.boxes import GRID
 from univg_nb.rows import GroundingSample, Place, RowError, training_box
@@ -29,7 +30,7 @@ __all__ = [
     "write",
 ]
 
-_CHUNK = 1 << 20  # characters read at once
+_CHUNK = 1 << 18  # bytes read at once
 _MAX_ROW = 1 << 24  # a "row" longer than this is a file without an end
 _DECODE = json.JSONDecoder().raw_decode
 
@@ -87,10 +88,14 @@ def detect_format(row: dict[str, Any], file: str = "") -> str:
 
 
 class _Scanner:
-    """JSON values out of a text stream, of which only a few chunks are held."""
+    """JSON values out of a stream of UTF-8, of which only a few chunks are held.
 
-    def __init__(self, stream: TextIO, path: Path) -> None:
+    Decoded chunk by chunk here: a text file of Python's does it in many small steps.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream, self.path = stream, path
+        self.text = codecs.getincrementaldecoder("utf-8-sig")().decode
         self.buffer, self.at, self.row = "", 0, 0
 
     def error(self, problem: str) -> RowError:
@@ -102,11 +107,12 @@ class _Scanner:
 
     def more(self, size: int = _CHUNK) -> bool:
         """Append the next chunk, forgetting what was used; False at the end."""
+        chunk = self.stream.read(size)
         try:
-            chunk = self.stream.read(size)
+            text = self.text(chunk, not chunk)
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8 ({error})") from error
-        self.buffer, self.at = self.buffer[self.at :] + chunk, 0
+        self.buffer, self.at = self.buffer[self.at :] + text, 0
         return bool(chunk)
 
     def peek(self) -> str:
@@ -148,7 +154,7 @@ def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path or build the data")
-    with open(path, encoding="utf-8-sig") as stream:
+    with open(path, "rb") as stream:
         scan = _Scanner(stream, path)
         first = scan.peek()
         if first == "[":
@@ -200,11 +206,11 @@ def iter_samples(
         _check_name(format)
     root = os.fspath(image_root) if image_root is not None else None
     place = Place(os.fspath(path), image_root=root)
-    for index, row in enumerate(iter_rows(path)):
-        if format is None:
-            format = detect_format(row, place.file)
-        place.row = index
-        yield from ALL_FORMATS[format].read(row, place)
+    read_row = ALL_FORMATS[format].read if format else None
+    for place.row, row in enumerate(iter_rows(path)):
+        if read_row is None:
+            read_row = ALL_FORMATS[detect_format(row, place.file)].read
+        yield from read_row(row, place)
 
 
 def read(
