@@ -55,6 +55,8 @@ def test_batched_generation_is_faster_and_says_the_same(tmp_path, two_threads):
 HOSTILE = ["(", "(1,", "(1,1),", "(1,1),(1,1),", "[1", "[0.1, ", "<box>1 ", "<answer>"]
 HOSTILE += ["<answer></answer>", "(1,2),(3,4)", "(" + "1" * MEGABYTE]
 HOSTILE += ["(1," + " " * MEGABYTE, "(0." + "0" * MEGABYTE, "1" * MEGABYTE]
+HOSTILE += ["([", "(,),(,)", "(,,,)", "[1,2,3,4]", "(1,2,3,4)", "(0.1,0.2,0.3,0.4)"]
+HOSTILE += ["<box>1 2 3 4</box>", "(1,2),(3,4),", "(1,2), (3,4", "1" * 4300 + " "]
 
 
 def test_a_hostile_megabyte_is_read_in_no_time():
