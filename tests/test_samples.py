@@ -5,8 +5,10 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from univg_nb import samples
 from univg_nb.audit import audit, main, table
 from univg_nb.boxes import box_status, find_boxes, format_box, parse_box
 from univg_nb.formats import _boxes_in
@@ -416,6 +419,54 @@ def test_rows_longer_than_a_chunk(tmp_path):
     assert list(iter_rows(path)) == rows
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 64])
+def test_wherever_the_chunks_end(tmp_path, monkeypatch, chunk):
+    """Blanks, commas, characters of several bytes and rows cut at every place."""
+    monkeypatch.setattr(samples, "_CHUNK", chunk)
+    rows = [{"a": "é€😀"}, {}, {"b": [1, {"c": ", ]"}]}]
+    path = tmp_path / "f.json"
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for gap in ("", " ", "\n", " \r\n\t "):
+        for marks in ("[,]", "   "):
+            before, comma, after = (gap + mark.strip() + gap for mark in marks)
+            whole = before + (comma or " ").join(texts) + after
+            for bom in (b"", b"\xef\xbb\xbf"):
+                path.write_bytes(bom + whole.encode())
+                assert list(iter_rows(path)) == rows
+    for text, message in (
+        ('[{"a": 1}  ,  ]', "row 1: Expecting value at character 14"),
+        ('[{"a": 1}  ,  {"b" 1}]', "row 1: Expecting ':' delimiter at character 19"),
+        ('[{"a": 1}    {', "row 1: '{' where a comma"),
+        ('[{"a": 1}  ,  ', "row 1: Expecting value at character 14"),
+        ('[{"a": 1}]  x', "'x' after the closing bracket"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RowError, match=re.escape(message)):
+            list(iter_rows(path))
+
+
+@pytest.mark.parametrize("layout", ["array", "one line", "indented", "lines"])
+def test_memory_does_not_grow_with_the_file(tmp_path, layout):
+    rows = [MGROUNDING | {"id": str(n), "note": "n" * 600} for n in range(9000)]
+    path = tmp_path / "f.json"
+    if layout == "lines":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif layout == "array":
+        path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+    else:
+        path.write_text(json.dumps(rows, indent=2 if layout == "indented" else None))
+    del rows
+    size = path.stat().st_size
+    next(iter_samples(path))  # what is made once
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in iter_samples(path)) == 18_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000 < size / 4
+
+
 # ---------------------------------------------------------------- broken input
 
 
@@ -430,7 +481,11 @@ BROKEN = {
     "cut in a row": ('[{"images": ["a.p', None, "row 0: .*whole"),
     "cut between rows": (json.dumps([STAGE2])[:-1], None, "row 1: '' where a comma"),
     "no comma": ("[" + 2 * json.dumps(STAGE2) + "]", None, "row 1: '{' where a comma"),
-    "trailing comma": (json.dumps([STAGE2])[:-1] + ",]", None, "row 1: Expecting"),
+    "trailing comma": (
+        json.dumps([STAGE2])[:-1] + ",]",
+        None,
+        "row 1: Expecting value at character 73",
+    ),
     "text after the end": (json.dumps([STAGE2]) + "x", None, "after the closing"),
     "row is a list": ([[1]], None, r"row 0: \[1\] is not an object"),
     "number without end": ('[{"a": 1' + "0" * 6000 + "}]", None, "row 0: Exceeds"),

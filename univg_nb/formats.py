@@ -21,6 +21,8 @@ from univg_nb.rows import (
     check_evaluation_box,
     extras,
     is_single_image,
+    make,
+    own_keys,
     prompt_text,
     target_text,
     training_box,
@@ -242,20 +244,15 @@ def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSamp
     images = place.images(row)
     pairs = _turns(row, place, images)
     name = place.name(row)
-    task = place.get(row, "type", str) if row.get("type") else None
+    task, cot, chain = own_keys(row, place, images)
+    if row.get("type"):
+        task = place.get(row, "type", str)
     for turn, (human, gpt) in enumerate(pairs):
         if found := _boxes_in(gpt):
             boxes = [training_box(box, place) for box in found]
-            yield build(
-                row,
-                place,
-                images,
-                human,
-                boxes[0],
-                id=name if len(pairs) == 1 else f"{name}/{turn}",
-                task=task,
-                boxes=tuple(boxes) if len(boxes) > 1 else (),
-            )
+            several = tuple(boxes) if len(boxes) > 1 else ()
+            id = name if len(pairs) == 1 else f"{name}/{turn}"
+            yield make(place, id, task, images, human, boxes[0], cot, chain, several)
 
 
 def write_mgrounding(sample: GroundingSample, place: Place) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _SEQUENCES = (list, tuple)
 _NUMBERS = frozenset((int, float))
 _INTEGERS = frozenset((int,))
 _TEXTS = frozenset((str,))
-_OWN_KEYS = frozenset(("task", "chain", "cot", "boxes"))  # see `extras`
+_OWN_KEYS = frozenset(("task", "chain", "cot"))  # see `extras`
 
 
 class RowError(ValueError):
@@ -197,6 +197,22 @@ def _optional(row: dict[str, Any], key: str, kind: type, place: Place) -> Any:
     return place.get(row, key, kind) if row.get(key) is not None else None
 
 
+def own_keys(
+    row: dict[str, Any], place: Place, images: tuple[str, ...]
+) -> tuple[str, bool, str | None]:
+    """(task, cot, chain) by our optional keys; what a row without them means, if not.
+
+    Released rows have none of the keys: then not one is looked up, since looking up
+    takes a third of reading a long file.
+    """
+    task = cot = chain = None
+    if not _OWN_KEYS.isdisjoint(row):
+        task = _optional(row, "task", str, place)
+        cot = _optional(row, "cot", bool, place)
+        chain = _optional(row, "chain", str, place)
+    return task or "", not is_single_image(images) if cot is None else cot, chain
+
+
 def build(
     row: dict[str, Any],
     place: Place,
@@ -204,38 +220,46 @@ def build(
     text: str,
     answer: Box,
     *,
-    id: str | None = None,
     task: str | None = None,
     cot: bool | None = None,
     chain: str | None = None,
     boxes: tuple[Box, ...] | None = None,
 ) -> GroundingSample:
-    """A sample from what a format gave; what it did not, from our optional keys.
+    """A sample from what a format gave; what it did not, from our optional keys."""
+    own_task, own_cot, own_chain = own_keys(row, place, images)
+    if boxes is None:
+        several = _optional(row, "boxes", list, place) or ()
+        boxes = tuple(tuple(map(round, place.numbers(b))) for b in several)
+    return make(
+        place,
+        place.name(row),
+        own_task if task is None else task,
+        images,
+        text,
+        answer,
+        own_cot if cot is None else cot,
+        own_chain if chain is None else chain,
+        boxes,
+    )
 
-    Written out key by key, and not at all for a row that has none of them (a released
-    one): a loop over them costs a third of reading a long file.
-    """
-    if not _OWN_KEYS.isdisjoint(row):
-        if task is None:
-            task = _optional(row, "task", str, place)
-        if chain is None:
-            chain = _optional(row, "chain", str, place)
-        if cot is None:
-            cot = _optional(row, "cot", bool, place)
-        if boxes is None:
-            several = _optional(row, "boxes", list, place) or ()
-            boxes = tuple(tuple(map(round, place.numbers(b))) for b in several)
+
+def make(
+    place: Place,
+    id: str,
+    task: str,
+    images: tuple[str, ...],
+    text: str,
+    answer: Box,
+    cot: bool,
+    chain: str | None,
+    boxes: tuple[Box, ...],
+) -> GroundingSample:
+    """A sample of this row, or a RowError that says what it lacks."""
+    question = text.replace(IMAGE_MARKER, "").lstrip("\n")
+    source = f"{place.file}#{place.row}"
     try:
         return GroundingSample(
-            place.name(row) if id is None else id,
-            task or "",
-            images,
-            text.replace(IMAGE_MARKER, "").lstrip("\n"),
-            answer,
-            not is_single_image(images) if cot is None else cot,
-            chain,
-            boxes or (),
-            f"{place.file}#{place.row}",
+            id, task, images, question, answer, cot, chain, boxes, source
         )
     except ValueError as error:
         raise place.error("bad_sample", str(error), "correct the row") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
 
 _CHUNK = 1 << 18  # bytes read at once
 _MAX_ROW = 1 << 24  # a "row" longer than this is a file without an end
+_COMMA = re.compile(r"[ \t\r\n]*+,[ \t\r\n]*+")
 _DECODE = json.JSONDecoder().raw_decode
 
 # What makes a row of each format: shown when detection gives up.
@@ -97,6 +99,7 @@ class _Scanner:
         self.stream, self.path = stream, path
         self.text = codecs.getincrementaldecoder("utf-8-sig")().decode
         self.buffer, self.at, self.row = "", 0, 0
+        self.gone = 0  # characters forgotten
 
     def error(self, problem: str) -> RowError:
         return RowError(
@@ -105,14 +108,16 @@ class _Scanner:
             "or one object a line, whole and in UTF-8",
         )
 
-    def more(self, size: int = _CHUNK) -> bool:
-        """Append the next chunk, forgetting what was used; False at the end."""
-        chunk = self.stream.read(size)
+    def more(self, chunks: int = 1) -> bool:
+        """Append what comes next, forgetting what was used; False at the end."""
+        chunk = self.stream.read(chunks * _CHUNK)
         try:
             text = self.text(chunk, not chunk)
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8 ({error})") from error
-        self.buffer, self.at = self.buffer[self.at :] + text, 0
+        if text:
+            self.gone += self.at
+            self.buffer, self.at = self.buffer[self.at :] + text, 0
         return bool(chunk)
 
     def peek(self) -> str:
@@ -127,22 +132,47 @@ class _Scanner:
 
     def value(self) -> dict[str, Any]:
         """The object that begins here."""
-        size = _CHUNK
-        while True:
-            try:
-                value, self.at = _DECODE(self.buffer, self.at)
-                break
-            except RecursionError as error:
-                raise self.error("nested too deeply") from error
-            except ValueError as error:  # broken, or cut by the end of the chunk
-                long = len(self.buffer) - self.at > _MAX_ROW
-                if long or not self.more(size):
-                    raise self.error(str(error)) from error
-                size *= 2  # a long row is not parsed anew at every megabyte
-        if not isinstance(value, dict):
+        try:
+            value, self.at = _DECODE(self.buffer, self.at)
+        except (ValueError, RecursionError):
+            value = self._cut_value()
+        if type(value) is not dict:
             raise self.error(f"{value!r:.60} is not an object")
         self.row += 1
         return value
+
+    def _cut_value(self) -> Any:
+        """The value that begins here, which is broken or cut by the chunk's end."""
+        chunks = 1
+        while True:
+            try:
+                value, self.at = _DECODE(self.buffer, self.at)
+                return value
+            except RecursionError as error:
+                raise self.error("nested too deeply") from error
+            except ValueError as error:
+                long = len(self.buffer) - self.at > _MAX_ROW
+                if long or not self.more(chunks):
+                    raise self.error(self._what(error)) from error
+                chunks *= 2  # a long row is not parsed anew at every chunk
+
+    def _what(self, error: ValueError) -> str:
+        if not isinstance(error, json.JSONDecodeError):
+            return str(error)
+        # where in the file; the decoder knows only where in the buffer
+        return f"{error.msg} at character {self.gone + error.pos}"
+
+    def comma(self) -> bool:
+        """Go past a comma and blanks; False, and not moved, if no comma comes next."""
+        found = _COMMA.match(self.buffer, self.at)
+        if found is None:
+            if self.peek() != ",":
+                return False
+            found = _COMMA.match(self.buffer, self.at)
+        self.at = found.end()
+        if self.at == len(self.buffer):
+            self.peek()
+        return True
 
 
 def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -168,15 +198,12 @@ def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 def _array(scan: _Scanner) -> Iterator[dict[str, Any]]:
     scan.at += 1  # the bracket
-    mark = scan.peek()
-    while mark != "]":
+    more = scan.peek() != "]"
+    while more:
         yield scan.value()
-        mark = scan.peek()
-        if mark == ",":
-            scan.at += 1
-            scan.peek()
-        elif mark != "]":
-            raise scan.error(f"{mark!r} where a comma or ] belongs")
+        more = scan.comma()
+    if (mark := scan.peek()) != "]":
+        raise scan.error(f"{mark!r} where a comma or ] belongs")
     scan.at += 1
     if rest := scan.peek():
         raise scan.error(f"{rest!r} after the closing bracket")
