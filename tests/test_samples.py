@@ -569,7 +569,7 @@ BROKEN = {
         "stage2_rl",
         "expected li",
     ),
-    "task is a number": ([MIG | {"task": 3}], None, "'task' is 3; expected str"),
+    "task is a number": ([MIG | {"task": 3}], None, "'task' is 3, expected str"),
     "llmseg, odd corners": (
         [{"image_path": "a", "question": "x", "bbox": [[1, 2], [3, 4], [5, 6]]}],
         None,
@@ -593,6 +593,12 @@ BROKEN = {
 
 def test_there_are_fifty_kinds():
     assert len(BROKEN) >= 50
+    inputs = [repr((content, format)) for content, format, _ in BROKEN.values()]
+    assert len(set(inputs)) == len(inputs)
+
+
+def said(caught, folder):
+    return str(caught.value).replace(f"{folder}{os.sep}", "")
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
@@ -605,7 +611,8 @@ def test_broken_input(tmp_path, name):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match="(?s)" + message) as caught:
         read(path, format)
-    assert "data.json" in str(caught.value)
+    # which file, which row, what is there, and the way out
+    assert re.match(r"data\.json, row \d: .+; \w+", said(caught, tmp_path), re.DOTALL)
 
 
 def test_wrong_calls(tmp_path):
@@ -714,6 +721,27 @@ def test_audit_finds_planted_faults(tmp_path):
     assert "would break training" in table(report)
 
 
+def test_audit_of_a_benchmark_goes_on_after_rows_with_several_faults(tmp_path):
+    rows = [
+        MIG,
+        MIG | {"answer": [0.1, 0.2, 0.3, 1.2], "question": ""},
+        MIG | {"answer": [0.3, 0.2, 0.1, 0.4], "question": "R"},
+        MIG | {"answer": [0.3, 0.2, 0.3, 0.4], "question": "S"},
+        MIG | {"answer": [0.1, 0.2, 0.3, 1.2], "question": "T"},
+        MIG | {"question": "U"},
+    ]
+    report = audit(dump(tmp_path / "f.json", rows))
+    found = [(p["row"], p["kind"], p["severity"]) for p in report["problems"]]
+    assert found == [
+        (1, "box_out_of_range", "warning"),
+        (1, "bad_sample", "error"),
+        (2, "box_inverted", "error"),
+        (3, "box_degenerate", "error"),
+        (4, "box_out_of_range", "warning"),
+    ]
+    assert (report["rows"], report["samples"]) == (6, 5)
+
+
 def test_audit_of_a_good_file(tmp_path):
     Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "a.png")
     path = dump(tmp_path / "f.json", [STAGE2])
@@ -774,7 +802,14 @@ def test_audit_of_real_mig_bench():
     assert "1.048" in found["box_out_of_range"][34]
     assert "1.035" in found["box_out_of_range"][703]
     assert len(found["duplicate"]) == 2
-    assert not report["breaks_training"]
+    severities = {(p["kind"], p["severity"]) for p in report["problems"]}
+    assert severities == {
+        ("box_inverted", "error"),
+        ("box_out_of_range", "warning"),
+        ("duplicate", "warning"),
+    }
+    assert report["breaks_training"]
+    assert main(["audit", REAL]) == 1
 
 
 @real

@@ -23,7 +23,7 @@ from univg_nb.prompts import user_text
 from univg_nb.rows import IMAGE_MARKER, GroundingSample, Place, RowError
 from univg_nb.samples import ALL_FORMATS, detect_format, iter_rows
 
-BOX_KINDS = ("box_out_of_range", "box_inverted", "box_degenerate", "box_unit")
+_BOX_KINDS = ("box_out_of_range", "box_inverted", "box_degenerate")
 _HASH_SIDE = 16
 _HASH_NEAR = 10  # of 256 bits: re-encoded or rescaled copies, not similar scenes
 _CHARS_PER_TOKEN = 3  # low on purpose: English has about four in Qwen2's tokenizer
@@ -69,23 +69,22 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
 
 
 def _read_row(row: dict[str, Any], state: _State) -> list[GroundingSample]:
-    """Samples of a row; every problem of reading it noted on the way."""
-    entry = ALL_FORMATS[state.format]
-    try:
-        return list(entry.read(row, state.place))
-    except RowError as error:
-        name = str(row.get("id", ""))
-        clipped = error.kind in BOX_KINDS[:3] and not entry.training
-        severity = "warning" if clipped else "error"
-        state.add(error.kind, severity, name, str(error))
-        if not clipped:
-            return []
-    # An evaluation file is read with its bad boxes clipped, as training never is.
-    state.place.strict = False
-    try:
-        return list(entry.read(row, state.place))
-    finally:
-        state.place.strict = True
+    """Samples of a row; every problem of reading it noted on the way.
+
+    A bad box of a benchmark is noted, and the row then read as evaluation reads it.
+    """
+    entry, place = ALL_FORMATS[state.format], state.place
+    for place.strict in (True, False):
+        try:
+            return list(entry.read(row, place))
+        except RowError as error:
+            clipped = error.kind == "box_out_of_range" and not entry.training
+            severity = "warning" if clipped else "error"
+            problem = str(error).removeprefix(f"{place.file}, row {place.row}: ")
+            state.add(error.kind, severity, str(row.get("id", "")), problem)
+            if entry.training or error.kind not in _BOX_KINDS:
+                break
+    return []
 
 
 def _check_image(path: str, sample: GroundingSample, state: _State) -> None:
@@ -135,7 +134,7 @@ def _gather(
     try:
         for place.row, row in enumerate(iter_rows(path)):
             if not state.format:
-                state.format = detect_format(row, place.file)
+                state.format = detect_format(row, f"{place.file}, row {place.row}")
             markers = str(row.get("question", "")).count(IMAGE_MARKER)
             named = row.get("images")
             if markers and isinstance(named, list) and markers != len(named):
@@ -201,15 +200,19 @@ def audit(
 
     Returns a JSON-ready report: rows, samples, rows_without_sample, tasks,
     images_per_item, prompt_tokens, images, counts (by kind), problems (kind, severity,
-    row, id, detail) and breaks_training: whether any problem is an error. In a
-    benchmark bad boxes are warnings: they are clipped, and cannot be scored as hits.
+    row, id, detail) and breaks_training: whether any problem is an error. A box without
+    area is one in a benchmark too, though its item is read: no answer can hit it, and
+    trained on it would teach nothing. One that leaves the image is clipped: a warning.
     Raises ValueError for a missing file or a format that cannot be told.
     """
     root = os.fspath(image_root) if image_root is not None else None
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"image root {root} is no folder; check --image-root")
-    settings = {"image_root": root, "decode": root is not None}
-    settings["max_pixels"] = max_pixels
+    settings = {
+        "image_root": root,
+        "decode": root is not None,
+        "max_pixels": max_pixels,
+    }
     for file in (path, *against):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file; check the path")

@@ -69,7 +69,9 @@ class Place:
                 "add it or pass the right format=",
             )
         raise self.error(
-            "wrong_type", f"{key!r} is {value!r:.60}", f"expected {kind.__name__}"
+            "wrong_type",
+            f"{key!r} is {value!r:.60}, expected {kind.__name__}",
+            "correct the row or pass the right format=",
         )
 
     def image(self, path: str) -> str:

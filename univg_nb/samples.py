@@ -51,8 +51,8 @@ _EXPECTED = {
 }
 
 
-def detect_format(row: dict[str, Any], file: str = "") -> str:
-    """The format of a file by the keys of a row.
+def detect_format(row: dict[str, Any], where: str = "row") -> str:
+    """The format of a file by the keys of a row; ``where`` it is, for the message.
 
     Raises ValueError listing what was expected when the keys fit none or several.
     """
@@ -83,7 +83,7 @@ def detect_format(row: dict[str, Any], file: str = "") -> str:
     if len(found) != 1:
         expected = "".join(f"\n  {k}: {v}" for k, v in _EXPECTED.items())
         raise ValueError(
-            f"{file}: the row's keys {sorted(keys)} fit {found or 'no format'}; "
+            f"{where}: its keys {sorted(keys)} fit {found or 'no format'}; "
             f"pass format=, one of:{expected}"
         )
     return found[0]
@@ -236,7 +236,8 @@ def iter_samples(
     read_row = ALL_FORMATS[format].read if format else None
     for place.row, row in enumerate(iter_rows(path)):
         if read_row is None:
-            read_row = ALL_FORMATS[detect_format(row, place.file)].read
+            name = detect_format(row, f"{place.file}, row {place.row}")
+            read_row = ALL_FORMATS[name].read
         yield from read_row(row, place)
 
 
