@@ -127,10 +127,10 @@ def _check_sample(sample: GroundingSample, state: _State, max_tokens: int) -> No
 
 
 def _gather(
-    path: Path, format: str | None, state_of: dict[str, Any], max_tokens: int
+    path: Path, format: str | None, root: str | None, max_pixels: int, max_tokens: int
 ) -> _State:
-    place = Place(os.fspath(path), image_root=state_of["image_root"], strict=True)
-    state = _State(place, format or "", state_of["decode"], state_of["max_pixels"])
+    place = Place(os.fspath(path), image_root=root, strict=True)
+    state = _State(place, format or "", root is not None, max_pixels)
     try:
         for place.row, row in enumerate(iter_rows(path)):
             if not state.format:
@@ -208,17 +208,12 @@ def audit(
     root = os.fspath(image_root) if image_root is not None else None
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"image root {root} is no folder; check --image-root")
-    settings = {
-        "image_root": root,
-        "decode": root is not None,
-        "max_pixels": max_pixels,
-    }
     for file in (path, *against):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file; check the path")
-    state = _gather(Path(path), format, settings, max_tokens)
+    state = _gather(Path(path), format, root, max_pixels, max_tokens)
     for other in against:
-        _leakage(state, _gather(Path(other), None, settings, max_tokens))
+        _leakage(state, _gather(Path(other), None, root, max_pixels, max_tokens))
     counts = Counter(p["kind"] for p in state.problems)
     return {
         "file": os.fspath(path),
