@@ -174,6 +174,25 @@ def test_teacher_prompt_and_steps():
     assert cot.family("Free-Form") == cot.family("") == cot.family("x") == "free_form"
 
 
+# The parts of MGrounding-630k by their folders (PF sec. 2.1).
+FOLDERS = """Common_Object Difference Free-Form Group_Grounding Object_Tracking
+Referring_Grounding Region_Locating""".split()
+
+
+def test_every_part_of_mgrounding_has_steps_of_its_own_in_the_prompt():
+    prompts = {}
+    for folder in FOLDERS:
+        text = cot.teacher_prompt(replace(SAMPLE, task=folder))
+        (prompts[folder],) = (
+            name for name, steps in cot.STEPS.items() if steps in text
+        )
+        assert prompts[folder] == folder.lower().replace("-", "_")
+        assert "as if you had not been told the box" in text
+        assert reply_text(replace(SAMPLE, chain="your steps")) in text
+    assert set(prompts.values()) == set(cot.STEPS)
+    assert len(set(cot.STEPS.values())) == 7
+
+
 def test_other_turns():
     turns = [replace(SAMPLE, id=f"m/{n}", question=f"Q{n}") for n in range(3)]
     alone = [replace(SAMPLE, id="n/0"), replace(SAMPLE, id="plain")]

@@ -195,6 +195,7 @@ def test_full_equals_the_paper():
     ("assignment", "message"),
     [
         ("sft.learning_rte=1", "unknown key sft.learning_rte; did you mean 'learning_"),
+        ("sft.zzzz=1", "unknown key sft.zzzz; see univg_nb/scales"),
         ("grpo.learning_rate=fast", "learning_rate = 'fast' has the wrong type"),
         (
             "grpo.weight=expo",

@@ -131,7 +131,8 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if len(names) <= 20 else ""
+    listed = f"known: {', '.join(names)}" if len(names) <= 20 else "see univg_nb/scales"
+    return f"; {listed}"
 
 
 def accepts(annotation: Any, value: Any) -> bool:
