@@ -31,7 +31,12 @@ from univg_nb.samples import (
     read,
     write,
 )
-from univg_nb.zero_shot_formats import INSTRUCTION, VIDEO_INSTRUCTION
+from univg_nb.zero_shot_formats import (
+    INSTRUCTION,
+    VIDEO_INSTRUCTION,
+    _grid_box,
+    _pixel_box,
+)
 
 REAL = os.environ.get("UNIVG_MIG_BENCH")
 real = pytest.mark.skipif(not REAL, reason="UNIVG_MIG_BENCH is not set")
@@ -300,6 +305,24 @@ def test_round_trip_of_pixel_formats(tmp_path, name):
     assert str(tmp_path) not in path.read_text()
     assert read(path, None, tmp_path) == samples
     assert read(path, name, tmp_path) == samples
+
+
+def test_round_trip_of_refcoco(tmp_path):
+    path = picture(tmp_path / "coco/1.png", (333, 97))
+    answers = [(0, 0, 1000, 1000), (1, 2, 3, 4), (250, 500, 750, 999)]
+    items = [
+        GroundingSample(f"r{i}", "refcoco_val", (str(path),), "cup", answer, cot=False)
+        for i, answer in enumerate(answers)
+    ]
+    write(items, tmp_path / "refcoco_val.json", "refcoco", tmp_path)
+    assert read(tmp_path / "refcoco_val.json", None, tmp_path) == items
+
+
+@settings(max_examples=300, deadline=None)
+@given(ordered_boxes(), st.integers(1, 9000), st.integers(1, 9000))
+def test_pixels_lead_back_to_the_same_box(box, width, height):
+    place = Place("f", strict=True)
+    assert _grid_box(_pixel_box(box, (width, height)), (width, height), place) == box
 
 
 coordinates = st.integers(-50, 1100) | st.floats(-50, 1100) | st.floats()
