@@ -138,6 +138,31 @@ def test_noise_samples_the_softmax():
     torch.testing.assert_close(shares, (logits / 2).softmax(-1), atol=0.025, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_rows_that_have_ended_leave_the_batch(loaded, items, temperature, request):
+    """...and the others go on as they would have: same cache, positions and noise."""
+    model, processor = loaded
+    ends = model.generation_config.eos_token_id
+    request.addfinalizer(lambda: setattr(model.generation_config, "eos_token_id", ends))
+    model.generation_config.eos_token_id = list(range(5, 1024, 6))
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    request.addfinalizer(hook.remove)
+    options = {"max_new_tokens": 24, "temperature": temperature}
+    together = replies.reply(model, processor, items, seeds=range(9), **options)
+    batched, rows[:] = rows[:], []
+    for k, (sample, made) in enumerate(zip(items, together, strict=True)):
+        (alone,) = replies.reply(model, processor, [sample], seeds=[k], **options)
+        assert alone == made, k
+    assert len({made.tokens for made in together}) > 2
+    assert batched[0] == 9 and batched[-1] < 5
+    # without leaving, every row would be computed until the longest ends
+    assert sum(batched) < 9 * len(batched)
+    assert sum(rows) == sum(made.tokens for made in together)
+
+
 def test_vision_tokens_are_never_sampled(loaded, items):
     model, processor = loaded
     inputs = replies.encode(processor, items[:2])

@@ -248,8 +248,13 @@ def from_unit(box: Sequence[float]) -> Box:
     return (x1, y1, x2, y2)
 
 
-def stretched(box: Sequence[float]) -> tuple[float, float, float, float]:
+def stretched(box: Sequence[float]) -> Box:
     """Migician's box as its published row is scored (PF sec. 9): y1 a twentieth and y2
-    a tenth further down, neither beyond 999. For no other row."""
+    a tenth further down, on the grid and neither beyond 999. For no other row."""
     x1, y1, x2, y2 = box
-    return (x1, min(GRID - 1, 1.05 * y1), x2, min(GRID - 1, 1.1 * y2))
+
+    def down(y: float, factor: float) -> int:
+        # in thousandths, rounded, then cut to a whole number: as the row was made
+        return int(GRID * round(min(0.999, min(y, GRID) / GRID * factor), 3))
+
+    return (x1, down(y1, 1.05), x2, down(y2, 1.10))

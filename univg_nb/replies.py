@@ -5,8 +5,12 @@ padded on the left, transformers computes M-RoPE positions per row without the p
 (`Qwen2VLModel.get_rope_index`), and sampling noise is drawn per reply.
 """
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from transformers import (
     LogitsProcessor,
     PreTrainedModel,
     ProcessorMixin,
+    StoppingCriteria,
 )
 
 from univg_nb import prompts
@@ -93,24 +98,82 @@ def reply(
     noise = [SeededNoise(seeds, temperature)] if temperature > 0 else []
     training = model.training
     model.eval()
-    output = model.generate(
-        **inputs,
-        generation_config=generation_config(model, processor, max_new_tokens),
-        logits_processor=noise,
-    )  # (B, T + new)
+    config = generation_config(model, processor, max_new_tokens)
+    new = _new_tokens(model, inputs, config, noise)
     model.train(training)
-    # The prompt is cut off by position: its boxes must never be scored (PF E7).
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
     texts = processor.batch_decode(
         new, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    ends = set(_end_tokens(model, processor))
-    made = []
-    for tokens, text in zip(new, texts, strict=True):
-        stop = next((t for t, token in enumerate(tokens) if token in ends), None)
-        used = len(tokens) if stop is None else stop + 1
-        made.append(Made(text, used, truncated=stop is None))
-    return made
+    ends = set(config.eos_token_id)
+    return [
+        Made(text, len(tokens), truncated=tokens[-1] not in ends)
+        for tokens, text in zip(new, texts, strict=True)
+    ]
+
+
+def _new_tokens(
+    model: PreTrainedModel,
+    inputs: BatchFeature,
+    config: GenerationConfig,
+    noise: list[SeededNoise],
+) -> list[list[int]]:
+    """The tokens each row adds to its prompt, its end token included.
+
+    Rows that have ended would be computed on until the longest ends. So whenever half
+    of them have, those are taken out of the batch and out of its cache.
+    """
+    new: list[list[int]] = [[] for _ in inputs["input_ids"]]
+    rows = list(range(len(new)))  # those still in the batch
+    now: dict = dict(inputs)
+    config = copy.deepcopy(config)
+    config.return_dict_in_generate = True
+    left = config.max_new_tokens
+    known = set(config.eos_token_id)
+    ends = torch.tensor(config.eos_token_id, device=model.device)
+    positions = next(part for part in model.modules() if hasattr(part, "rope_deltas"))
+    while rows:
+        config.max_new_tokens = left
+        half = HalfEnded(ends)
+        output = model.generate(
+            **now,
+            generation_config=config,
+            logits_processor=noise,
+            stopping_criteria=[half],
+        )
+        # The prompt is cut off by position: its boxes must never be scored (PF E7).
+        added = output.sequences[:, now["input_ids"].shape[1] :]  # (rows, added)
+        left -= added.shape[1]
+        for row, tokens in zip(rows, added.tolist(), strict=True):
+            stop = next((t for t, token in enumerate(tokens) if token in known), None)
+            new[row] += tokens if stop is None else tokens[: stop + 1]
+        going = (~half.ended).nonzero()[:, 0] if left else []
+        rows = [rows[k] for k in going]
+        if rows:
+            output.past_key_values.batch_select_indices(going)
+            positions.rope_deltas = positions.rope_deltas[going]
+            for one in noise:
+                one.keep(going.tolist())
+            mask = now["attention_mask"][going]
+            mask = torch.cat([mask, mask.new_ones(len(rows), added.shape[1])], dim=1)
+            now = {"input_ids": output.sequences[going], "attention_mask": mask}
+            now["past_key_values"] = output.past_key_values
+    return new
+
+
+class HalfEnded(StoppingCriteria):
+    """Stops a batch when half of its rows have ended; `ended` (B,) says which."""
+
+    def __init__(self, ends: torch.LongTensor) -> None:
+        self.ends = ends
+        self.ended: torch.Tensor | None = None
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any
+    ) -> torch.Tensor:
+        """input_ids (B, T) -> (B,), all true or all false; scores are not used."""
+        now = torch.isin(input_ids[:, -1], self.ends)
+        self.ended = now if self.ended is None else self.ended | now
+        return (2 * self.ended.sum() >= len(now)).expand(len(now))
 
 
 def generation_config(
@@ -154,6 +217,10 @@ class SeededNoise(LogitsProcessor):
         self.seeds = seeds
         self.temperature = temperature
         self.streams: list[torch.Generator] = []
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch only."""
+        self.streams = [self.streams[row] for row in rows]
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor
