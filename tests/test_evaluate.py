@@ -18,6 +18,7 @@ from PIL import Image
 from univg_nb import (
     benchmarks,
     evaluate,
+    evaluate_options,
     models,
     replies,
     runs,
@@ -461,7 +462,7 @@ def test_released_zero_shot_files_get_their_own_pixel_limit(run, tmp_path):
     def limit(*more):
         arguments = ["generate", "--records", str(tmp_path / "lisa.json"), "--out", "p"]
         arguments += ["--model", "m", "--scale", "full", *more]
-        options = evaluate._parser().parse_args(arguments)
+        options = evaluate_options.parser().parse_args(arguments)
         return evaluate._scale(options)["model"]["max_pixels"]
 
     assert limit() == 640_000

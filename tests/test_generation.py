@@ -1,16 +1,22 @@
 """Generation under kill -9, and shared between processes (issue 7)."""
 
+import base64
+import json
 import multiprocessing
 import random
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import small
 
-from univg_nb import evaluate, models
+from univg_nb import evaluate, models, replies
 from univg_nb.generation import OtherSettings, generate, part_path
 from univg_nb.predictions import settings_path
+from univg_nb.samples import GroundingSample
+from univg_nb.served import Served
 
 KILLS = 10
 
@@ -95,3 +101,95 @@ def test_shard_comes_from_the_launcher_or_the_option(monkeypatch):
     assert evaluate._shard("1/4") == (1, 4)
     with pytest.raises(ValueError, match="write K/N"):
         evaluate._shard("first")
+
+
+class Endpoint(ThreadingHTTPServer):
+    """A server of vLLM's protocol around a model of this process."""
+
+    daemon_threads = True
+
+    def __init__(self, loaded, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.loaded, self.folder, self.requests = loaded, folder, []
+        self.lock = threading.Lock()  # the model answers one at a time
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def answer(self, request):
+        *pictures, text = request["messages"][0]["content"]
+        paths = []
+        for k, part in enumerate(pictures):
+            paths.append(self.folder / f"{len(self.requests)}_{k}.png")
+            _, data = part["image_url"]["url"].split(",")
+            paths[-1].write_bytes(base64.b64decode(data))
+        images = tuple(map(str, paths))
+        sample = GroundingSample("", "", images, text["text"], (0, 0, 9, 9))
+        options = {"style": "plain", "max_new_tokens": request["max_tokens"]}
+        (made,) = replies.reply(*self.loaded, [sample], **options)
+        self.requests.append(request)
+        reason = "length" if made.truncated else "stop"
+        message = {"role": "assistant", "content": made.response}
+        usage = {"prompt_tokens": 1, "completion_tokens": made.tokens}
+        return {
+            **{"id": "0", "object": "chat.completion", "created": 0, "model": "m"},
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+            "usage": usage | {"total_tokens": made.tokens + 1},
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            known = request["model"] == "here"
+            made = self.server.answer(request) if known else {"error": "no such model"}
+        body = json.dumps(made).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_served_model_gives_the_replies_of_the_same_model_here(
+    folder, items, tmp_path
+):
+    model, processor = models.load({"name_or_path": str(folder)})
+    options = {"max_new_tokens": 6, "batch_size": 4, "progress": False}
+    here, out = tmp_path / "here.jsonl", tmp_path / "served.jsonl"
+    generate(model, processor, items[:6], here, **options)
+    with Endpoint((model, processor), tmp_path) as endpoint:
+        served = Served(endpoint.url, "here")
+        generate(served, processor, items[:6], out, **options)
+        assert out.read_bytes() == here.read_bytes()
+        # resumed like any other run, and never under another model's name
+        out.write_bytes(out.read_bytes()[:-9])
+        assert generate(served, processor, items[:6], out, **options)["new"] == 1
+        with pytest.raises(OtherSettings, match="weights_hash"):
+            generate(Served(endpoint.url, "b"), processor, items[:6], out, **options)
+        with pytest.raises(ValueError, match=r"model 'b'.*vllm serve b"):
+            generate(
+                Served(endpoint.url, "b"), processor, items, tmp_path / "b", **options
+            )
+        asked = endpoint.requests[0]
+        endpoint.shutdown()
+    size = processor.image_processor.size
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    assert asked["mm_processor_kwargs"] == limits
+    assert asked["temperature"] == 0
+    banned = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert asked["logit_bias"][str(banned)] == -100
+
+
+def test_a_served_model_takes_no_adapter(folder, items, tmp_path, capsys):
+    from univg_nb import samples
+
+    samples.write(items[:1], tmp_path / "r.json", "mig_bench")
+    arguments = ["generate", "--records", str(tmp_path / "r.json"), "--scale", "tiny"]
+    arguments += ["--model", str(folder), "--out", str(tmp_path / "p.jsonl")]
+    arguments += ["--server", "http://127.0.0.1:9/v1", "--adapter", "a"]
+    assert evaluate.main(arguments) == 2
+    assert "merge the adapter" in capsys.readouterr().err

@@ -22,6 +22,12 @@ def test_every_defect_of_the_training_code_has_a_test():
     assert found >= {f"T{number}" for number in range(1, 13)}
 
 
+def test_every_defect_of_the_evaluation_code_has_a_test():
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    found = set(re.findall(r"^def test_(?:\w*_)?(E\d+)_", text, re.MULTILINE))
+    assert found == {f"E{number}" for number in range(1, 10)}
+
+
 def test_T6_the_class_follows_the_config_and_not_the_folders_name(tmp_path):
     """Released: a path without "Qwen2-VL" in it raised, as UniVG-R1-stage1's did."""
     folder = make_tiny(tmp_path / "UniVG-R1-stage1")

@@ -9,7 +9,7 @@ import pytest
 import small
 from PIL import Image
 
-from univg_nb import report, report_tables, samples, scoring
+from univg_nb import predictions, report, report_tables, samples, scoring
 from univg_nb.evaluate import main
 from univg_nb.samples import GroundingSample
 
@@ -158,12 +158,12 @@ def test_replies_are_split_and_cut():
 
 
 def test_files_get_names(tmp_path):
-    found = report.named_files(
+    found = predictions.named_files(
         ["new=x/p.jsonl", "eval/sft/mig/predictions.jsonl", "mine.jsonl"]
     )
     assert list(found) == ["new", "sft", "mine"]
     with pytest.raises(ValueError, match="two files are called 'p'"):
-        report.named_files(["x/p.jsonl", "y/p.jsonl"])
+        predictions.named_files(["x/p.jsonl", "y/p.jsonl"])
 
 
 def test_command_line_with_missing_parts(bench, capsys):
@@ -178,3 +178,13 @@ def test_command_line_with_missing_parts(bench, capsys):
     text = (folder / "r.html").read_text()
     assert "1 of 8 items" in text
     assert "no picture" in text and "does not exist" in text
+
+
+def test_compare_writes_wins_and_losses_as_pictures(bench, capsys):
+    folder, a, b = bench
+    arguments = ["compare", f"old={a}", str(b), "--records", str(folder / "bench.json")]
+    assert main([*arguments, "--page", str(folder / "c.html"), "--cases", "1"]) == 0
+    assert "McNemar p" in capsys.readouterr().out
+    text = (folder / "c.html").read_text()
+    assert "Won: b over old" in text and "Lost: b to old" in text
+    assert text.count("<section class='case'>") == 4

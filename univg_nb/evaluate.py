@@ -7,7 +7,8 @@
 
 `score` and `compare` import neither torch nor transformers. The device is the one torch
 sees: nothing here sets CUDA_VISIBLE_DEVICES (PF E6). Several GPUs share `generate` by
-`torchrun --nproc_per_node 8 -m univg_nb.evaluate generate ...`, or by --shard.
+`torchrun --nproc_per_node 8 -m univg_nb.evaluate generate ...`, or by --shard; a vLLM
+server answers with `generate --server http://127.0.0.1:8000/v1`.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from univg_nb import prompts, runs, samples, score_text, scoring
+from univg_nb import evaluate_options, runs, samples, score_text
 from univg_nb.generation import generate
 from univg_nb.image_paths import flatten_image_paths, missing_images
+from univg_nb.predictions import named_files
 from univg_nb.score_files import compare, score, select
 
 __all__ = ["compare", "flatten_image_paths", "generate", "main", "score", "select"]
@@ -26,9 +28,9 @@ __all__ = ["compare", "flatten_image_paths", "generate", "main", "score", "selec
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; users' mistakes end as one line on stderr and exit code 2."""
-    options = _parser().parse_args(arguments)
+    options = evaluate_options.parser().parse_args(arguments)
     try:
-        options.run(options)
+        _COMMANDS[options.command](options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,7 +48,7 @@ def _run_generate(options: argparse.Namespace) -> None:
         indices = [i for i in indices if i not in absent]
         print(f"{len(absent)} items left out: an image is missing")
     config = _scale(options)
-    model, processor = _load(config["model"], options)
+    model, processor = (_served if options.server else _load)(config["model"], options)
     summary = generate(
         model,
         processor,
@@ -137,6 +139,20 @@ def _load(model_config: dict, options: argparse.Namespace) -> tuple:
     return model.eval(), processor
 
 
+def _served(model_config: dict, options: argparse.Namespace) -> tuple:
+    """A model that a server holds, and the processor for the same name."""
+    from univg_nb import models
+    from univg_nb.served import Served
+
+    if options.adapter or options.quantize:
+        raise ValueError(
+            "--server answers with what it serves: merge the adapter, serve the merged "
+            "folder and give it as --model, without --adapter and --quantize"
+        )
+    processor = models.load_processor(model_config)
+    return Served(options.server, options.model), processor
+
+
 # ---------------------------------------------------------------- the others
 
 
@@ -161,10 +177,10 @@ def _run_score(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
+    files = named_files([options.a, options.b])
     result = compare(
         options.records,
-        options.a,
-        options.b,
+        *files.values(),
         image_root=options.image_root,
         parser=options.parser,
         rule=options.rule,
@@ -172,16 +188,22 @@ def _run_compare(options: argparse.Namespace) -> None:
         out=options.out,
     )
     print(score_text.compare_table(result))
+    if options.page:
+        _write_page(options, files, options.page)
 
 
 def _run_report(options: argparse.Namespace) -> None:
+    _write_page(options, named_files(options.predictions), options.out)
+
+
+def _write_page(options: argparse.Namespace, files: dict[str, Path], out: str) -> None:
     from univg_nb import report
 
     written = report.write(
         options.records,
         _items(options),
-        report.named_files(options.predictions),
-        options.out,
+        files,
+        out,
         parser=options.parser,
         rule=options.rule,
         allow_missing=options.allow_missing,
@@ -191,105 +213,12 @@ def _run_report(options: argparse.Namespace) -> None:
     print("written:", *written)
 
 
-# ---------------------------------------------------------------- arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb.evaluate", description=__doc__.split("\n")[0]
-    )
-    commands = parser.add_subparsers(required=True)
-    _generate_arguments(commands.add_parser("generate", help="write predictions.jsonl"))
-    one = commands.add_parser("score", help="score predictions, write scores.json")
-    one.add_argument("--predictions", required=True)
-    one.add_argument(
-        "--expected",
-        action="store_true",
-        help="several sampled replies an item: means over replies",
-    )
-    one.add_argument(
-        "--migician-stretch",
-        action="store_true",
-        help="stretch the boxes as for Migician's published row, and no other",
-    )
-    _add_only(one)
-    one.set_defaults(run=_run_score)
-    two = commands.add_parser("compare", help="two prediction files, paired tests")
-    two.add_argument("a", metavar="A")
-    two.add_argument("b", metavar="B")
-    two.set_defaults(run=_run_compare)
-    page = commands.add_parser("report", help="one HTML page and its tables as .md")
-    _report_arguments(page)
-    for command in (one, two, page):
-        command.add_argument("--records", required=True, help="annotation file")
-        command.add_argument("--parser", choices=scoring.PARSERS, default="answer")
-        command.add_argument(
-            "--rule",
-            choices=scoring.RULES,
-            default="one",
-            help="items with several boxes: the released one box, or any of them",
-        )
-        command.add_argument("--allow-missing", action="store_true")
-        command.add_argument(
-            "--image-root",
-            help="folder that image paths start from: for pictures, and for pixel "
-            "boxes whose rows give no width and height",
-        )
-    for command in (one, two):
-        command.add_argument("--out", help="JSON file to write")
-    return parser
-
-
-def _report_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("predictions", nargs="+", metavar="[NAME=]FILE", help="one for each model")
-    add("--out", required=True, help="page to write; the .md goes beside it")
-    add("--column", help='published column of a one-task file, as "LISA test"')
-    add("--cases", type=int, default=6, help="items shown of each kind (default 6)")
-    add("--flat-images", action="store_true", help="as for generate")
-    command.set_defaults(run=_run_report)
-
-
-def _add_only(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="ID/INDEX",
-        help="this item only; may be repeated",
-    )
-
-
-def _generate_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--records", required=True, help="annotation file in any released format")
-    add("--model", required=True, help='"tiny", a local folder or a hub name')
-    add("--out", required=True, help="predictions.jsonl; continued if it exists")
-    add("--adapter", nargs="+", default=[], help="adapters, each on top of the last")
-    add("--quantize", choices=("nf4",))
-    add("--scale", help="scale name or .yaml; default: tiny for --model tiny")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    add("--image-root", help="folder that relative image paths start from")
-    add(
-        "--flat-images",
-        action="store_true",
-        help="an image absent at its path is taken from --image-root by file name",
-    )
-    add("--style", choices=prompts.STYLES, default="univg", help="see prompts.py")
-    add("--max-new-tokens", type=int, help="default: the scale's")
-    add("--batch-size", type=int, help="default: the scale's")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--num-return-sequences", type=int, default=1)
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--fresh", action="store_true", help="replace an existing --out")
-    add("--shard", metavar="K/N", help="every N-th batch from the K-th (0/N, 1/N, ...)")
-    add(
-        "--allow-missing",
-        action="store_true",
-        help="leave out items with a missing image",
-    )
-    _add_only(command)
-    command.set_defaults(run=_run_generate)
+_COMMANDS = {
+    "generate": _run_generate,
+    "score": _run_score,
+    "compare": _run_compare,
+    "report": _run_report,
+}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from univg_nb.samples import GroundingSample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from univg_nb.served import Served
+
 Cell = tuple[int, int]  # (index of the item, number of its reply)
 
 
@@ -36,7 +39,7 @@ class OtherSettings(ValueError):
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Served,
     processor: ProcessorMixin,
     samples: Sequence[GroundingSample],
     out: str | Path,
@@ -55,6 +58,7 @@ def generate(
 ) -> dict:
     """Write a reply to every sample (or to `indices`) into the JSONL file `out`.
 
+    `model` is one in this process, or one that a vLLM server holds (served.Served).
     temperature 0 is greedy. Above 0, `num_return_sequences` replies per item are
     sampled, each from its own noise fixed by (seed, index, k): neither the batch size
     nor a restart changes them. `facts` (names of model and records, say) are recorded
@@ -72,20 +76,18 @@ def generate(
     if not 0 <= number < count:
         raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
     wanted = _wanted(samples, indices)
-    from univg_nb.models import weights_hash
-    from univg_nb.replies import noise_seed, reply
+    from univg_nb.replies import noise_seed
 
+    made_by, reply = _model(model, processor)
     used = {
         "style": style,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "num_return_sequences": num_return_sequences,
         "seed": seed if temperature > 0 else None,
-        "attention": model.config._attn_implementation,
         "image_size": dict(processor.image_processor.size),
         "items_hash": _items_hash(samples),
-        "weights_hash": [weights_hash(model), weights_hash(model, adapter=True)],
-    }
+    } | made_by
     whole = Path(out)
     out = part_path(whole, *shard)
     if fresh:
@@ -110,8 +112,6 @@ def generate(
     ) as bar:
         for batch in plan:
             made = reply(
-                model,
-                processor,
                 [samples[i] for i, _ in batch],
                 style=style,
                 max_new_tokens=max_new_tokens,
@@ -139,6 +139,20 @@ def generate(
         "tokens": sum(r["tokens"] for r in rows),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _model(
+    model: PreTrainedModel | Served, processor: ProcessorMixin
+) -> tuple[dict, Callable[..., list]]:
+    """What identifies a model among the settings, and how it is asked."""
+    from univg_nb import models, replies
+    from univg_nb.served import Served
+
+    if isinstance(model, Served):
+        return model.settings(), partial(model.reply, processor)
+    weights = [models.weights_hash(model), models.weights_hash(model, adapter=True)]
+    known = {"attention": model.config._attn_implementation, "weights_hash": weights}
+    return known, partial(replies.reply, model, processor)
 
 
 def _check_options(

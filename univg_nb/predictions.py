@@ -1,6 +1,7 @@
 """Recorded replies: the rows of `predictions.jsonl` and the settings beside them."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def generation_settings(predictions: str | Path) -> dict | None:
 def settings_path(predictions: str | Path) -> Path:
     """`predictions.jsonl` -> `predictions.settings.json` in the same folder."""
     return Path(predictions).with_suffix(".settings.json")
+
+
+def named_files(arguments: Iterable[str]) -> dict[str, Path]:
+    """{name: file} of "NAME=FILE" or "FILE", in the order given.
+
+    A file eval/MODEL/BENCHMARK/predictions.jsonl is called MODEL, another by its own
+    name. Raises ValueError for a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for text in arguments:
+        name, equals, rest = text.partition("=")
+        path = Path(text if not equals or Path(text).is_file() else rest)
+        if path == Path(text):
+            plain = path.name == "predictions.jsonl" and path.parent.parent.name
+            name = path.parent.parent.name if plain else path.stem
+        if name in found:
+            raise ValueError(f"two files are called {name!r}: write NAME={path}")
+        found[name] = path
+    return found
 
 
 def sha256_of(path: str | Path) -> str:

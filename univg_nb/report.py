@@ -9,7 +9,7 @@ tables are written as Markdown too.
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -41,25 +41,6 @@ _HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 """
-
-
-def named_files(arguments: Iterable[str]) -> dict[str, Path]:
-    """{name: file} of "NAME=FILE" or "FILE", in the order given.
-
-    A file eval/MODEL/BENCHMARK/predictions.jsonl is called MODEL, another by its own
-    name. Raises ValueError for a name given twice.
-    """
-    found: dict[str, Path] = {}
-    for text in arguments:
-        name, equals, rest = text.partition("=")
-        path = Path(text if not equals or Path(text).is_file() else rest)
-        if path == Path(text):
-            plain = path.name == "predictions.jsonl" and path.parent.parent.name
-            name = path.parent.parent.name if plain else path.stem
-        if name in found:
-            raise ValueError(f"two files are called {name!r}: write NAME={path}")
-        found[name] = path
-    return found
 
 
 def write(
