@@ -30,7 +30,7 @@ body {font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 table {border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block;
        overflow-x: auto}
 th, td {padding: 3px 8px; text-align: right; border-bottom: 1px solid #ddd}
-th:first-child, td:first-child {text-align: left}
+th:first-child, td:first-child {text-align: left; white-space: nowrap}
 section.case {border-top: 1px solid #bbb; margin: 1.5em 0; padding-top: .5em}
 blockquote {margin: .3em 0; padding: .2em 1em; background: #f5f5f5;
             white-space: pre-wrap; overflow-wrap: anywhere}
@@ -226,7 +226,11 @@ def _page(
     parts.append(f"<h1>{escape(facts[0])}</h1><ul class='note'>")
     parts += [f"<li>{escape(line)}</li>" for line in facts[1:]] + ["</ul>"]
     for name, frame in shown.items():
-        table = frame.reset_index().to_html(
+        # an interval may stand below its number, but is not broken itself
+        whole = frame.map(
+            lambda v: v.replace(", ", ",\u00a0") if isinstance(v, str) else v
+        )
+        table = whole.reset_index().to_html(
             index=False, border=0, na_rep="–", float_format="{:.1f}".format
         )
         parts.append(f"<h2>{escape(name)}</h2>{table}")
