@@ -178,6 +178,26 @@ def align_words(
             embeddings[ids[0]] = row / row.norm() * embeddings.norm(dim=1).mean()
 
 
+UNUSED_LENGTH = 0.1  # of an unused word's embedding, as a share of what it was
+
+
+@torch.no_grad()
+def shrink_unused(model: nn.Module, tokenizer: Qwen2Tokenizer) -> None:
+    """Shortens the embeddings of the words that no sentence of this world uses.
+
+    They keep the length they were drawn with, twice that of the trained ones, and
+    hundreds of them each take a little of every next token that is not quite sure:
+    greedy replies do not show it, but most sampled ones held a word without sense.
+    Weight decay does this over a long pre-training.
+    """
+    used = {*tokenizer.all_special_ids}
+    for text in corpus():
+        used.update(tokenizer(text).input_ids)
+    embeddings = model.get_input_embeddings().weight  # (V, H), the head's too
+    unused = [i for i in range(len(embeddings)) if i not in used]
+    embeddings[unused] *= UNUSED_LENGTH
+
+
 def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     """Stages two to four: the lessons, all words, several pictures.
 
@@ -212,6 +232,7 @@ def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     albums = Stage("albums", out, modules, lr, matrix_lr)
     data = Albums(plan, tokenizer)
     albums.run(data, None, plan.albums_steps, losses, plan.save_every)
+    shrink_unused(model, tokenizer)
 
 
 def main() -> None:
