@@ -210,11 +210,19 @@ def test_full_equals_the_paper():
         ("modle.dtype=float32", "unknown section 'modle'; did you mean 'model'"),
         ("dtype=float32", "write SECTION.KEY=VALUE"),
         ("model.lora.r=3", "unknown key model.lora"),
+        ("sft.save_strategy=sometimes", "expected one of 'no', 'steps', 'epoch'"),
     ],
 )
 def test_override_refuses_with_a_way_out(assignment, message):
     with pytest.raises(ValueError, match=message):
         runs.override(runs.load_scale("smoke"), assignment)
+
+
+def test_a_word_that_yaml_takes_for_false_stays_a_word_where_one_is_wanted():
+    changed = runs.override(runs.load_scale("smoke"), "sft.save_strategy=no")
+    assert changed["sft"]["save_strategy"] == "no"
+    changed = runs.override(changed, "sft.bf16=no")
+    assert changed["sft"]["bf16"] is False
 
 
 def test_override_leaves_the_original_alone():

@@ -10,6 +10,7 @@ misspelt option must never train with a default.
 
 import dataclasses
 import difflib
+import enum
 import functools
 import re
 import types
@@ -139,7 +140,12 @@ def accepts(annotation: Any, value: Any) -> bool:
     """Whether `value` fits a type annotation; annotations we cannot read accept all."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(accepts(part, value) for part in typing.get_args(annotation))
+        parts = typing.get_args(annotation)
+        if any(map(is_enum, parts)):  # `| str` stands for the values of the enum
+            parts = [part for part in parts if part is not str]
+        return any(accepts(part, value) for part in parts)
+    if is_enum(annotation):
+        return value in [member.value for member in annotation]
     if origin is Literal:
         return value in typing.get_args(annotation)
     if origin is not None:
@@ -150,11 +156,19 @@ def accepts(annotation: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation in (str, bool, dict, list, type(None)):
         return isinstance(value, annotation)
-    return True  # enums, sets, Any: the library checks those itself
+    return True  # sets, Any: the library checks those itself
+
+
+def is_enum(annotation: Any) -> bool:
+    """Whether an annotation is a class of named values."""
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 
 def describe(annotation: Any) -> str:
     """A type annotation in words for an error message."""
+    for part in (annotation, *typing.get_args(annotation)):
+        if is_enum(part):
+            return f"one of {', '.join(repr(member.value) for member in part)}"
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:
         return annotation.__name__
     return str(annotation).replace("typing.", "").replace("NoneType", "None")
@@ -273,7 +287,11 @@ def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
     target = changed.setdefault(path[0], {})
     if len(path) == 3:
         target["lora"] = target = dict(target.get("lora", {}))
-    target[path[-1]] = parse_value(text)
+    target[path[-1]] = value = parse_value(text)
+    allowed = schema("sft.lora" if len(path) == 3 else path[0])
+    wanted = allowed.get(path[-1])
+    if wanted and not accepts(wanted, value) and accepts(wanted, text):
+        target[path[-1]] = text  # "no", a word that YAML reads as false
     check_section(path[0], changed[path[0]], f"--set {assignment!r}")
     return changed
 
