@@ -3,22 +3,23 @@
 Each writes its state to rank-N.json and its output to rank-N.log (see worker).
 """
 
-import os
+import contextlib
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from univg_nb.kernel import alive
 from univg_nb.live import Live
+from univg_nb.processes import alive, gone, running
 from univg_nb.runs import read_json
 
 GRACE = 10.0  # seconds for the others to end when one process has failed
 CHECKPOINT = 900.0  # seconds a checkpoint may take after a signal
+NOTE = 2**16  # bytes: without them a process cannot write down why it fails
 TAIL = 25  # last lines of a failed process
 
 
@@ -43,8 +44,7 @@ class Children:
 
     def states(self) -> list[dict[str, Any]]:
         """What each process says of itself, by rank."""
-        paths = self.folder.glob("rank-*.json")
-        return sorted((read_json(path) for path in paths), key=lambda s: s["rank"])
+        return states_in(self.folder)
 
     def failure(self) -> str:
         """The process that failed first, and its last lines; "" while none has.
@@ -55,7 +55,9 @@ class Children:
         states, ended = self.states(), self.agent.poll()
         for state in states:
             if state["state"] in ("started", "training") and gone(state):
-                return self.describe(state, "was killed (out of memory?)")
+                full = shutil.disk_usage(self.folder).free < NOTE
+                why = "no space left on the disk" if full else "out of memory?"
+                return self.describe(state, f"was killed ({why})")
         failed = [state for state in states if state["state"] == "failed"]
         if failed:
             first = min(failed, key=lambda state: state["time"])
@@ -71,32 +73,43 @@ class Children:
         where = f"rank {state['rank']} (pid {state['pid']} on {state['host']})"
         return f"{where} {what}\n{tail(self.folder, log)}"
 
+    def processes(self) -> list[psutil.Process]:
+        """Those of this machine that still run: below the launcher, and, where it is
+        gone, the ones that reported themselves."""
+        found: dict[int, psutil.Process] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.agent.pid).children(recursive=True):
+                found[child.pid] = child
+        reported = map(running, self.states())
+        found |= {process.pid: process for process in reported if process}
+        return [process for process in found.values() if alive(process)]
+
     def stop(self, seconds: float) -> None:
         """SIGTERM; what is left after `seconds` is killed."""
-        try:
-            below = psutil.Process(self.agent.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            below = []
+        left = self.processes()
         if self.agent.poll() is None:
-            self.agent.terminate()
+            self.agent.terminate()  # hands it on
+        else:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if self.agent.poll() is not None and not any(map(alive, below)):
+            if self.agent.poll() is not None and not any(map(alive, left)):
                 return
             time.sleep(0.1)
-        for process in filter(alive, below):
-            process.kill()
+        for process in filter(alive, left):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.agent.kill()
         self.agent.wait()
+        psutil.wait_procs(left, timeout=GRACE)
 
 
-def gone(state: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine is no more."""
-    if state["host"] != os.uname().nodename:
-        return False
-    return not psutil.pid_exists(state["pid"]) or not alive(
-        psutil.Process(state["pid"])
-    )
+def states_in(folder: Path) -> list[dict[str, Any]]:
+    """What the processes of a launch folder say of themselves, by rank."""
+    paths = folder.glob("rank-*.json")
+    return sorted((read_json(path) for path in paths), key=lambda s: s["rank"])
 
 
 def tail(folder: Path, name: str) -> str:
@@ -130,6 +143,7 @@ def watch(children: Children, live: Live, poll: float = 0.3) -> None:
         children.agent.wait()
         live.update(children.states())
         if failure := children.failure():
+            children.stop(GRACE)  # a launcher that was killed leaves the others behind
             raise RuntimeError(f"training stopped: {failure}")
         if any(state["state"] == "interrupted" for state in children.states()):
             raise Stopped(signal.SIGTERM)  # sent to the children by someone else

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import psutil
 from jupyter_client import AsyncKernelManager
 
+from univg_nb.processes import alive
+
 
 class Kernel(AsyncKernelManager):
     """A kernel that hears of SIGTERM, with all it started, and gets time to end."""
@@ -38,11 +40,3 @@ class Kernel(AsyncKernelManager):
         deadline = time.monotonic() + seconds
         while any(map(alive, self.told or [])) and time.monotonic() < deadline:
             time.sleep(0.1)
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether it still runs; a dead child that nobody waited for does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -11,18 +11,22 @@ are raised.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from univg_nb.children import CHECKPOINT, Children, Stopped, watch
+from univg_nb.children import CHECKPOINT, Children, Stopped, states_in, watch
 from univg_nb.config import SCALES, spread
 from univg_nb.live import Live
+from univg_nb.processes import running
 from univg_nb.runs import read_json, write_json
 from univg_nb.samples import GroundingSample
 
@@ -153,14 +157,23 @@ def train(
         "options": options,
         "processes": processes,
         "strategy": strategy,
+        "launcher": {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+        },
     }
     request = json.loads(json.dumps(request, default=str))  # paths become texts
+    refuse_second(folder)
     announce_resume(folder, processes, strategy)
     for old in [*folder.glob("rank-*"), folder / "summary.json"]:
         old.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
     worker = ["-m", "univg_nb.worker", str(folder / "request.json")]
     arguments = command(config["launch"], gpu, worker)
+    if gpu:  # what the notebook has dropped would still fill it for the children
+        gc.collect()
+        torch.cuda.empty_cache()
     write_json(folder / "launched.json", {"processes": processes, "command": arguments})
     try:
         children = Children(folder, arguments, environment(strategy, gpu))
@@ -170,6 +183,21 @@ def train(
             raise KeyboardInterrupt from stopped
         raise SystemExit(128 + signal.SIGTERM) from stopped
     return read_json(folder / "summary.json")
+
+
+def refuse_second(folder: Path) -> None:
+    """ValueError while the processes of an earlier call train in this folder, as they
+    do to the end of their update when its notebook was killed."""
+    left = [
+        f"rank {state['rank']} (pid {state['pid']})"
+        for state in states_in(folder)
+        if state["state"] in ("started", "training") and running(state)
+    ]
+    if left:
+        raise ValueError(
+            f"{folder.parent}: an earlier call still trains there: {', '.join(left)}; "
+            "call again when it has ended with its checkpoint, or end it with kill PID"
+        )
 
 
 def announce_resume(folder: Path, processes: int, strategy: str) -> None:

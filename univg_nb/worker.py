@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
+from univg_nb.processes import gone
 from univg_nb.runs import peak_memory_mb, read_json, write_json
 from univg_nb.samples import GroundingSample
 
@@ -48,12 +50,23 @@ class Status:
 
 
 class Watch(TrainerCallback):
-    """Checks the processes before the first update; stops at SIGTERM, saved."""
+    """Checks the processes before the first update; stops at SIGTERM, saved.
 
-    def __init__(self, status: Status, strategy: str, processes: int) -> None:
+    launcher: who started this, {pid, host, time}. A kernel that was killed cannot send
+    a signal, and a training that nobody watches would hold its GPUs.
+    """
+
+    def __init__(
+        self,
+        status: Status,
+        strategy: str,
+        processes: int,
+        launcher: Mapping[str, Any],
+    ) -> None:
         self.status = status
         self.strategy = strategy
         self.processes = processes
+        self.launcher = launcher
         self.asked = False  # by a signal to this process
         self.stopping = False  # agreed by all
         signal.signal(signal.SIGTERM, self.ask)
@@ -62,7 +75,14 @@ class Watch(TrainerCallback):
         """Signal handler: end after the update at hand."""
         self.asked = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
         found = AcceleratorState()
         kind = found.distributed_type.value
         check_processes(self.strategy, self.processes, found.num_processes, kind)
@@ -79,10 +99,12 @@ class Watch(TrainerCallback):
             distributed_type=kind,
             max_steps=state.max_steps,
             first_step=state.global_step,
+            **longest_row(getattr(train_dataloader, "dataset", None)),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        asked = torch.tensor(float(self.asked), device=args.device)
+        asked = self.asked or gone(self.launcher)
+        asked = torch.tensor(float(asked), device=args.device)
         if self.processes > 1:  # a signal reaches the processes at different updates
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if asked and state.global_step < state.max_steps:
@@ -123,11 +145,31 @@ def rows_of(found: list[dict[str, Any]]) -> list[GroundingSample]:
     return [GroundingSample(**row) for row in found]
 
 
-def peak_bytes() -> int:
-    """Most memory this process had: of its GPU, or resident."""
+def longest_row(dataset: Any) -> dict[str, int]:
+    """{"longest_row": tokens}, where the rows are tokenised before the training."""
+    if "length" not in (getattr(dataset, "column_names", None) or ()):
+        return {}
+    return {"longest_row": max(dataset["length"])}
+
+
+def resident(peak: bool) -> int:
+    """Bytes of memory of this process, now or at most.
+
+    Not getrusage where Linux has better: it counts the parent's before the start.
+    """
+    key, status = "VmHWM" if peak else "VmRSS", Path("/proc/self/status")
+    if not status.is_file():
+        return peak_memory_mb() * 2**20
+    lines = (line.partition(":") for line in status.read_text().splitlines())
+    return int({name: rest for name, _, rest in lines}[key].split()[0]) * 1024
+
+
+def peak_bytes(before: int) -> int:
+    """Most memory the training had: of its GPU, or resident beyond `before`, which is
+    what Python and its libraries take."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    return peak_memory_mb() * 2**20
+    return resident(peak=True) - before
 
 
 def run(request: dict[str, Any], status: Status) -> None:
@@ -138,15 +180,15 @@ def run(request: dict[str, Any], status: Status) -> None:
         check_processes(strategy, asked, world, IN_FORCE[strategy][0])
     # Both trainers take the Trainer's own list of callbacks: the one way in that asks
     # nothing of them.
-    watch = Watch(status, strategy, asked)
+    watch = Watch(status, strategy, asked, request["launcher"])
     transformers.trainer.DEFAULT_CALLBACKS.append(watch)
     if request["stage"] == "sft":
         from univg_nb.sft import train
     else:
         from univg_nb.grpo import train
-    rows = rows_of(request["rows"])
+    before, rows = resident(peak=False), rows_of(request["rows"])
     summary = train(request["config"], request["out"], rows, **request["options"])
-    status.set("finished", peak_bytes=peak_bytes())
+    status.set("finished", peak_bytes=peak_bytes(before))
     if status.facts["rank"] == 0:
         write_json(status.path.parent / "summary.json", summary)
 
