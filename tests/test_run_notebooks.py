@@ -136,6 +136,18 @@ def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
     assert not list(repo.rglob("ran"))
 
 
+def test_papermill_by_itself_runs_a_notebook_too(repo):
+    start = "from univg_nb import runs\nprint(runs.start(SCALE, RUN_DIR).dir, N)"
+    path, out = write(repo, "00_a", start), repo / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out)]
+    command += ["--kernel", "python3", "--language", "python"]  # a course one has them
+    command += ["-p", "N", "3", "-p", "RUN_DIR", "runs/mine", "--no-progress-bar"]
+    subprocess.run(command, check=True)
+    text = nbformat.read(out, as_version=4).cells[-1].outputs[0].text
+    assert text.splitlines()[-1] == f"{repo.resolve() / 'runs' / 'mine'} 3"
+    assert (repo / "runs" / "mine" / "manifest.json").is_file()
+
+
 def test_leaving_early_is_not_done(repo, capsys):
     write(repo, "00_a", "raise SystemExit", "x = 1")
     assert call() == 1
@@ -211,6 +223,10 @@ def states(repo):
     return {name: job["state"] for name, job in jobs.items()}
 
 
+def progress_of(queue, job):
+    return runs.read_json(queue)["jobs"][job].get("progress")
+
+
 def starts(repo):
     folder = repo / "runs" / "smoke"
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
@@ -237,6 +253,10 @@ def test_a_sweep_keeps_states_and_runs_only_what_is_not_done(repo, capsys):
     entry = runs.read_json(repo / "runs" / "smoke" / "queue.json")["jobs"]["N=1"]
     assert entry["parameters"] == {"N": "1"} and entry["exit_code"] == 0
     assert entry["notebooks"]["00_a"]["status"] == "done"
+    listed = runs.read_json(repo / "runs" / "smoke" / "manifest.json")["jobs"]
+    assert {name: job["state"] for name, job in listed.items()} == states(repo)
+    assert job_queue.progress(job) == "00_a, cell 3/3"
+    assert job_queue.progress(repo / "nothing") == ""
 
 
 @pytest.mark.slow
@@ -247,10 +267,12 @@ def test_sigterm_ends_a_sweep_and_the_next_call_goes_on(repo, capsys):
     command = [sys.executable, "-m", "univg_nb.run_notebooks", "--scale", "smoke"]
     process = subprocess.Popen([*command, "-p", "N", "2,3"])
     deadline = time.monotonic() + 180
-    while starts(repo) != {"N=2": 1}:
+    queue = repo / "runs" / "smoke" / "queue.json"
+    while starts(repo) != {"N=2": 1} or not progress_of(queue, "N=2"):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     assert call("-p", "N", "2,3") == 2
+    assert progress_of(queue, "N=2").startswith("00_a, cell ")
     assert "another call works on this queue" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=180) == 128 + signal.SIGTERM

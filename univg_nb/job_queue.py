@@ -1,13 +1,14 @@
 """Sweeps: which jobs a command line means, and a queue that runs them over GPUs.
 
 A job is a child `run_notebooks` with one value for each parameter, its own run folder
-and log. RUN_DIR/queue.json holds all states (waiting, running, done, failed); a call
-that was killed leaves `running` there, which the next one takes for interrupted. What
-is done is not run again.
+and log. RUN_DIR/queue.json holds all states (waiting, running, done, failed) and how
+far each job is; a call that was killed leaves `running` there, which the next one takes
+for interrupted. What is done is not run again. RUN_DIR/manifest.json lists what ended.
 """
 
 import fcntl
 import itertools
+import json
 import os
 import re
 import shutil
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from univg_nb.runs import read_json, write_json
+from univg_nb.runs import read_json, record_stage, write_json
 
 RANGE = re.compile(r"(-?\d+):(-?\d+)$")
+LOOK = 5.0  # seconds between two looks at how far the jobs are
 OPENING, CLOSING, QUOTES = "([{", ")]}", "'\""
 
 
@@ -104,6 +106,7 @@ class Queue:
         self.free = list(slots)
         self.at_work: list[Job] = []
         self.stopped = 0
+        self.looked = 0.0
         self.given = jobs
 
     def load(self, fresh: bool) -> None:
@@ -167,10 +170,26 @@ class Queue:
             ran = read_json(manifest).get("notebooks", {}) if manifest.is_file() else {}
             facts = {"exit_code": code, "seconds": seconds, "notebooks": ran}
             self.set(job.name, state, **facts)
+            known = {"state": state, "exit_code": code, "gpus": job.gpus}
+            known["parameters"] = self.jobs[job.name]["parameters"]
+            record_stage(self.run_dir, job.name, seconds, group="jobs", **known)
             if state == "failed":
                 log = Path(self.jobs[job.name]["log"])
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                 print("\n".join(lines[-15:]), f"\nlog: {log}", file=sys.stderr)
+
+    def look(self) -> None:
+        """How far the jobs at work are: on disk, and on a terminal in its last line."""
+        self.looked, line = time.monotonic(), []
+        for job in self.at_work:
+            made = progress(self.run_dir / job.name)
+            if made and made != self.jobs[job.name].get("progress"):
+                self.jobs[job.name]["progress"] = made
+                self.save()
+            line.append(f"{job.name}: {self.jobs[job.name].get('progress', '')}")
+        if line and sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"{'; '.join(line)[:width]:<{width}}", end="\r", flush=True)
 
     def stop(self, number: int, _: Any = None) -> None:
         """Signal handler: no job starts any more, those at work are told to end."""
@@ -193,11 +212,26 @@ class Queue:
                     self.start(todo.pop(0))
                 time.sleep(0.1)
                 self.collect()
+                if time.monotonic() - self.looked > LOOK:
+                    self.look()
         for number, handler in before:
             signal.signal(number, handler)
         if self.stopped:
             return 128 + self.stopped
         return int(any(job["state"] != "done" for job in self.jobs.values()))
+
+
+def progress(folder: Path) -> str:
+    """How far a job is, as "03_cot_sft_lora, cell 5/20", from the executed copy that
+    papermill writes after each cell; "" before the first, or while it is written."""
+    copies = sorted((folder / "notebooks").glob("*.ipynb"), key=os.path.getmtime)
+    try:
+        cells = json.loads(copies[-1].read_text(encoding="utf-8"))["cells"]
+    except (IndexError, json.JSONDecodeError):
+        return ""
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    ran = sum(cell["execution_count"] is not None for cell in cells)
+    return f"{copies[-1].stem}, cell {ran}/{len(cells)}"
 
 
 def share_stages(source: Path, target: Path) -> None:
