@@ -23,8 +23,7 @@ from univg_nb.config import SCALES, suggestion
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, 8-bit scale, and its fp32 scale
-LOGIT_BYTES = 12  # GRPO: the logit, its fp32 log-softmax, and the gradient of each
-TILE = 32_768  # SFT: TRL scores this many words of the vocabulary at a time
+TILE = 32_768  # TRL scores this many words of the vocabulary at a time
 TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a CPU)
 
 
@@ -246,16 +245,15 @@ def scoring_memory(
 ) -> float:
     """Bytes from the last hidden states to the loss and back.
 
-    GRPO holds the logits of the replies. SFT goes over tiles of tokens and words (TRL's
-    ChunkedLogProbFunction), whose buffer is TILE words wide whatever the vocabulary,
-    and sums the gradients of hidden states and of a trained head in fp32. On a GPU a
-    Triton kernel scores the replies alone, without temporaries.
+    TRL goes over tiles of tokens and words (its ChunkedLogProbFunction), whose buffer
+    is TILE words wide whatever the vocabulary, and sums the gradients of hidden states
+    and of a trained head in fp32. On a GPU a Triton kernel does it without temporaries.
+    GRPO, and SFT on a GPU, score the replies alone.
     """
     head = base.lm_head.weight
     words, hidden = head.shape
-    if stage == "grpo":
-        return float(rows * layout.reply * words * LOGIT_BYTES)
-    tokens = rows * (layout.reply if on_gpu else layout.tokens)
+    replies_only = on_gpu or stage == "grpo"
+    tokens = rows * (layout.reply if replies_only else layout.tokens)
     part = min(tokens, TOKEN_CHUNK_SIZE)
     tile = part * TILE * head.element_size()
     copies = 0 if on_gpu else TILE_COPIES

@@ -78,16 +78,20 @@ def compare(plan: Plan, measured: Mapping[str, Any]) -> str:
 
 def measured(stage: str | Path) -> dict[str, float]:
     """What a finished, launched training of that stage folder took: peak_bytes of the
-    process that needed most, seconds_per_update. ValueError if there is none."""
+    process that needed most, seconds_per_update of the last call, and, of stage 1,
+    longest_row in tokens. ValueError if there is none."""
     folder = Path(stage) / "launch"
     if not (folder / "summary.json").is_file():
         raise ValueError(
             f"{stage}: no launched training was finished there (no {folder.name}/"
-            "summary.json); give a stage folder, as runs/full/sft_none"
+            "summary.json); give a stage folder, as runs/full/sft_lora"
         )
     summary = read_json(folder / "summary.json")
     states = [read_json(path) for path in folder.glob("rank-*.json")]
-    return {
+    updates = summary["steps"] - states[0].get("first_step", 0)
+    took = {
         "peak_bytes": max(state["peak_bytes"] for state in states),
-        "seconds_per_update": summary["seconds"] / max(1, summary["steps"]),
+        "seconds_per_update": summary["seconds"] / max(1, updates),
     }
+    rows = [state["longest_row"] for state in states if "longest_row" in state]
+    return took | ({"longest_row": max(rows)} if rows else {})

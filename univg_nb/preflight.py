@@ -7,6 +7,7 @@ and all checks pass; 1: something does not; 2: a wrong call.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import shutil
 import socket
@@ -77,6 +78,17 @@ def layout_of(
     return Layout(strategy, processes, longest, reply, images, typical)
 
 
+def with_rows_of(layout: Layout, longest: int) -> Layout:
+    """The layout with the longest row that a training had, in tokens."""
+    return dataclasses.replace(
+        layout,
+        tokens=longest,
+        reply=min(layout.reply, longest),
+        images=min(layout.images, longest),
+        typical=min(layout.typical, longest),
+    )
+
+
 def rows_of(config: Mapping[str, Any], stage: Stage) -> int:
     """Training samples: the scale's number, or the paper's where it takes all."""
     name, released = ("stage1", 90_000) if stage == "sft" else ("stage2", 10_000)
@@ -136,7 +148,9 @@ def check_port(port: int, what: str, taken: bool = False) -> Check:
         probe.settimeout(1)
         answers = probe.connect_ex(("127.0.0.1", port)) == 0
     state = "answers" if answers else "is free"
-    remedy = "start the server first" if taken else "set launch.port to another"
+    remedy = "set launch.port to another"
+    if taken:
+        remedy = "start the server first: trl vllm-serve --model NAME"
     detail = f"{port} {state}" + ("" if answers == taken else f"; {remedy}")
     return Check(what, answers == taken, detail)
 
@@ -153,7 +167,8 @@ def check_data(
         return Check(name, False, f"{file} is missing; make data"), None
     if root and not Path(root).is_dir():
         return Check(name, False, f"image root {root} is missing; make data"), None
-    report = audit(file, image_root=root if images else None)
+    pixels = config["model"].get("max_pixels", 401_408)
+    report = audit(file, image_root=root if images else None, max_pixels=pixels)
     found = ", ".join(f"{kind} {n}" for kind, n in report["counts"].items())
     detail = f"{report['samples']} samples; {found or 'no problem'}"
     if report["breaks_training"]:
@@ -203,7 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measured",
         metavar="STAGE_FOLDER",
-        help="set what that training took beside the plan (with --stage)",
+        help="set what that training took beside the plan (with --stage, and as "
+        "config the scale.yaml of that run)",
     )
     parser.add_argument("--images", action="store_true", help="open every image too")
     parser.add_argument(
@@ -216,6 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan; the exit code of the module's first lines."""
+    if options.measured and not options.stage:
+        raise ValueError("--measured is of one stage: add --stage sft or --stage grpo")
     config = runs.load_scale(options.config)
     for assignment in options.set:
         config = runs.override(config, assignment)
@@ -227,6 +245,9 @@ def main(options: argparse.Namespace) -> int:
             check, report = check_data(config, stage, options.images)
             checks.append(check)
         where = layout_of(config, stage, options.strategy, options.gpus, report)
+        took = measured(options.measured) if options.measured else {}
+        if "longest_row" in took:
+            where = with_rows_of(where, took["longest_row"])
         rows = rows_of(config, stage)
         whole = spread(config, stage, where.processes)
         made = cost_model.plan(whole, stage, where, gpu, rows, options.mfu)
@@ -234,8 +255,8 @@ def main(options: argparse.Namespace) -> int:
         if not made.fits:
             better = cost_model.knobs(whole, made, rows, options.mfu)
             print(knobs_text(made, better))
-        if options.measured and stage == options.stage:
-            print(compare(made, measured(options.measured)))
+        if took:
+            print(compare(made, took))
         print()
         good, needed = good and made.fits, needed + disk_needed(made)
     print(f"assumed: MFU {options.mfu:g}; hours are a model, not a measurement")
