@@ -266,8 +266,9 @@ def memory_bars(
     start = np.zeros(len(labels))
     for index, name in enumerate(names):
         sizes = np.array([parts[label].get(name, 0.0) for label in labels]) / divisor
-        colour = _SPARE[index % len(_SPARE)]
-        ax.barh(labels, sizes, 0.6, left=start, color=colour, label=name)
+        look = {"color": _SPARE[index % len(_SPARE)], "edgecolor": "white"}
+        look |= {"hatch": "////", "linewidth": 0} if index >= len(_SPARE) else {}
+        ax.barh(labels, sizes, 0.6, left=start, label=name, **look)
         start += sizes
     for row, total in enumerate(start):
         ax.text(total, row, f" {total:,.3g} {unit}", va="center")
