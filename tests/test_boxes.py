@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from univg_nb import boxes as boxes_module
 from univg_nb.boxes import (
     MODES,
     STATUSES,
@@ -211,6 +212,19 @@ def test_parse_never_raises_on_100_000_strings(seed):
                 box, status = parse_box(text, mode)
                 assert status in STATUSES, text
                 assert (box is None) <= (status != "ok"), text
+
+
+BRACKETS = [*"()[],, 12", "(1,1),(", "1),", "(3,4)", "[1,2,3,4", "<box>", "é", "\ud800"]
+
+
+def test_idle_brackets_left_out_change_nothing(monkeypatch):
+    """Of long replies full of brackets only those that a box can hold are tried."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(BRACKETS, k=rng.randrange(24))) for _ in range(20_000)]
+    expected = [parse_box(text, mode) for text in texts for mode in MODES]
+    monkeypatch.setattr(boxes_module, "_LONG", 0)
+    assert [parse_box(text, mode) for text in texts for mode in MODES] == expected
+    assert sum(parsed.status == "ok" for parsed in expected) > 100
 
 
 @quick

@@ -87,19 +87,23 @@ HOSTILE += ["<answer></answer>", "(1,2),(3,4)", "(" + "1" * MEGABYTE]
 HOSTILE += ["(1," + " " * MEGABYTE, "(0." + "0" * MEGABYTE, "1" * MEGABYTE]
 HOSTILE += ["([", "(,),(,)", "(,,,)", "[1,2,3,4]", "(1,2,3,4)", "(0.1,0.2,0.3,0.4)"]
 HOSTILE += ["<box>1 2 3 4</box>", "(1,2),(3,4),", "(1,2), (3,4", "1" * 4300 + " "]
+# Behind one true box every bracket has to be tried, or seen to be idle.
+FLOODS = ["(", "(1", "[1,1", "(1,1),(1,", "(1,1),(11,1,", "1,1,1,(1,1),("]
+FLOODS += ["),(1,1,(1,1 ", "(1,1),(1,1,11111,"]
 
 
 def test_a_hostile_megabyte_is_read_in_no_time():
     slowest = []
     for mode in MODES:
-        for piece in HOSTILE:
-            reply = (piece * (MEGABYTE // len(piece) + 1))[:MEGABYTE]
+        hostile = [("", piece) for piece in HOSTILE]
+        for start, piece in hostile + [("[1,2,3,4] ", flood) for flood in FLOODS]:
+            reply = (start + piece * (MEGABYTE // len(piece) + 1))[:MEGABYTE]
             took = []
             for _ in range(5):
                 began = time.process_time()
                 parse_box(reply, mode)
                 took.append(time.process_time() - began)
-            slowest.append((min(took), mode, piece[:20]))
+            slowest.append((min(took), mode, start + piece[:20]))
     for seconds, mode, piece in sorted(slowest, reverse=True)[:5]:
         print(f"\n{1000 * seconds:.1f} ms  {mode}  {piece!r}", end="")
     print()
