@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +13,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # A busy machine is not a failure.
 settings.register_profile("univg", deadline=None)
 settings.load_profile("univg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that the tests of a module share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def model_cfg(folder):
+    """`model` section of a scale: the shipped architecture, random weights."""
+    from test_models import make_tiny  # torch must not be imported any earlier
+
+    return {"name_or_path": str(make_tiny(folder / "model"))}

@@ -10,20 +10,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from launched import ROOT, losses, make_rows, scale
-from test_models import make_tiny
 
 from univg_nb import launch, runs, sft, worker
 from univg_nb.config import SCALES
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("launch")
-
-
-@pytest.fixture(scope="module")
-def model_cfg(folder):
-    return {"name_or_path": str(make_tiny(folder / "model"))}
 
 
 @pytest.fixture(scope="module")

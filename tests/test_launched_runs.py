@@ -15,7 +15,6 @@ import psutil
 import pytest
 from launched import ROOT, adapter, caller, losses, make_rows, scale, updates, wait_for
 from nbformat.v4 import new_code_cell, new_notebook
-from test_models import make_tiny
 
 from univg_nb import children, launch, runs, sft
 from univg_nb.processes import gone
@@ -31,16 +30,6 @@ GRPO = {
     "save_strategy": "no",
     "seed": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("launched")
-
-
-@pytest.fixture(scope="module")
-def model_cfg(folder):
-    return {"name_or_path": str(make_tiny(folder / "model"))}
 
 
 @pytest.fixture(scope="module")

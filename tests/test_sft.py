@@ -13,7 +13,6 @@ import pytest
 import torch
 from interrupted import killed
 from PIL import Image, ImageDraw
-from test_models import make_tiny
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -29,16 +28,6 @@ from univg_nb.image_features import vision_features
 from univg_nb.merging import merge_check
 from univg_nb.samples import GroundingSample
 from univg_nb.training import COMPLETE, whole_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sft")
-
-
-@pytest.fixture(scope="module")
-def model_cfg(folder):
-    return {"name_or_path": str(make_tiny(folder / "model"))}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from univg_nb import prompts
+from univg_nb import models, prompts
 from univg_nb.images import open_image
 from univg_nb.samples import GroundingSample
 
@@ -130,7 +130,7 @@ def _new_tokens(
     left = config.max_new_tokens
     known = set(config.eos_token_id)
     ends = torch.tensor(config.eos_token_id, device=model.device)
-    positions = next(part for part in model.modules() if hasattr(part, "rope_deltas"))
+    positions = models.base_model(model).model  # keeps `rope_deltas` (B, 1)
     while rows:
         config.max_new_tokens = left
         half = HalfEnded(ends)

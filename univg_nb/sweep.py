@@ -72,6 +72,15 @@ def train_point(
     return trained
 
 
+def answers(
+    run: runs.Run, bench: Benchmark, trained: Path, folder: Path
+) -> dict[str, list[float]]:
+    """Measures per item of the adapter in the stage folder `trained`, on weights as
+    rounded as those it was trained on; the replies are kept in `folder`."""
+    four_bit = runs.load_scale(trained / "config.yaml")["sft"]["adapter"] == "qlora"
+    return reference.evaluate_one(run, bench, trained / "adapter", folder, four_bit)
+
+
 def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, float]:
     """after - before, paired by item: mean difference and 95 % interval."""
     made = statistics.paired_bootstrap(np.array(after), np.array(before))
@@ -100,13 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = None
     if options.stage == "grpo":
         folder = run.dir / "sweep" / options.start
-        adapter = run.dir / options.start / "adapter"
-        before = reference.evaluate_one(run, bench, adapter, folder, False)
+        before = answers(run, bench, run.dir / options.start, folder)
     for point in points(options.grid):
         trained = train_point(run, options.stage, options.start, options.set + point)
-        found = reference.evaluate_one(
-            run, bench, trained.dir / "adapter", trained.dir, False
-        )
+        found = answers(run, bench, trained.dir, trained.dir)
         row = {"options": options.set + point, "stage": trained.hash}
         row |= {key: round(float(np.mean(v)), 4) for key, v in found.items()}
         if before is not None:

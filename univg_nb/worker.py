@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from univg_nb.processes import gone
@@ -99,7 +100,7 @@ class Watch(TrainerCallback):
             distributed_type=kind,
             max_steps=state.max_steps,
             first_step=state.global_step,
-            **longest_row(getattr(train_dataloader, "dataset", None)),
+            **longest_row(train_dataloader.dataset),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -145,9 +146,9 @@ def rows_of(found: list[dict[str, Any]]) -> list[GroundingSample]:
     return [GroundingSample(**row) for row in found]
 
 
-def longest_row(dataset: Any) -> dict[str, int]:
+def longest_row(dataset: Dataset) -> dict[str, int]:
     """{"longest_row": tokens}, where the rows are tokenised before the training."""
-    if "length" not in (getattr(dataset, "column_names", None) or ()):
+    if "length" not in dataset.column_names:
         return {}
     return {"longest_row": max(dataset["length"])}
 
