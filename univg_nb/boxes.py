@@ -98,7 +98,7 @@ def _may_hold_a_box(text: str) -> bool:
 
 
 _SIGN = np.array([c not in _INSIDE for c in range(128)] + [False])
-_DENSE = 8  # from one bracket in so many characters on, trying each takes too long
+_DENSE = 10  # from one bracket in so many characters on, trying each takes too long
 _LONG = 100_000  # characters from which it pays to look
 
 
