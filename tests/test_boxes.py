@@ -11,6 +11,7 @@ from univg_nb import boxes as boxes_module
 from univg_nb.boxes import (
     MODES,
     STATUSES,
+    find_boxes,
     format_box,
     from_unit,
     iou,
@@ -225,6 +226,19 @@ def test_idle_brackets_left_out_change_nothing(monkeypatch):
     monkeypatch.setattr(boxes_module, "_LONG", 0)
     assert [parse_box(text, mode) for text in texts for mode in MODES] == expected
     assert sum(parsed.status == "ok" for parsed in expected) > 100
+
+
+def test_the_last_box_of_many_is_the_last_that_is_found():
+    """`parse_box` passes over a run of boxes at once, `find_boxes` takes each."""
+    rng = random.Random(1)
+    pieces = [*BRACKETS, "(1,2),(3,4)", "(1,2,3,4)", "[5,6,7,8]", "<box>1 2 3 4</box>"]
+    several = 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(16)))
+        found = find_boxes(text)
+        several += len(found) > 1
+        assert parse_box(text).box == (tuple(map(int, found[-1])) if found else None)
+    assert several > 1000
 
 
 @quick

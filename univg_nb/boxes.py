@@ -37,15 +37,28 @@ class ParsedBox(NamedTuple):
 # that the rest cannot contain more than once: nothing is ever scanned more than a fixed
 # number of times, so a hostile reply of a megabyte costs milliseconds.
 _S = r"\s*+"
-_N = r"([+-]?[0-9]++(?:\.[0-9]++)?+)"
 _C = f"{_S},{_S}"
-_TWO_MORE = rf"{_C}{_N}{_C}{_N}{_S}[)\]]"
-_BOX = re.compile(
-    rf"\({_S}{_N}{_C}{_N}"
-    rf"(?:{_S}\){_C}\({_S}{_N}{_C}{_N}{_S}\)|{_TWO_MORE})"  # (x1,y1),(x2,y2) or four
-    rf"|\[{_S}{_N}{_C}{_N}{_TWO_MORE}"  # [x1, y1, x2, y2]
-    rf"|<box>{_S}{_N}\s++{_N}\s++{_N}\s++{_N}{_S}</box>"
-)
+
+
+def _box_pattern(number: str) -> str:
+    """Every notation of a box, as an expression; `number` is one coordinate's."""
+    n = number
+    two_more = rf"{_C}{n}{_C}{n}{_S}[)\]]"
+    return (
+        rf"(?:\({_S}{n}{_C}{n}"
+        # (x1,y1),(x2,y2) or four in one bracket
+        rf"(?:{_S}\){_C}\({_S}{n}{_C}{n}{_S}\)|{two_more})"
+        rf"|\[{_S}{n}{_C}{n}{two_more}"  # [x1, y1, x2, y2]
+        rf"|<box>{_S}{n}\s++{n}\s++{n}\s++{n}{_S}</box>)"
+    )
+
+
+_NUMBER_FORM = r"[+-]?[0-9]++(?:\.[0-9]++)?+"
+_BOX = re.compile(_box_pattern(f"({_NUMBER_FORM})"))
+_ANY = _box_pattern(_NUMBER_FORM)
+# Boxes with no other bracket between them in one match, which takes two thirds of the
+# time of one match each; group 1 is where the last begins, if there are several.
+_RUN = re.compile(rf"{_ANY}(?:[^(\[<]*+(){_ANY})*+")
 # Brackets that no match can have inside: what is read from there on is what a reading
 # from the start would find there.
 _BETWEEN = re.compile(r"\[|(?<![,\s])\(")
@@ -164,9 +177,10 @@ def _last_box(text: str) -> ParsedBox | None:
     text = _without_idle_brackets(text)
     near = _BETWEEN.search(text, max(0, len(text) - _NEAR))
     for start in (near.start() if near else 0, 0):
-        last = deque(_BOX.finditer(text, start), maxlen=1)  # in C, faster than a loop
+        last = deque(_RUN.finditer(text, start), maxlen=1)  # in C, faster than a loop
         if last:
-            return _to_box([g for g in last[0].groups() if g is not None])
+            box = _BOX.match(text, max(last[0].start(), last[0].start(1)))
+            return _to_box([g for g in box.groups() if g is not None])
         if not start:
             break
     return None

@@ -141,6 +141,8 @@ def load(
     if quantize == "nf4":
         options["quantization_config"] = nf4_config(dtype)
         options["device_map"] = {"": device()}
+    if device().type == "cpu":  # else each query head gets its own copy of keys, values
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     model = AutoModelForImageTextToText.from_pretrained(source, **options)
     if quantize is None and not trainable:
         model.to(device())  # in training, the trainer (DDP, ZeRO, FSDP) places it
