@@ -20,6 +20,7 @@ from univg_nb import (
     evaluate,
     evaluate_options,
     models,
+    noise,
     replies,
     runs,
     samples,
@@ -126,15 +127,15 @@ def test_sampled_replies_depend_on_seed_and_item_only(loaded, items, tmp_path):
     # not necessarily three: ids beyond the small tokenizer decode to nothing
     assert all(len(set(texts)) > 1 for texts in small.values())
     seeds = {
-        replies.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)
+        noise.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)
     }
     assert len(seeds) == 8
 
 
 def test_noise_samples_the_softmax():
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    noise = replies.SeededNoise(range(5_000), temperature=2.0)
-    drawn = noise(None, logits.expand(5_000, 4)).argmax(-1)
+    seeded = noise.SeededNoise(range(5_000), temperature=2.0)
+    drawn = seeded(None, logits.expand(5_000, 4)).argmax(-1)
     shares = torch.bincount(drawn, minlength=4) / 5_000
     torch.testing.assert_close(shares, (logits / 2).softmax(-1), atol=0.025, rtol=0)
 

@@ -145,9 +145,9 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(
 
 @pytest.mark.slow
 def test_grpo_on_two_processes_equals_one(model_cfg, rows, tmp_path):
-    """Replies are the likeliest tokens: random numbers are drawn per process. So all of
-    a group are equal, and the weight decay is what parts the policy from the reference,
-    so that there is a KL to learn from."""
+    """Sampled replies too: their random numbers do not depend on who draws them. No
+    reply of this model has a box, and the weight decay is what parts the policy from
+    the reference, so that there is a KL to learn from."""
     start = tmp_path / "start"
     sft.train(scale(model_cfg, 0, max_steps=1), start, rows)
     section = {
@@ -155,7 +155,6 @@ def test_grpo_on_two_processes_equals_one(model_cfg, rows, tmp_path):
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_completion_length": 6,
-        "top_k": 1,
         "max_steps": 3,
         "learning_rate": 1e-3,
         "weight_decay": 100.0,
@@ -165,7 +164,7 @@ def test_grpo_on_two_processes_equals_one(model_cfg, rows, tmp_path):
         "seed": 3,
     }
     options = {"sft_adapter": start / "adapter", "weight": "exp"}
-    logged = []
+    logged, replies = [], []
     for processes in (2, 1):
         config = {**scale(model_cfg, processes), "grpo": section}
         out = tmp_path / str(processes)
@@ -175,7 +174,11 @@ def test_grpo_on_two_processes_equals_one(model_cfg, rows, tmp_path):
         keys = ("reward", "loss", "kl", "grad_norm", "groups/mean_iou")
         assert made[-1]["kl"] > 1e-6 and made[-1]["grad_norm"] > 1e-6
         logged.append([row[key] for row in made for key in keys])
+        groups = runs.read_jsonl(out / "rollouts.jsonl")
+        replies.append([(group["sample_id"], group["replies"]) for group in groups])
     assert logged[0] == pytest.approx(logged[1], abs=1e-5)
+    assert replies[0] == replies[1]
+    assert all(len(set(texts)) == 2 for _, texts in replies[0])
     state = runs.read_json(tmp_path / "2" / "launch" / "rank-1.json")
     assert (state["state"], state["distributed_type"]) == ("finished", "MULTI_CPU")
 

@@ -76,7 +76,7 @@ def generate(
     if not 0 <= number < count:
         raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
     wanted = _wanted(samples, indices)
-    from univg_nb.replies import noise_seed
+    from univg_nb.noise import noise_seed
 
     made_by, reply = _model(model, processor)
     used = {

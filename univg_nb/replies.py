@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import (
     BatchFeature,
     GenerationConfig,
-    LogitsProcessor,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -26,6 +24,7 @@ from transformers import (
 
 from univg_nb import models, prompts
 from univg_nb.images import open_image
+from univg_nb.noise import SeededNoise
 from univg_nb.samples import GroundingSample
 
 # A reply that holds one of these makes the next forward pass fail (DESIGN sec. 9).
@@ -198,42 +197,3 @@ def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin) -> list[int]:
     if ends is None:
         ends = processor.tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends)
-
-
-def noise_seed(seed: int, index: int, k: int) -> int:
-    """The seed of the k-th sampled reply to item `index`."""
-    return int(np.random.SeedSequence((seed, index, k)).generate_state(1)[0])
-
-
-class SeededNoise(LogitsProcessor):
-    """Turns greedy decoding into sampling, with a random stream of its own per row.
-
-    argmax(logits / temperature + Gumbel noise) is a sample of softmax(logits /
-    temperature). torch.multinomial would draw all rows from one stream, and a reply
-    would then depend on which others share its batch.
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self.seeds = seeds
-        self.temperature = temperature
-        self.streams: list[torch.Generator] = []
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch only."""
-        self.streams = [self.streams[row] for row in rows]
-
-    def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor
-    ) -> torch.FloatTensor:
-        """scores (B, V) -> noisy scores (B, V); input_ids (B, T) is not used."""
-        if not self.streams:  # only here is the device known
-            self.streams = [
-                torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds
-            ]
-        waits = torch.stack(
-            [
-                torch.empty_like(row).exponential_(generator=stream)
-                for row, stream in zip(scores, self.streams, strict=True)
-            ]
-        )
-        return scores / self.temperature - waits.log()  # -log(Exp(1)) is Gumbel

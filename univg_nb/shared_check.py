@@ -136,6 +136,7 @@ def largest_difference(
                     max_new_tokens=LENGTH,
                     eos_token_ids=[],
                     warp=LogitsProcessorList([recorder, *warp]),
+                    seeds=range(REPLIES),
                     vision=vision,
                 )[0]
             replies = [torch.tensor(reply, device=device) for reply in sampled]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import DynamicCache, LogitsProcessorList
 
+from univg_nb.noise import SeededNoise
 from univg_nb.vision_cache import VisionCache, vision_inputs
 
 ATTENTION = ("sdpa", "eager", "flex_attention")  # the ones that take any mask
@@ -132,6 +133,7 @@ def sample_replies(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     warp: LogitsProcessorList,
+    seeds: Sequence[int],
     vision: VisionCache | None = None,
 ) -> list[list[list[int]]]:
     """Sample `num_replies` replies to every prompt: [prompt][reply] -> token ids.
@@ -140,8 +142,9 @@ def sample_replies(
     that row, so the cache holds the prompt once. A reply ends with its first EOS, which
     is kept, or at `max_new_tokens`. Rows whose replies are all done leave the batch.
     `warp` turns logits (N, V) into the logits sampled from (temperature, top-p, banned
-    tokens); vision remembers image features. Raises FloatingPointError when the
-    probabilities are not finite.
+    tokens); seeds: one for each reply, those of a prompt adjacent, so that a reply does
+    not depend on the others; vision remembers image features. Raises
+    FloatingPointError when the probabilities are not finite.
     """
     device = prompts[0].ids.device
     where = [prompt_positions(backbone, prompt) for prompt in prompts]
@@ -173,6 +176,7 @@ def sample_replies(
     # Keys of later steps lie behind the prompt, `group` a step, one for each reply.
     own = torch.eye(group, dtype=torch.bool, device=device)
     head = model.get_output_embeddings()
+    noise = SeededNoise(seeds, temperature=1.0)
     for step in range(max_new_tokens):
         mask = torch.cat(
             [
@@ -195,7 +199,7 @@ def sample_replies(
                 "the policy's next-token probabilities are not finite: its weights "
                 "have diverged; lower grpo.learning_rate or grpo.max_grad_norm"
             )
-        tokens = torch.multinomial(probabilities, 1).view(-1, group)
+        tokens = noise(tokens, probabilities.log()).argmax(-1).view(-1, group)
         for row, prompt in enumerate(alive.tolist()):
             for reply, token in enumerate(tokens[row].tolist()):
                 if not finished[row, reply]:
@@ -206,6 +210,7 @@ def sample_replies(
             if not keep.any():
                 break
             cache.batch_select_indices(keep)
+            noise.keep(keep.repeat_interleave(group).nonzero()[:, 0].tolist())
             alive, finished, seen = alive[keep], finished[keep], seen[keep]
             tokens, at = tokens[keep], at[:, keep]
     return replies

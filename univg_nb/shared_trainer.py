@@ -30,6 +30,7 @@ from trl.trainer.utils import (
 from univg_nb import models, packed_rows, shared_check, shared_prefix
 from univg_nb.encoding import EncodedBatch, EncodedOnce
 from univg_nb.folded import folded
+from univg_nb.noise import noise_seed
 from univg_nb.sampling import ban_vision_tokens, can_share_rollout, logits_warp
 from univg_nb.vision_cache import VisionCache, tower_trains
 
@@ -131,6 +132,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                     max_new_tokens=self.max_completion_length,
                     eos_token_ids=self.eos_token_ids,
                     warp=logits_warp(self.args, self.banned_tokens),
+                    seeds=self._reply_seeds(),
                     vision=self.vision,
                 )
             made = self.encoded.expand(replies), None
@@ -140,6 +142,19 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             )
         self._record_seconds("generate", began)
         return made
+
+    def _reply_seeds(self) -> list[int]:
+        """One for each of this process's replies, `max(counts)` to a prompt: from the
+        run's seed, the update and the row in the batch of all processes, so that the
+        replies do not depend on how rows are shared out."""
+        counts = self.encoded.counts
+        first = self.accelerator.process_index * sum(counts)
+        starts = [first + sum(counts[:i]) for i in range(len(counts))]
+        micro = self._step % self.args.gradient_accumulation_steps
+        when = (self.args.seed, self.state.global_step, micro)
+        return [
+            noise_seed(*when, start + i) for start in starts for i in range(max(counts))
+        ]
 
     def _for_generation(self) -> AbstractContextManager[Any]:
         """TRL's way to the bare model: sharded weights gathered, no checkpointing."""
