@@ -126,9 +126,7 @@ def test_sampled_replies_depend_on_seed_and_item_only(loaded, items, tmp_path):
     assert small != draw("c.jsonl", batch_size=12, seed=1)
     # not necessarily three: ids beyond the small tokenizer decode to nothing
     assert all(len(set(texts)) > 1 for texts in small.values())
-    seeds = {
-        noise.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)
-    }
+    seeds = {noise.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)}
     assert len(seeds) == 8
 
 
