@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, TrainerCallback
 from univg_nb import grpo, grpo_trainer, models, rollouts, runs, shared_prefix
 from univg_nb.difficulty import difficulty_weight
 from univg_nb.encoding import EncodedBatch
+from univg_nb.final_norm import trained_norm
 from univg_nb.folded import folded
 from univg_nb.samples import GroundingSample
 from univg_nb.sampling import VISION_TOKENS
@@ -370,8 +371,13 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
     assert not torch.isin(sampled[mask.bool()], torch.tensor(ids)).any()
 
 
-def test_folding_gives_the_same_logits_and_the_weights_back(folder):
-    model, _ = models.load({"name_or_path": str(folder / "base")}, folder / "sft", True)
+@pytest.mark.parametrize("norm", [False, True])
+def test_folding_gives_the_same_logits_and_the_weights_back(folder, norm):
+    model, _ = models.load(
+        {"name_or_path": str(folder / "base")}, folder / "sft", True, train_norm=norm
+    )
+    if norm:
+        trained_norm(model).data *= 1.5
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -451,6 +457,46 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     assert models.weights_hash(model) == models.weights_hash(sft)
 
 
+def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
+    """And is part of the adapter: saved, loaded, merged; the reference keeps its own."""
+    out = tmp_path / "grpo"
+    config = make_config(
+        folder, max_steps=3, norm_learning_rate=0.5, learning_rate=1e-9
+    )
+    grpo.train(config, out, make_samples(folder), sft_adapter=folder / "sft")
+    metrics = runs.read_jsonl(out / "metrics.jsonl")
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics[-1]["kl"] > 1e-4
+    section = config["model"]
+    base, _ = models.load(section)
+    norm = base.model.language_model.norm.weight
+    tuned, _ = models.load(section, out / "adapter")
+    moved = (tuned.model.model.language_model.norm.weight - norm).abs().max()
+    assert 0.1 < moved < 2  # at LoRA's rate three updates would move it by 3e-9
+    sft, _ = models.load(section, folder / "sft")
+    assert models.weights_hash(tuned) == models.weights_hash(sft)
+    assert models.weights_hash(tuned, True) != models.weights_hash(sft, True)
+    merged, _ = models.load(section, out / "adapter", merge=True)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(input_ids=ids).logits, tuned(input_ids=ids).logits
+        )
+        plain = sft(input_ids=ids).logits
+    assert not torch.allclose(merged(input_ids=ids).logits, plain, rtol=1e-2)
+    # An adapter that has the norm goes on from it.
+    again, _ = models.load(section, out / "adapter", True, train_norm=True)
+    assert torch.equal(
+        trained_norm(again), tuned.model.model.language_model.norm.weight
+    )
+
+
+def test_without_a_rate_the_last_norm_stays(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path)
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
 UNTIMED = ("seconds", "step_time", "train_runtime")
 
 
@@ -481,7 +527,8 @@ class Interrupt(TrainerCallback):
         {},  # a generation for every update, two updates an epoch
         # Checkpoints fall between the updates that use the same replies.
         {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
-        | {"per_device_train_batch_size": G, "num_iterations": 2},
+        | {"per_device_train_batch_size": G, "num_iterations": 2}
+        | {"norm_learning_rate": 0.1},
     ],
 )
 def test_resume_is_exact(folder, tmp_path, options):

@@ -68,6 +68,7 @@ class GrpoSection(TypedDict, total=False):
     max_zero_updates: int
     shared_prefix: Literal["auto", "on", "off", True, False]  # YAML reads on as true
     row_tokens: int
+    norm_learning_rate: float | None  # null: the last norm stays as it is
     freeze_vision: bool
 
 

@@ -10,6 +10,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch.nn import Module
 
+from univg_nb.final_norm import saved_modules
+
 
 def can_fold(model: Module) -> bool:
     """Whether folding changes nothing but the speed.
@@ -50,6 +52,10 @@ def folded(model: Module) -> Iterator[None]:
                 kept.append((base, base.weight.data))
                 delta = [layer.get_delta_weight(name) for name in layer.active_adapters]
                 base.weight.data = torch.stack([base.weight.data, *delta]).sum(0)
+        for wrapper in saved_modules(model):  # switched off, it shows the original
+            whole = wrapper.modules_to_save[wrapper.active_adapter].weight.data
+            kept.append((wrapper.original_module, wrapper.original_module.weight.data))
+            wrapper.original_module.weight.data = whole
         with model.disable_adapter():
             yield
     finally:

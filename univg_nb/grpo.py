@@ -46,6 +46,7 @@ TRAINER_OPTIONS = (
     "max_zero_updates",
     "shared_prefix",
     "row_tokens",
+    "norm_learning_rate",
 )
 OWN_OPTIONS = (*TRAINER_OPTIONS, "freeze_vision")
 
@@ -123,7 +124,13 @@ def build_trainer(
     section = config["grpo"]
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
-    model, processor = models.load(config["model"], sft_adapter, True, quantize)
+    model, processor = models.load(
+        config["model"],
+        sft_adapter,
+        True,
+        quantize,
+        train_norm=section.get("norm_learning_rate") is not None,
+    )
     if section.get("freeze_vision", True):
         models.freeze_vision(model)
     mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}

@@ -26,6 +26,7 @@ from univg_nb.difficulty import (
     group_mean_iou,
     rescaled,
 )
+from univg_nb.final_norm import own_rate, trained_norm
 from univg_nb.rewards import format_reward, iou_reward
 from univg_nb.shared_trainer import SharedPrefixGRPOTrainer
 
@@ -54,7 +55,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     weight, power, unit_mean, constant: as in `difficulty.difficulty_weight`; rescale:
     as in `difficulty.rescaled`. max_zero_updates: so many generations in a row without
-    any reward are an error. rollout_log: rollouts.jsonl, or None. Rows of
+    any reward are an error. norm_learning_rate: see `final_norm`. rollout_log: rollouts.jsonl, or None. Rows of
     `train_dataset`: see `grpo.to_rows`.
     """
 
@@ -71,6 +72,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         constant: float = 1.0,
         rescale: str = "none",
         max_zero_updates: int = 20,
+        norm_learning_rate: float | None = None,
         rollout_log: Path | None = None,
         **others: Any,
     ) -> None:
@@ -89,9 +91,18 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         )
         self.rollout_log = rollout_log
         self.max_zero_updates = max_zero_updates
+        self.norm_learning_rate = norm_learning_rate
         self.zero_updates = 0
         self.scored: dict[str, Any] | None = None  # the batch whose loss is being taken
         self.sums = torch.zeros(2 * len(BINS) + 2, dtype=torch.float64)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's, the last norm in a group of its own if it is to be trained."""
+        made = self.optimizer
+        optimizer = super().create_optimizer(model)
+        if made is None and self.norm_learning_rate is not None:
+            own_rate(optimizer, trained_norm(self.model), self.norm_learning_rate)
+        return optimizer
 
     # ------------------------------------------------------------ rewards and weights
 

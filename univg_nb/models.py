@@ -24,6 +24,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from univg_nb.final_norm import load_adapter_with_norm
+
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
 
 # Every linear layer of the language model, and none of the vision tower, whose layers
@@ -107,6 +109,7 @@ def load(
     trainable: bool = False,
     quantize: Literal["nf4"] | None = None,
     merge: bool = False,
+    train_norm: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """Load (model, processor) as the scale's `model` section says.
 
@@ -116,6 +119,7 @@ def load(
     quantize: "nf4" stores the language model's linear layers in 4 bits.
     merge: fold the adapter into the weights: a plain model, faster to generate with.
         After QLoRA, load without `quantize` and merge: into the unrounded base.
+    train_norm: a LoRA adapter also holds a trained copy of the last norm (final_norm).
     """
     if merge and (quantize or trainable):
         raise ValueError(
@@ -149,9 +153,12 @@ def load(
     model.requires_grad_(trainable and quantize is None)
     if is_adapter:
         with renamed_options():
-            model = PeftModel.from_pretrained(
-                model, adapter_path, is_trainable=trainable
-            )
+            if train_norm:
+                model = load_adapter_with_norm(model, adapter_path)
+            else:
+                model = PeftModel.from_pretrained(
+                    model, adapter_path, is_trainable=trainable
+                )
         if merge:
             model = model.merge_and_unload()
     return model.train(trainable), load_processor(model_cfg)
@@ -195,6 +202,11 @@ def base_model(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _of_adapter(name: str) -> bool:
+    """Whether a parameter is PEFT's: a LoRA matrix, or a module's trained copy."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
 def parameter_account(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Parameters, trainable parameters and stored bytes of each part of a model.
 
@@ -215,7 +227,7 @@ def parameter_account(model: torch.nn.Module) -> dict[str, dict[str, int]]:
                 if isinstance(value, torch.Tensor)
             )
         part = "language"
-        if "lora_" in name:
+        if _of_adapter(name):
             part = "adapter"
         elif "visual." in name:
             part = "vision"
@@ -227,16 +239,17 @@ def parameter_account(model: torch.nn.Module) -> dict[str, dict[str, int]]:
 
 
 def weights_hash(model: torch.nn.Module, adapter: bool = False) -> str:
-    """16 hex digits over the base weights (or, with `adapter`, the LoRA matrices).
+    """16 hex digits over the base weights (or, with `adapter`, those PEFT added).
 
     Names are those of the base model, so that a hash survives putting LoRA on top:
     what training claims to leave alone can be shown to be untouched.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if ("lora_" in name) != adapter:
+        if _of_adapter(name) != adapter:
             continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        name = name.removeprefix("base_model.model.")
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
         digest.update(flat.cpu().numpy().tobytes())
