@@ -458,7 +458,7 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
 
 
 def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
-    """And is part of the adapter: saved, loaded, merged; the reference keeps its own."""
+    """And is part of the adapter: saved and merged; the reference keeps its own."""
     out = tmp_path / "grpo"
     config = make_config(
         folder, max_steps=3, norm_learning_rate=0.5, learning_rate=1e-9

@@ -55,8 +55,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     weight, power, unit_mean, constant: as in `difficulty.difficulty_weight`; rescale:
     as in `difficulty.rescaled`. max_zero_updates: so many generations in a row without
-    any reward are an error. norm_learning_rate: see `final_norm`. rollout_log: rollouts.jsonl, or None. Rows of
-    `train_dataset`: see `grpo.to_rows`.
+    any reward are an error. norm_learning_rate: see `final_norm`. rollout_log:
+    rollouts.jsonl, or None. Rows of `train_dataset`: see `grpo.to_rows`.
     """
 
     epoch_sampler: EpochRepeatSampler | None = None
