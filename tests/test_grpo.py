@@ -471,8 +471,9 @@ def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
     base, _ = models.load(section)
     norm = base.model.language_model.norm.weight
     tuned, _ = models.load(section, out / "adapter")
-    moved = (tuned.model.model.language_model.norm.weight - norm).abs().max()
-    assert 0.1 < moved < 2  # at LoRA's rate three updates would move it by 3e-9
+    moved = tuned.model.model.language_model.norm.weight - norm
+    assert 0.01 < moved.abs().max() < 2  # at LoRA's rate: 3e-9
+    torch.testing.assert_close(moved, moved.mean().expand_as(moved))  # all together
     sft, _ = models.load(section, folder / "sft")
     assert models.weights_hash(tuned) == models.weights_hash(sft)
     assert models.weights_hash(tuned, True) != models.weights_hash(sft, True)

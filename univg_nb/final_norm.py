@@ -1,11 +1,13 @@
 """The language model's last RMSNorm, trained beside LoRA with a step size of its own.
 
 The norm's weight multiplies the hidden state in front of `lm_head`: made longer, every
-distribution over tokens gets sharper, made shorter, flatter. So one direction of a few
-hundred numbers decides how often sampling leaves the likely tokens, and a few thousand
-replies say clearly which way to go, while the gradient of the LoRA matrices is still
-noise. `grpo.norm_learning_rate` turns it on; PEFT keeps the trained copy in the adapter
-(its `modules_to_save`), so it is saved, merged and switched off with LoRA.
+distribution over tokens gets sharper, made shorter, flatter. So one number, the mean of
+that weight, decides how often sampling leaves the likely tokens, and a few thousand
+replies say clearly which way it should go, while the gradient of the LoRA matrices is
+still noise. Its entries therefore move together: each with its own gradient, they
+drift apart, which cost greedy answers. `grpo.norm_learning_rate` turns it on; PEFT
+keeps the trained copy in the adapter (its `modules_to_save`), so it is saved, merged
+and switched off with LoRA.
 """
 
 from __future__ import annotations
@@ -71,8 +73,10 @@ def own_rate(
 ) -> None:
     """Move `norm` into a parameter group with its own learning rate, no decay.
 
-    Call it before the scheduler is made, which then scales every group's own rate.
+    Its entries share the mean of their gradients and so move together. Call it before
+    the scheduler is made, which then scales every group's own rate.
     """
+    norm.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p is not norm]
     template: dict[str, Any] = {
