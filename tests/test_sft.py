@@ -386,6 +386,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         sft.train(scale(model_cfg), tmp_path, data)
 
 
+def test_floating_point_ops_are_the_trainers(model_cfg, data, tmp_path):
+    trainer = sft.build_trainer(scale(model_cfg), tmp_path, data, "lora", True, None)
+    inputs = {"input_ids": torch.zeros(2, 30, dtype=torch.long)}
+    for _ in range(2):
+        ours = trainer.floating_point_ops(inputs)
+        assert ours == SFTTrainer.floating_point_ops(trainer, inputs) > 0
+
+
 def test_users_mistakes_are_named(model_cfg, data, tmp_path):
     with pytest.raises(ValueError, match=r"s\d+: \d+ tokens, more than sft.max_length"):
         sft.train(scale(model_cfg, max_length=100), tmp_path, data)

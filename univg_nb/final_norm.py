@@ -13,7 +13,6 @@ and switched off with LoRA.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import (
@@ -79,9 +78,5 @@ def own_rate(
     norm.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p is not norm]
-    template: dict[str, Any] = {
-        key: value for key, value in optimizer.param_groups[-1].items()
-    }
-    optimizer.add_param_group(
-        {**template, "params": [norm], "lr": learning_rate, "weight_decay": 0.0}
-    )
+    own = {"params": [norm], "lr": learning_rate, "weight_decay": 0.0}
+    optimizer.add_param_group(optimizer.param_groups[-1] | own)
