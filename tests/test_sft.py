@@ -14,6 +14,7 @@ import torch
 from interrupted import killed
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from univg_nb import models, prompts, runs, sft
