@@ -2,7 +2,8 @@
 
     python tests/bench/grpo_update.py CASE.json RESULT.json
 
-A process each keeps one way's peak memory out of the other's. CASE.json holds a `Case`.
+A process each keeps one way's peak memory out of the other's. CASE.json holds a `Case`,
+or a list of two that are timed in turns.
 """
 
 import json
@@ -258,11 +259,25 @@ def measure(case: Case) -> dict:
     }
 
 
+def in_turns(first: Case, second: Case, rounds: int = 5) -> dict:
+    """Time of an update of `second` over that of `first`, the two measured in turns: a
+    shared machine changes its speed between one process and the next."""
+    ratios = []
+    for _ in range(rounds):
+        one, two = measure(first), measure(second)
+        ratios.append(two["seconds"]["update"] / one["seconds"]["update"])
+    return {"ratio": median(ratios), "rounds": [round(r, 3) for r in ratios]}
+
+
 def trainer_prompt(trainer) -> int:
     """Tokens of one prompt."""
     return trainer._buffered_inputs[0]["prompt_ids"].size(1)
 
 
 if __name__ == "__main__":
-    case = Case(**json.loads(Path(sys.argv[1]).read_text()))
-    runs.write_json(sys.argv[2], measure(case))
+    given = json.loads(Path(sys.argv[1]).read_text())
+    if isinstance(given, list):
+        made = in_turns(*(Case(**one) for one in given))
+    else:
+        made = measure(Case(**given))
+    runs.write_json(sys.argv[2], made)
