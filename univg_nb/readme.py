@@ -4,22 +4,27 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``base`` by the
-evaluation of the shipped model. No number in them is typed.
+evaluation of the shipped model, ``bench`` by what `make bench` measured of an update.
+No number in them is typed. The pictures of README are drawn too.
 """
 
 import re
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from univg_nb import drawing
 from univg_nb.minimig import items
 from univg_nb.models import ASSETS
 from univg_nb.notebook_tools import read_notebook
+from univg_nb.packed_rows import block_mask
 from univg_nb.runs import read_json, repo_root, write_text
 
 PICTURE = "notebooks/images/minimig.png"
+MASK_PICTURE = "notebooks/images/shared_prefix.png"
+BENCH = "notebooks/reference_runs/bench_grpo.json"
 SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
 
 
@@ -60,6 +65,42 @@ def base_table() -> str:
     return "\n".join(rows)
 
 
+def bench_table() -> str:
+    """One update, TRL's own trainer and ours, from the committed measurement."""
+    measured = read_json(repo_root() / BENCH)
+    rows = [
+        "| images | prompt | reply | G | TRL, s | shared, s | TRL, MB | shared, MB |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for stock, shared in zip(
+        measured["rows"][::2], measured["rows"][1::2], strict=True
+    ):
+        assert (stock["way"], shared["way"]) == ("stock", "shared")
+        case = [str(stock[k]) for k in ("images", "prompt", "completion", "group")]
+        case += [f"{row['seconds']['update']:.2f}" for row in (stock, shared)]
+        case += [f"{row['peak_mb'] - row['base_mb']}" for row in (stock, shared)]
+        rows.append(f"| {' | '.join(case)} |")
+    rows += ["", f"{measured['device']}, commit {measured['commit']}. Aimed at:", ""]
+    for bar in measured["bars"]:
+        verdict = "met" if bar["met"] else "not met"
+        rows.append(f"- {bar['bar']} {bar['needed']}: {bar['measured']:.2f}, {verdict}")
+    return "\n".join(rows)
+
+
+def mask_picture(prompt: int = 8, replies: int = 3, length: int = 4) -> Image.Image:
+    """Who sees whom in a shared row: a blue square where the token of the row (down)
+    sees that of the column."""
+    owner = [0] * prompt + [r + 1 for r in range(replies) for _ in range(length)]
+    seen = block_mask(torch.tensor([owner]))[0]  # (T, T)
+    side = 14
+    sheet = Image.new("RGB", (len(owner) * side + 1,) * 2, "#d9d9d9")
+    for row, column in torch.cartesian_prod(*(torch.arange(len(owner)),) * 2).tolist():
+        colour = drawing.BLUE if seen[row, column] else "white"
+        corner = (column * side + 1, row * side + 1)
+        sheet.paste(Image.new("RGB", (side - 1, side - 1), colour), corner)
+    return sheet
+
+
 def picture() -> Image.Image:
     """Three MiniMIG items, a row each: their images, the true box in green."""
     side, gap = 256, 8
@@ -86,7 +127,9 @@ def main() -> None:
     results = (run_dir / "tables" / "results.md").read_text(encoding="utf-8")
     text = fill(text, "results", results)
     text = fill(text, "minutes", minutes(run_dir))
+    text = fill(text, "bench", bench_table())
     write_text(readme, fill(text, "base", base_table()))
+    mask_picture().save(repo_root() / MASK_PICTURE, optimize=True)
     picture().save(repo_root() / PICTURE, optimize=True)
 
 
