@@ -142,7 +142,10 @@ class Watch(TrainerCallback):
         row["rest"] = row["update"] - sum(spent[part] for part in PARTS)
         # reference and policy passes hold the replies too
         prompt_tokens = self.tokens - 2 * self.replies
-        self.rows.append(row | {"prompt_tokens": prompt_tokens, "images": self.images})
+        counts = {"prompt_tokens": prompt_tokens, "images": self.images}
+        # columns of the batch, padding included
+        width = self.trainer._buffered_inputs[0]["prompt_ids"].size(1)
+        self.rows.append(row | counts | {"prompt": width})
 
 
 def memory() -> float:
@@ -246,11 +249,12 @@ def measure(case: Case) -> dict:
         raise RuntimeError("the trainer fell back to TRL's way; see its message")
     rows = watch.rows[case.warm_up :]
     middle = {name: median(row[name] for row in rows) for name in rows[0]}
-    whole = {name: round(middle.pop(name)) for name in ("prompt_tokens", "images")}
+    counted = ("prompt", "prompt_tokens", "images")
+    whole = {name: round(middle.pop(name)) for name in counted}
     return {
         **asdict(case),
         "device": runs.device(),
-        "prompt": trainer_prompt(trainer),
+        "prompt": whole["prompt"],
         "seconds": {name: round(value, 4) for name, value in middle.items()},
         "prompt_tokens": whole["prompt_tokens"],
         "images_encoded": whole["images"],
@@ -266,12 +270,13 @@ def in_turns(first: Case, second: Case, rounds: int = 5) -> dict:
     for _ in range(rounds):
         one, two = measure(first), measure(second)
         ratios.append(two["seconds"]["update"] / one["seconds"]["update"])
-    return {"ratio": median(ratios), "rounds": [round(r, 3) for r in ratios]}
-
-
-def trainer_prompt(trainer) -> int:
-    """Tokens of one prompt."""
-    return trainer._buffered_inputs[0]["prompt_ids"].size(1)
+    rounds = [round(ratio, 3) for ratio in ratios]
+    return {
+        "completion": first.completion,
+        "groups": [first.group, second.group],
+        "ratio": median(rounds),
+        "rounds": rounds,
+    }
 
 
 if __name__ == "__main__":
