@@ -492,6 +492,12 @@ def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
     )
 
 
+def test_the_last_norm_is_added_to_be_trained_only(folder):
+    section = {"name_or_path": str(folder / "base")}
+    with pytest.raises(ValueError, match="train_norm=True is for training"):
+        models.load(section, folder / "sft", train_norm=True)
+
+
 def test_without_a_rate_the_last_norm_stays(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path)
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]

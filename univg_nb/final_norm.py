@@ -2,12 +2,12 @@
 
 The norm's weight multiplies the hidden state in front of `lm_head`: made longer, every
 distribution over tokens gets sharper, made shorter, flatter. So one number, the mean of
-that weight, decides how often sampling leaves the likely tokens, and a few thousand
-replies say clearly which way it should go, while the gradient of the LoRA matrices is
-still noise. Its entries therefore move together: each with its own gradient, they
-drift apart, which cost greedy answers. `grpo.norm_learning_rate` turns it on; PEFT
-keeps the trained copy in the adapter (its `modules_to_save`), so it is saved, merged
-and switched off with LoRA.
+that weight, decides how often sampling leaves the likely tokens, and a few updates can
+find out which way it should go, long before the gradient of the LoRA matrices rises
+above its noise. Its entries therefore move together: each by its own gradient, they
+would drift apart and change which token is the likeliest. `grpo.norm_learning_rate`
+turns it on; PEFT keeps the trained copy in the adapter (its `modules_to_save`), so it
+is saved, merged and switched off with LoRA. Not tried on sharded weights (ZeRO-3, FSDP).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ FINAL_NORM = "language_model.norm"  # PEFT matches the end of a module's name
 
 def load_adapter_with_norm(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     """Put a LoRA adapter on `model` to be trained on, together with the last norm.
+
+    adapter: a folder that PEFT saved.
 
     An adapter saved without the norm starts from the model's own. (PEFT refuses to
     load one whose configuration names a module that its file lacks.)
@@ -70,7 +72,7 @@ def trained_norm(model: Module) -> Parameter:
 def own_rate(
     optimizer: torch.optim.Optimizer, norm: Parameter, learning_rate: float
 ) -> None:
-    """Move `norm` into a parameter group with its own learning rate, no decay.
+    """Move `norm`, (D,), into a parameter group with its own learning rate, no decay.
 
     Its entries share the mean of their gradients and so move together. Call it before
     the scheduler is made, which then scales every group's own rate.

@@ -49,15 +49,17 @@ def folded(model: Module) -> Iterator[None]:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 base = layer.get_base_layer()
-                kept.append((base, base.weight.data))
+                kept.append((base.weight, base.weight.data))
                 delta = [layer.get_delta_weight(name) for name in layer.active_adapters]
                 base.weight.data = torch.stack([base.weight.data, *delta]).sum(0)
         for wrapper in saved_modules(model):  # switched off, it shows the original
-            whole = wrapper.modules_to_save[wrapper.active_adapter].weight.data
-            kept.append((wrapper.original_module, wrapper.original_module.weight.data))
-            wrapper.original_module.weight.data = whole
+            trained = wrapper.modules_to_save[wrapper.active_adapter].parameters()
+            original = wrapper.original_module.parameters()
+            for ours, theirs in zip(original, trained, strict=True):
+                kept.append((ours, ours.data))
+                ours.data = theirs.data
         with model.disable_adapter():
             yield
     finally:
-        for base, weight in kept:
-            base.weight.data = weight
+        for parameter, value in kept:
+            parameter.data = value

@@ -119,12 +119,18 @@ def load(
     quantize: "nf4" stores the language model's linear layers in 4 bits.
     merge: fold the adapter into the weights: a plain model, faster to generate with.
         After QLoRA, load without `quantize` and merge: into the unrounded base.
-    train_norm: a LoRA adapter also holds a trained copy of the last norm (final_norm).
+    train_norm: with `trainable`, a LoRA adapter also holds a trained copy of the last
+        norm (final_norm); a whole model has it among its weights.
     """
     if merge and (quantize or trainable):
         raise ValueError(
             "merge=True folds the adapter into unrounded weights for inference; "
             "call load() without quantize and trainable"
+        )
+    if train_norm and not trainable:
+        raise ValueError(
+            "train_norm=True is for training; a saved adapter brings its norm along: "
+            "call load() without train_norm, or with trainable=True"
         )
     source = resolve(model_cfg["name_or_path"])
     is_adapter = False
