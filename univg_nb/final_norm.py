@@ -7,7 +7,7 @@ find out which way it should go, long before the gradient of the LoRA matrices r
 above its noise. Its entries therefore move together: each by its own gradient, they
 would drift apart and change which token is the likeliest. `grpo.norm_learning_rate`
 turns it on; PEFT keeps the trained copy in the adapter (its `modules_to_save`), so it
-is saved, merged and switched off with LoRA. Not tried on sharded weights (ZeRO-3, FSDP).
+is saved, merged and switched off with LoRA. Not tried on weights sharded over GPUs.
 """
 
 from __future__ import annotations
