@@ -84,6 +84,9 @@ def bench_table() -> str:
     for bar in measured["bars"]:
         verdict = "met" if bar["met"] else "not met"
         rows.append(f"- {bar['bar']} {bar['needed']}: {bar['measured']:.2f}, {verdict}")
+    short = measured["growth_of_short_replies"]
+    rows += ["", f"With replies of {short['completion']} tokens, in proportion to the"]
+    rows += [f"prompt as at full scale, the third is {short['ratio']:.2f}."]
     return "\n".join(rows)
 
 
