@@ -1,4 +1,4 @@
-"""Shared prompts equal whole rows: 20 random layouts; the vision cache; the switch."""
+"""Shared prompts equal whole rows: 40 random layouts; the vision cache; the switch."""
 
 import logging
 
@@ -18,6 +18,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from univg_nb import models, packed_rows, shared_check, shared_prefix
+from univg_nb.segment_attention import SEGMENTS, Segments
 from univg_nb.vision_cache import VisionCache
 
 folder = test_grpo.folder  # the fixture: a small model on disk, an adapter, images
@@ -176,14 +177,17 @@ GROUP = st.tuples(
 )
 
 
-@settings(max_examples=20, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     kind=st.sampled_from(["lora", "full", "tower", "qwen2_5"]),
     layout=st.lists(GROUP, min_size=1, max_size=3),
     max_tokens=st.sampled_from([1, 60, packed_rows.UNLIMITED]),
+    attention=st.sampled_from(["sdpa", SEGMENTS]),
 )
-def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens):
+def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention):
     model = built[kind]
+    language = models.base_model(model).model.language_model
+    language.set_attn_implementation("sdpa")
     groups = []
     for number, (sizes, before, after, lengths) in enumerate(layout):
         generator = torch.Generator().manual_seed(100 + number)
@@ -194,10 +198,9 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens):
         groups.append((make_prompt(sizes, before, after, number), replies))
     batch = as_batch(groups)
     vision = None if kind == "tower" else VisionCache()
-    expected, made = (
-        whole_rows(model, batch),
-        shared_rows(model, batch, max_tokens, vision),
-    )
+    expected = whole_rows(model, batch)
+    language.set_attn_implementation(attention)
+    made = shared_rows(model, batch, max_tokens, vision)
     torch.manual_seed(0)
     factor = torch.randn_like(expected[0]) * (expected[0] != 0)
     for ours, theirs in zip(made, expected, strict=True):
@@ -223,6 +226,21 @@ def test_flex_attention_gets_the_same_mask():
     assert torch.equal(made, dense)
     # by hand: the second reply's first token sees the prompt and itself
     assert dense[0, 5].tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 2
+
+
+def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
+    rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
+    assert Segments.of(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
+    backbone = models.base_model(built["full"]).model
+    ids = torch.randint(2, WORDS, (2, 8), generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])  # left-padded
+    states = []
+    for name in ("sdpa", SEGMENTS):
+        backbone.language_model.set_attn_implementation(name)
+        with torch.no_grad():
+            out = backbone(input_ids=ids, attention_mask=real).last_hidden_state
+        states.append(out[real.bool()])
+    assert torch.equal(*states)
 
 
 # ---------------------------------------------------------------- vision features

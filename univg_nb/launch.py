@@ -112,8 +112,8 @@ def resume_statement(before: int, now: int, strategy: str) -> str:
     return (
         f"goes on with {now} process(es) after {before}. Exact: weights, optimiser, "
         "schedule, which samples each update sees. Not exact: the order of sums, so "
-        "losses agree to rounding only; and random numbers drawn per process, so "
-        "dropout and sampled replies differ"
+        "losses agree to rounding only; and dropout, whose random numbers are drawn "
+        "per process"
     )
 
 

@@ -22,6 +22,7 @@ from transformers.utils import is_torch_flex_attn_available
 from univg_nb import models
 from univg_nb.folded import folded
 from univg_nb.packed_rows import packed_log_probs
+from univg_nb.segment_attention import SEGMENTS
 from univg_nb.shared_prefix import (
     ATTENTION,
     MODEL_TYPES,
@@ -52,20 +53,25 @@ def tolerance(backbone: Module) -> float:
 def attention_choices(backbone: Module) -> list[str]:
     """Attention implementations that take our masks, the best for the device first.
 
-    FlexAttention on a GPU, then the model's own. A GPU model with flash attention,
-    which takes no mask, has sdpa instead.
+    FlexAttention on a GPU, SEGMENTS in the place of sdpa on a CPU, then the model's
+    own. A GPU model with flash attention, which takes no mask, has sdpa instead.
     """
     own = attention_of(backbone)
     on_gpu = next(backbone.parameters()).device.type == "cuda"
     names = [own] if own in ATTENTION else ["sdpa"] if on_gpu else []
     if on_gpu and is_torch_flex_attn_available():
         names.insert(0, "flex_attention")
+    if names == ["sdpa"] and not on_gpu:
+        names.insert(0, SEGMENTS)
     return list(dict.fromkeys(names))
 
 
 def take_masks(backbone: Module) -> None:
-    """Give the language model attention that takes masks, if its own does not."""
-    backbone.language_model.set_attn_implementation(attention_choices(backbone)[-1])
+    """Unchecked: give the language model attention that takes masks without being
+    compiled, if there is such."""
+    names = attention_choices(backbone)
+    name = SEGMENTS if SEGMENTS in names else names[-1]
+    backbone.language_model.set_attn_implementation(name)
 
 
 def obstacle(base: Module, sharded: bool) -> str | None:
