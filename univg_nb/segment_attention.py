@@ -49,9 +49,8 @@ class Segments:
         """Added to scores, (reply, prompt + reply): the whole prompt, then causal."""
         key = (prompt, reply, like.dtype)
         if key not in self.masks:
-            hidden = torch.full((reply, reply), torch.finfo(like.dtype).min).triu(1)
-            seen = torch.zeros(reply, prompt)
-            self.masks[key] = torch.cat([seen, hidden], dim=1).to(like)
+            later = like.new_full((reply, reply), torch.finfo(like.dtype).min).triu(1)
+            self.masks[key] = torch.cat([like.new_zeros(reply, prompt), later], dim=1)
         return self.masks[key]
 
 

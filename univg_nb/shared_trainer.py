@@ -101,7 +101,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self.real_processor, prompts, self.num_generations, self.accelerator.device
         )
         if self.unchecked:
-            self._check_sharing()
+            self._check_sharing(self.encoded.prompts[0])
         fields = {} if self.shared_rollout else self.encoded.fields()
         return self.encoded.prompt_ids(), self.encoded.images, fields
 
@@ -165,12 +165,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
 
-    def _check_sharing(self) -> None:
+    def _check_sharing(self, prompt: shared_prefix.Prompt) -> None:
         """One group both ways. Keeps the first attention that gives equal log-probs;
         where none does, TRL's way from here on, and a message."""
         self.unchecked = False
         warp = logits_warp(self.args, self.banned_tokens)
-        prompt = self.encoded.prompts[0]
         with self._for_generation() as model, self.accelerator.autocast():
             backbone = models.base_model(model).model
             before, allowed = shared_prefix.attention_of(backbone), 0.0
@@ -241,7 +240,19 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         **fields: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, C) log-probs and entropies; rows of one prompt share its computation."""
-        began = time.perf_counter()
+        began, groups = time.perf_counter(), []
+        if self.shared_forward and not compute_aux_loss:
+            groups = shared_prefix.split_rows(
+                input_ids,
+                attention_mask,
+                fields["mm_token_type_ids"],
+                input_ids.size(1) - logits_to_keep,
+                fields.get("pixel_values"),
+                fields.get("image_grid_thw"),
+                fields.get("num_images"),
+            )
+            if self.unchecked:  # resumed between updates that use the same replies
+                self._check_sharing(groups[0][0])
         if not self.shared_forward or compute_aux_loss:
             made = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size,
@@ -249,8 +260,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             )  # fmt: skip
         else:
             made = self._shared_log_probs(
-                model, input_ids, attention_mask, logits_to_keep, compute_entropy,
-                fields,
+                model, groups, input_ids, attention_mask, logits_to_keep,
+                compute_entropy,
             )  # fmt: skip
         if not torch.is_grad_enabled():
             self._record_seconds("reference", began)
@@ -259,22 +270,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _shared_log_probs(
         self,
         model: Any,
+        groups: list[tuple[shared_prefix.Prompt, list[int]]],
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
         compute_entropy: bool,
-        fields: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None, None]:
         width = input_ids.size(1) - logits_to_keep
-        groups = shared_prefix.split_rows(
-            input_ids,
-            attention_mask,
-            fields["mm_token_type_ids"],
-            width,
-            fields.get("pixel_values"),
-            fields.get("image_grid_thw"),
-            fields.get("num_images"),
-        )
         lengths = attention_mask[:, width:].sum(1).tolist()
         unwrapped = self.accelerator.unwrap_model(model)
         backbone = models.base_model(unwrapped).model
