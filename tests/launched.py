@@ -83,12 +83,18 @@ def wait_for(condition, seconds=300):
         time.sleep(0.05)
 
 
-def caller(folder, stage, config, out, rows, **options):
-    """A process of its own that calls launch.train, as a kernel does."""
+def write_job(folder, stage, config, out, rows, **options):
+    """The call of launch.train as a file, job.json."""
     job = folder / "job.json"
     rows = [asdict(row) for row in rows]
     text = {"stage": stage, "config": config, "out": str(out), "rows": rows}
     job.write_text(json.dumps({**text, "options": options}, default=str))
+    return job
+
+
+def caller(folder, *arguments, **options):
+    """A process of its own that calls launch.train, as a kernel does."""
+    job = write_job(folder, *arguments, **options)
     return subprocess.Popen(
         [sys.executable, "-c", CALL, str(job)],
         cwd=folder,

@@ -13,20 +13,35 @@ import time
 import nbformat
 import psutil
 import pytest
-from launched import ROOT, adapter, caller, losses, make_rows, scale, updates, wait_for
+from launched import (
+    ROOT,
+    adapter,
+    caller,
+    losses,
+    make_rows,
+    scale,
+    updates,
+    wait_for,
+    write_job,
+)
 from nbformat.v4 import new_code_cell, new_notebook
 
-from univg_nb import children, launch, runs, sft
+from univg_nb import children, grpo, launch, runs, sft
 from univg_nb.processes import gone
 
 pytestmark = pytest.mark.slow
+# No reply of this model has a box: the weight decay is what parts the policy from the
+# reference, so that there is a KL to learn from.
 GRPO = {
     "num_generations": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_completion_length": 6,
     "max_steps": 8,
-    "learning_rate": 1e-4,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 100.0,
+    "adam_epsilon": 1e-4,  # else Adam steps by the rounding of a gradient of 0
     "save_strategy": "no",
     "seed": 3,
 }
@@ -65,7 +80,8 @@ def test_sigterm_to_the_runner_then_the_same_command_resumes_exactly(
     (tmp_path / "pyproject.toml").touch()
     whole, config = tmp_path / "whole", scale(model_cfg, 2)
     (tmp_path / "notebooks").mkdir()
-    caller(tmp_path / "notebooks", "sft", config, whole, rows).wait(timeout=600)
+    write_job(tmp_path / "notebooks", "sft", config, whole, rows)
+    launch.train("sft", config, whole, rows)
     cells = [new_code_cell('SCALE = "smoke"\nRUN_DIR = ""'), new_code_cell(NOTEBOOK)]
     cells[0].metadata["tags"] = ["parameters"]
     notebook = new_notebook(cells=cells)
@@ -89,23 +105,38 @@ def test_sigterm_to_the_runner_then_the_same_command_resumes_exactly(
     assert adapter(cut) == adapter(whole)
 
 
-def test_sigterm_to_grpo_on_two_processes_then_the_same_call_resumes_exactly(
+def replies(out):
+    groups = runs.read_jsonl(out / "rollouts.jsonl")
+    return [(group["sample_id"], group["replies"]) for group in groups]
+
+
+def test_grpo_on_two_processes_equals_one_and_resumes_exactly_after_sigterm(
     model_cfg, rows, tmp_path
 ):
-    """Sampled replies too: each process's random numbers are in the checkpoint."""
+    """Sampled replies too: their random numbers do not depend on who draws them."""
     start, whole, cut = (tmp_path / name for name in ("start", "whole", "cut"))
     sft.train(scale(model_cfg, 0, max_steps=1), start, rows)
     config = {**scale(model_cfg, 2), "grpo": GRPO}
     options = {"sft_adapter": start / "adapter", "weight": "exp"}
-    launch.train("grpo", config, whole, rows, **options)
+    assert launch.train("grpo", config, whole, rows, **options)["steps"] == 8
+    assert state(whole, 1)["distributed_type"] == "MULTI_CPU"
+    one = tmp_path / "one"
+    grpo.train({**scale(model_cfg, 0), "grpo": GRPO}, one, rows, **options)
+    keys = ("reward", "loss", "kl", "grad_norm", "groups/mean_iou")
+    logged = [runs.read_jsonl(out / "metrics.jsonl") for out in (whole, one)]
+    assert logged[0][-1]["kl"] > 1e-6 and logged[0][-1]["grad_norm"] > 1e-6
+    values = [[row[key] for row in log for key in keys] for log in logged]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert replies(whole) == replies(one)
+    assert any(len(set(texts)) == 2 for _, texts in replies(one))  # not greedy
+
     process = caller(tmp_path, "grpo", config, cut, rows, **options)
     wait_for(lambda: updates(cut) >= 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 128 + signal.SIGTERM
     assert 2 <= updates(cut) < 8
     launch.train("grpo", config, cut, rows, **options)
-    replies = [(out / "rollouts.jsonl").read_text() for out in (cut, whole)]
-    assert replies[0] == replies[1]
+    assert replies(cut) == replies(whole)
     assert losses(cut) == losses(whole)
     assert adapter(cut) == adapter(whole)
 

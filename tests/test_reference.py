@@ -48,3 +48,11 @@ def test_every_pair_is_compared():
     assert made["exp - constant"]["expected_iou"]["by_seed"] == [-2.0, -2.0]
     assert len(made) == len(reference.PAIRS)
     assert reference.means(results)["exp"]["hit"] == [1.0, 1.0]
+    some = {method: results[method] for method in ("exp", reference.SFT)}
+    assert list(reference.compare(some)) == ["exp - sft"]
+
+
+def test_a_constant_without_the_exp_it_copies_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        reference.main(["--methods", "none", "constant"])
+    assert "add exp" in capsys.readouterr().err

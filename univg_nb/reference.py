@@ -1,6 +1,8 @@
 """Is it the difficulty, or only the size of the step? Several seeds of GRPO, compared.
 
-    python -m univg_nb.reference --scale tiny --seeds 0 1 2 --set grpo.max_steps=60
+    python -m univg_nb.reference --scale tiny --seeds 0 1 2
+    python -m univg_nb.reference --name long_tiny --methods exp --seeds 0 \\
+        --set grpo.max_steps=300
 
 From the SFT stage of a run, for every seed: GRPO without a weight, with e^(1-m), with
 e^(1-m) divided by its mean, and with a constant that makes the whole update as large as
@@ -8,7 +10,7 @@ e^(1-m) does. Long: as many trainings as seeds times four. Finished trainings an
 replies are loaded, so the command can be repeated after an interruption.
 
 Every model answers the run's benchmark greedily and with sampled replies. Written:
-notebooks/reference_runs/weights_SCALE.json, which notebook 06 draws.
+notebooks/reference_runs/NAME.json; notebook 06 draws weights_SCALE.json.
 """
 
 import argparse
@@ -81,14 +83,16 @@ def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     }
 
 
-def train_one(run: runs.Run, method: str, seed: int, sft: str) -> runs.Stage:
-    """The stage reference/METHOD_SEED of the run, trained now if it is not there."""
+def train_one(
+    run: runs.Run, method: str, seed: int, sft: str, folder: str
+) -> runs.Stage:
+    """The stage FOLDER/METHOD_SEED of the run, trained now if it is not there."""
     section = {**run.config["grpo"], **METHODS[method], "seed": seed}
     if method == "constant":
-        exp = run.dir / "reference" / f"exp_{seed}" / "rollouts.jsonl"
+        exp = run.dir / folder / f"exp_{seed}" / "rollouts.jsonl"
         section["constant"] = fair_constant(runs.read_jsonl(exp))
     settings = {"model": run.config["model"], "grpo": section}
-    stage = run.stage(f"reference/{method}_{seed}", settings, needs=["data", sft])
+    stage = run.stage(f"{folder}/{method}_{seed}", settings, needs=["data", sft])
     if not stage.done:
         before = runs.load_scale(run.dir / sft / "config.yaml")["sft"]
         file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
@@ -148,9 +152,11 @@ def evaluate_one(
 
 def compare(results: Mapping[str, Mapping[int, Mapping[str, list[float]]]]) -> dict:
     """{"exp - none": {measure: over_seeds_and_items()}, ...} from
-    results[method][seed][measure], one value per item."""
+    results[method][seed][measure], one value per item; pairs of methods at hand."""
     made = {}
     for first, second in PAIRS:
+        if not {first, second} <= results.keys():
+            continue
         pair = [list(results[method].values()) for method in (first, second)]
         made[f"{first} - {second}"] = {
             measure: over_seeds_and_items(
@@ -180,6 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", default="tiny")
     parser.add_argument("--run-dir", default="", help="default runs/SCALE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--name", help="of the file and of the run's folder; default weights_SCALE"
+    )
     parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
@@ -189,28 +199,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(typed)
     if not 1 <= len(options.seeds) <= len(T_975) + 1:
         parser.error(f"--seeds: 1 to {len(T_975) + 1} seeds, got {len(options.seeds)}")
+    if "constant" in options.methods and "exp" not in options.methods:
+        parser.error("--methods: constant takes its size from exp; add exp")
+    folder = f"reference_{options.name}" if options.name else "reference"
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
     bench = benchmarks.load(run, "mig")
     sft = runs.load_scale(run.dir / options.sft / "config.yaml")["sft"]
     four_bit = sft["adapter"] == "qlora"
-    results: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
+    # exp comes before the constant that copies its size
+    methods = [method for method in METHODS if method in options.methods]
+    results: dict[str, dict[int, Any]] = {method: {} for method in methods}
     trainings = []
     before = run.dir / options.sft / "adapter"
-    begun = evaluate_one(run, bench, before, run.dir / "reference" / SFT, four_bit)
+    begun = evaluate_one(run, bench, before, run.dir / folder / SFT, four_bit)
     results[SFT] = {seed: begun for seed in options.seeds}
     for seed in options.seeds:
-        for method in METHODS:  # exp comes before the constant that copies its size
-            stage = train_one(run, method, seed, options.sft)
+        for method in methods:
+            stage = train_one(run, method, seed, options.sft, folder)
             results[method][seed] = evaluate_one(
                 run, bench, stage.dir / "adapter", stage.dir, four_bit
             )
             facts = {k: v for k, v in stage.results.items() if k != "parameters"}
             trainings.append({"method": method, "seed": seed, **facts})
-    name = Path(options.scale).stem
+    name = options.name or f"weights_{Path(options.scale).stem}"
     out = options.out or runs.repo_root() / "notebooks" / "reference_runs"
     used = {key: run.config[key] for key in ("model", "grpo", "evaluate")}
     runs.write_json(
-        out / f"weights_{name}.json",
+        out / f"{name}.json",
         {
             "command": " ".join(["python -m univg_nb.reference", *typed]),
             "config": used,
