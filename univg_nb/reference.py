@@ -2,14 +2,17 @@
 
     python -m univg_nb.reference --scale tiny --seeds 0 1 2
     python -m univg_nb.reference --name long_tiny --methods exp --seeds 0 \\
-        --set grpo.max_steps=300
+        --questions 6400 --per-task 200 --set grpo.max_steps=400
 
 From the SFT stage of a run, for every seed: GRPO without a weight, with e^(1-m), with
 e^(1-m) divided by its mean, and with a constant that makes the whole update as large as
 e^(1-m) does. Long: as many trainings as seeds times four. Finished trainings and
 replies are loaded, so the command can be repeated after an interruption.
 
-Every model answers the run's benchmark greedily and with sampled replies. Written:
+--questions and --per-task draw more of MiniMIG than the run has: a long training would
+see few questions too often, and few items would not show a small gain.
+
+Every model answers the benchmark greedily and with sampled replies. Written:
 notebooks/reference_runs/NAME.json; notebook 06 draws weights_SCALE.json.
 """
 
@@ -24,7 +27,11 @@ import numpy as np
 import torch
 
 from univg_nb import benchmarks, grpo, models, runs, samples, scoring, statistics
+from univg_nb.benchmarks import Benchmark
 from univg_nb.generation import generate
+from univg_nb.minimig import export
+from univg_nb.predictions import sha256_of
+from univg_nb.rows import GroundingSample
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"weight": "none"},
@@ -42,7 +49,6 @@ PAIRS = (
     ("exp_unit_mean", "none"),
     ("constant", "none"),
 )
-REPLIES = 8  # sampled to each item, as in a group
 # Student's t, 97.5 %, for 1 to 9 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -83,25 +89,56 @@ def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     }
 
 
+def own_data(run: runs.Run) -> tuple[list[GroundingSample], Benchmark]:
+    """The run's questions of stage 2 and its benchmark."""
+    file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
+    rows = samples.read(file, image_root=root)[: run.config["data"].get("stage2")]
+    return rows, benchmarks.load(run, "mig")
+
+
+def more_of_minimig(
+    run: runs.Run, name: str, questions: int, per_task: int
+) -> tuple[list[GroundingSample], Benchmark]:
+    """`questions` of the ten tasks for stage 2 and `per_task` test items of each, drawn
+    in the stage `name`; those of a MiniMIG run are among them. No scene is in both."""
+    sizes = dict.fromkeys(export.SIZES, 0)
+    sizes |= {"stage2": questions, "test_per_task": per_task}
+    stage = run.stage(name, {"sizes": sizes, "seed": run.seed})
+    if not stage.done:
+        export.build(stage.dir, sizes, run.seed)
+        stage.finish()
+    test = stage.dir / "mig_bench.json"
+    items = samples.read(test, image_root=stage.dir)
+    rows = samples.read(stage.dir / "stage2_rl.json", image_root=stage.dir)
+    return rows, Benchmark("mig", test, items, sha256_of(test))
+
+
 def train_one(
-    run: runs.Run, method: str, seed: int, sft: str, folder: str
+    run: runs.Run,
+    method: str,
+    seed: int,
+    rows: Sequence[GroundingSample],
+    needs: Sequence[str],
+    folder: str,
 ) -> runs.Stage:
-    """The stage FOLDER/METHOD_SEED of the run, trained now if it is not there."""
+    """The stage FOLDER/METHOD_SEED, trained on `rows` now if it is not there.
+
+    needs: the stages that made the rows and the model it starts from.
+    """
     section = {**run.config["grpo"], **METHODS[method], "seed": seed}
     if method == "constant":
         exp = run.dir / folder / f"exp_{seed}" / "rollouts.jsonl"
         section["constant"] = fair_constant(runs.read_jsonl(exp))
     settings = {"model": run.config["model"], "grpo": section}
-    stage = run.stage(f"{folder}/{method}_{seed}", settings, needs=["data", sft])
+    stage = run.stage(f"{folder}/{method}_{seed}", settings, needs=needs)
     if not stage.done:
-        before = runs.load_scale(run.dir / sft / "config.yaml")["sft"]
-        file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
-        rows = samples.read(file, image_root=root)[: run.config["data"].get("stage2")]
+        sft = run.dir / needs[-1]
+        before = runs.load_scale(sft / "config.yaml")["sft"]
         summary = grpo.train(
             run.config | {"grpo": section, "sft": before},
             stage.dir,
             rows,
-            sft_adapter=run.dir / sft / "adapter",
+            sft_adapter=sft / "adapter",
         )
         stage.finish(**summary)
     return stage
@@ -109,13 +146,14 @@ def train_one(
 
 def evaluate_one(
     run: runs.Run,
-    bench: benchmarks.Benchmark,
+    bench: Benchmark,
     adapter: Path,
     folder: Path,
     four_bit: bool,
+    replies: int = 8,
 ) -> dict[str, list[float]]:
-    """Per item: greedy IoU and hit, mean IoU of the sampled replies, which are kept in
-    `folder`. four_bit: the adapter was trained on NF4 weights."""
+    """Per item: greedy IoU and hit, mean IoU of as many sampled `replies`; all are kept
+    in `folder`. four_bit: the adapter was trained on NF4 weights."""
     model, processor = models.load(
         run.config["model"],
         adapter,
@@ -125,7 +163,7 @@ def evaluate_one(
     section = run.config["evaluate"]
     ways = {
         "greedy": {},
-        "sampled": {"temperature": 1.0, "num_return_sequences": REPLIES},
+        "sampled": {"temperature": 1.0, "num_return_sequences": replies},
     }
     for name, way in ways.items():
         path = folder / f"{name}.jsonl"
@@ -138,11 +176,11 @@ def evaluate_one(
         [
             one.iou
             for one in scoring.score_items(
-                bench.items, {i: [replies[k]] for i, replies in sampled.items()}
+                bench.items, {i: [made[k]] for i, made in sampled.items()}
             )
         ]
-        for k in range(REPLIES)
-    ]  # (REPLIES, items)
+        for k in range(replies)
+    ]  # (replies, items)
     return {
         "greedy_iou": [round(one.iou, 4) for one in greedy],
         "hit": [float(one.iou >= 0.5) for one in greedy],
@@ -190,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--name", help="of the file and of the run's folder; default weights_SCALE"
     )
+    parser.add_argument("--questions", type=int, default=0, help="drawn for stage 2")
+    parser.add_argument("--per-task", type=int, default=0, help="test items drawn")
+    parser.add_argument("--replies", type=int, default=8, help="sampled to each item")
     parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
@@ -201,9 +242,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--seeds: 1 to {len(T_975) + 1} seeds, got {len(options.seeds)}")
     if "constant" in options.methods and "exp" not in options.methods:
         parser.error("--methods: constant takes its size from exp; add exp")
+    if bool(options.questions) != bool(options.per_task):
+        parser.error("--questions and --per-task draw new data: give both or neither")
     folder = f"reference_{options.name}" if options.name else "reference"
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
-    bench = benchmarks.load(run, "mig")
+    if options.questions:
+        data = f"{folder}/data"
+        rows, bench = more_of_minimig(run, data, options.questions, options.per_task)
+    else:
+        data, (rows, bench) = "data", own_data(run)
+    needs = [data, options.sft]
     sft = runs.load_scale(run.dir / options.sft / "config.yaml")["sft"]
     four_bit = sft["adapter"] == "qlora"
     # exp comes before the constant that copies its size
@@ -211,13 +259,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, dict[int, Any]] = {method: {} for method in methods}
     trainings = []
     before = run.dir / options.sft / "adapter"
-    begun = evaluate_one(run, bench, before, run.dir / folder / SFT, four_bit)
+    how = (four_bit, options.replies)
+    begun = evaluate_one(run, bench, before, run.dir / folder / SFT, *how)
     results[SFT] = {seed: begun for seed in options.seeds}
     for seed in options.seeds:
         for method in methods:
-            stage = train_one(run, method, seed, options.sft, folder)
+            stage = train_one(run, method, seed, rows, needs, folder)
             results[method][seed] = evaluate_one(
-                run, bench, stage.dir / "adapter", stage.dir, four_bit
+                run, bench, stage.dir / "adapter", stage.dir, *how
             )
             facts = {k: v for k, v in stage.results.items() if k != "parameters"}
             trainings.append({"method": method, "seed": seed, **facts})
