@@ -4,7 +4,8 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``base`` by the
-evaluation of the shipped model, ``bench`` by what `make bench` measured of an update.
+evaluation of the shipped model, ``bench`` by what `make bench` measured of an update,
+``reference`` by what `univg_nb.reference` found over seeds and in a longer training.
 No number in them is typed. The pictures of README are drawn too.
 """
 
@@ -24,7 +25,8 @@ from univg_nb.runs import read_json, repo_root, write_text
 
 PICTURE = "notebooks/images/minimig.png"
 MASK_PICTURE = "notebooks/images/shared_prefix.png"
-BENCH = "notebooks/reference_runs/bench_grpo.json"
+REFERENCES = "notebooks/reference_runs"
+BENCH = f"{REFERENCES}/bench_grpo.json"
 SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
 
 
@@ -62,6 +64,34 @@ def base_table() -> str:
             f"| {name} | {row['n']} | {100 * row['acc_05']:.1f} "
             f"| {100 * low:.1f} to {100 * high:.1f} |"
         )
+    return "\n".join(rows)
+
+
+def difference_cells(
+    found: dict, lucks: tuple[str, ...], factor: float, form: str
+) -> list[str]:
+    """A mean difference and its intervals, each as the text of a cell."""
+    cells = [f"{factor * found['mean_diff']:{form}}"]
+    for luck in lucks:
+        ends = [f"{factor * end:{form}}" for end in found[luck] or ()]
+        cells.append(" to ".join(ends) or "one seed")
+    return cells
+
+
+def reference_table() -> str:
+    """Differences between GRPO trainings, from the committed reference runs."""
+    rows = [
+        "| run | difference | sampled: expected IoU | over items | over seeds "
+        "| greedy: points | over items |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|")
+    for path in sorted((repo_root() / REFERENCES).glob("*_tiny.json"), reverse=True):
+        for pair, found in read_json(path)["comparisons"].items():
+            both = ("items_95", "seeds_95")
+            cells = [path.stem, pair]
+            cells += difference_cells(found["expected_iou"], both, 1, "+.3f")
+            cells += difference_cells(found["hit"], both[:1], 100, "+.1f")
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -131,6 +161,7 @@ def main() -> None:
     text = fill(text, "results", results)
     text = fill(text, "minutes", minutes(run_dir))
     text = fill(text, "bench", bench_table())
+    text = fill(text, "reference", reference_table())
     write_text(readme, fill(text, "base", base_table()))
     mask_picture().save(repo_root() / MASK_PICTURE, optimize=True)
     picture().save(repo_root() / PICTURE, optimize=True)

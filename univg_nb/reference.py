@@ -269,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run, bench, stage.dir / "adapter", stage.dir, *how
             )
             facts = {k: v for k, v in stage.results.items() if k != "parameters"}
+            log = runs.read_jsonl(stage.dir / "metrics.jsonl")
+            facts["mean_iou"] = [round(row["groups/mean_iou"], 4) for row in log]
             trainings.append({"method": method, "seed": seed, **facts})
     name = options.name or f"weights_{Path(options.scale).stem}"
     out = options.out or runs.repo_root() / "notebooks" / "reference_runs"
