@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -238,6 +239,38 @@ signal.signal(signal.SIGTERM, stop)
 pathlib.Path("started").touch()
 time.sleep(300)
 """
+
+
+SRUN = """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+wait -n && wait -n
+"""
+
+
+def test_two_nodes_meet_and_learn_what_one_process_does(
+    model_cfg, rows, tmp_path, monkeypatch
+):
+    """torchrun's own rendezvous of two agents; a program in the place of srun starts
+    both here."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = scale(model_cfg, 2, max_steps=4)
+    config["launch"] |= {"nodes": 2, "port": port}
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert launch.train("sft", config, two, rows)["steps"] == 4
+    found = state(two, 1)
+    assert (found["world_size"], found["distributed_type"]) == (2, "MULTI_CPU")
+    sft.train(scale(model_cfg, 0, max_steps=4), one, rows)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
 def test_a_pre_empted_slurm_job_saves_and_is_queued_again(tmp_path):

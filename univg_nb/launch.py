@@ -57,26 +57,30 @@ def command(launch: Mapping[str, Any], gpu: bool, worker: Sequence[str]) -> list
         raise ValueError(
             f"launch.processes = {processes} do not divide over {nodes} nodes"
         )
-    port = launch.get("port", 0)
-    if nodes == 1 and not gpu:
-        agent = ["-m", "torch.distributed.run", "--standalone"]
-        agent += ["--nproc_per_node", str(processes)]
-        return [sys.executable, *agent, *worker]
-    strategy = strategy_of(launch)
-    agent = ["-m", "accelerate.commands.launch"]
-    agent += ["--config_file", str(SCALES / "accelerate" / f"{strategy}.yaml")]
-    agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
-    agent += ["--main_process_port", str(port)]
-    if nodes == 1:
-        return [sys.executable, *agent, *worker]
-    address = os.environ.get("MASTER_ADDR", "")
-    if not address or not port:
+    port, address = launch.get("port", 0), os.environ.get("MASTER_ADDR", "")
+    if nodes > 1 and not (address and port):
         raise ValueError(
             "several nodes need MASTER_ADDR (the first node's name) and launch.port; "
             "univg_nb/scales/slurm.sh sets both"
         )
-    agent += ["--main_process_ip", address, "--rdzv_backend", "c10d"]
-    agent += ["--machine_rank", os.environ.get("SLURM_NODEID", "0")]
+    if gpu:
+        strategy = strategy_of(launch)
+        agent = ["-m", "accelerate.commands.launch"]
+        agent += ["--config_file", str(SCALES / "accelerate" / f"{strategy}.yaml")]
+        agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
+        agent += ["--main_process_port", str(port)]
+        if nodes > 1:  # c10d numbers the nodes as they arrive
+            agent += ["--main_process_ip", address, "--rdzv_backend", "c10d"]
+            agent += ["--machine_rank", os.environ.get("SLURM_NODEID", "0")]
+    else:
+        agent = ["-m", "torch.distributed.run"]
+        agent += ["--nproc_per_node", str(processes // nodes)]
+        agent += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
+        if nodes > 1:
+            agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
+            agent += ["--rdzv_id", os.environ.get("SLURM_JOB_ID", "univg")]
+    if nodes == 1:
+        return [sys.executable, *agent, *worker]
     prefix = []
     if "SLURM_JOB_ID" in os.environ:
         prefix = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
