@@ -15,7 +15,7 @@ from PIL import Image
 
 from univg_nb import drawing, runs
 from univg_nb.boxes import ParsedBox, parse_box
-from univg_nb.image_names import image_numbers
+from univg_nb.image_names import asked_image, image_numbers
 from univg_nb.images import open_image
 from univg_nb.samples import GroundingSample
 
@@ -71,9 +71,9 @@ def ask(
     """The model's greedy reply to a question about `images`.
 
     The box is drawn on the image that the question names ("in the second image"); where
-    it names none, on the last one that the thinking mentions, else on all. think=False
-    asks in single-image mode, for a box alone. Raises ValueError for no question, for
-    no or more than six images, and for a file that is no image.
+    it names none or several, on the last one that the thinking mentions, else on all.
+    think=False asks in single-image mode, for a box alone. Raises ValueError for no
+    question, for no or more than six images, and for a file that is no image.
     """
     from univg_nb.replies import reply
 
@@ -88,7 +88,8 @@ def ask(
     options = {"style": style, "max_new_tokens": max_new_tokens}
     (made,) = reply(model, processor, [sample], **options)
     parsed = parse_box(made.response)
-    place = drawing.target_image(sample)
+    asked = asked_image(sample)
+    place = asked - 1 if asked is not None and asked <= len(paths) else None
     if place is None:
         named = [n for n in image_numbers(made.response) if 1 <= n <= len(paths)]
         place = named[-1] - 1 if named else None
