@@ -263,7 +263,7 @@ def measure(case: Case) -> dict:
     }
 
 
-def in_turns(first: Case, second: Case, rounds: int = 5) -> dict:
+def in_turns(first: Case, second: Case, rounds: int = 9) -> dict:
     """Time of an update of `second` over that of `first`, the two measured in turns: a
     shared machine changes its speed between one process and the next."""
     ratios = []
