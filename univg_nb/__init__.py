@@ -7,4 +7,11 @@ __version__ = "0.1.0"
 # Importing torch, transformers, peft and trl makes millions of objects that all stay.
 # At Python's threshold of 700 the collector walks through them again and again, which
 # is a quarter of the import's processor time, in every notebook and process.
-gc.set_threshold(100_000, *gc.get_threshold()[1:])
+_USUAL = gc.get_threshold()
+gc.set_threshold(100_000, *_USUAL[1:])
+
+
+def imports_done() -> None:
+    """Collect as often as Python usually does: a training leaves tensors in cycles.
+    `models.load` calls it."""
+    gc.set_threshold(*_USUAL)

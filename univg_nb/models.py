@@ -24,6 +24,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from univg_nb import imports_done
 from univg_nb.final_norm import load_adapter_with_norm
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
@@ -122,6 +123,7 @@ def load(
     train_norm: with `trainable`, a LoRA adapter also holds a trained copy of the last
         norm (final_norm); a whole model has it among its weights.
     """
+    imports_done()
     if merge and (quantize or trainable):
         raise ValueError(
             "merge=True folds the adapter into unrounded weights for inference; "
