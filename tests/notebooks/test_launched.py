@@ -39,7 +39,9 @@ def test_sft_and_grpo_on_two_processes_equal_one(tmp_path):
     assert run_notebooks.main(arguments) == 0
     for name, keys in (
         ("sft_lora", ("loss", "grad_norm")),
-        ("grpo_none", ("loss", "grad_norm", "reward", "kl")),
+        # TRL's `kl` is a mean over micro-batches of means over their tokens: where
+        # replies differ in length it depends on the layout, which the loss does not.
+        ("grpo_none", ("loss", "grad_norm", "reward")),
     ):
         state = runs.read_json(two / name / "launch" / "rank-1.json")
         assert (state["state"], state["world_size"]) == ("finished", 2)
