@@ -2,7 +2,9 @@
 
     python -m univg_nb.reference --scale tiny --seeds 0 1 2
     python -m univg_nb.reference --name long_tiny --methods exp --seeds 0 \\
-        --questions 6400 --per-task 200 --set grpo.max_steps=400
+        --questions 6400 --per-task 200 --replies 2 --set grpo.max_steps=250 \\
+        --set grpo.learning_rate=1e-4 --set grpo.norm_learning_rate=null \\
+        --set grpo.temperature=0.5 --set grpo.scale_rewards=none
 
 From the SFT stage of a run, for every seed: GRPO without a weight, with e^(1-m), with
 e^(1-m) divided by its mean, and with a constant that makes the whole update as large as
