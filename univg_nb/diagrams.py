@@ -57,8 +57,8 @@ def average_bars(
         values = [
             f"{name} {row[published]:.1f}" for name, row in paper.FIGURE_1.items()
         ]
-        source = "paper" if published == 0 else "paper, mean of its five"
-        label = f"{source}: {', '.join(values)}"
+        source = "paper: " if published == 0 else "paper, mean of its five:\n"
+        label = source + ", ".join(values)
         ax.set_xlabel(label, fontsize=9, color="0.35", labelpad=8)
     tidy(ax)
     return result
