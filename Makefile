@@ -61,7 +61,8 @@ test: $(STAMP) ## lint, unit tests, every notebook at SCALE=smoke (what CI runs)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	    $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 12
+	    $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	    --durations 12
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
