@@ -270,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             results[method][seed] = evaluate_one(
                 run, bench, stage.dir / "adapter", stage.dir, *how
             )
-            facts = {k: v for k, v in stage.results.items() if k != "parameters"}
+            left_out = ("parameters", "sft_adapter")  # the latter is a path of this run
+            facts = {k: v for k, v in stage.results.items() if k not in left_out}
             log = runs.read_jsonl(stage.dir / "metrics.jsonl")
             facts["mean_iou"] = [round(row["groups/mean_iou"], 4) for row in log]
             trainings.append({"method": method, "seed": seed, **facts})
