@@ -116,8 +116,8 @@ def resume_statement(before: int, now: int, strategy: str) -> str:
     return (
         f"goes on with {now} process(es) after {before}. Exact: weights, optimiser, "
         "schedule, which samples each update sees. Not exact: the order of sums, so "
-        "losses agree to rounding only; and dropout, whose random numbers are drawn "
-        "per process"
+        "losses agree to rounding only; and what draws random numbers per process: "
+        "dropout, and replies sampled by vLLM or in TRL's own way"
     )
 
 
