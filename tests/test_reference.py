@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from univg_nb import reference
+from univg_nb import reference, reference_data, reference_tables, runs
+from univg_nb.rows import GroundingSample
 
 
 def test_the_constant_makes_the_whole_update_as_large():
@@ -25,17 +26,17 @@ def test_intervals_know_the_luck_of_items_and_of_seeds():
     items = rng.normal(size=200)
     b = np.tile(items, (3, 1))  # the items' own difficulty cancels in pairs
     a = b + np.array([[0.10], [0.12], [0.14]])
-    made = reference.over_seeds_and_items(a, b)
+    made = reference_tables.over_seeds_and_items(a, b)
     assert made["mean_diff"] == pytest.approx(0.12)
     assert made["by_seed"] == pytest.approx([0.10, 0.12, 0.14])
     assert made["items_95"] == pytest.approx([0.12, 0.12])
     # Student's t with two degrees of freedom: 4.303 * 0.02 / sqrt(3)
     assert made["seeds_95"] == pytest.approx([0.12 - 0.04969, 0.12 + 0.04969], abs=1e-4)
-    assert reference.over_seeds_and_items(a[:1], b[:1])["seeds_95"] is None
+    assert reference_tables.over_seeds_and_items(a[:1], b[:1])["seeds_95"] is None
 
 
 def test_every_pair_is_compared():
-    values = {m: i for i, m in enumerate([*reference.METHODS, reference.SFT])}
+    values = {m: i for i, m in enumerate([*reference.METHODS, reference_tables.SFT])}
     results = {
         m: {
             seed: {k: [float(i)] * 5 for k in ("expected_iou", "greedy_iou", "hit")}
@@ -43,16 +44,81 @@ def test_every_pair_is_compared():
         }
         for m, i in values.items()
     }
-    made = reference.compare(results)
+    made = reference_tables.compare(results)
     assert made["exp - none"]["hit"]["mean_diff"] == 1.0
     assert made["exp - constant"]["expected_iou"]["by_seed"] == [-2.0, -2.0]
-    assert len(made) == len(reference.PAIRS)
-    assert reference.means(results)["exp"]["hit"] == [1.0, 1.0]
-    some = {method: results[method] for method in ("exp", reference.SFT)}
-    assert list(reference.compare(some)) == ["exp - sft"]
+    assert len(made) == len(reference_tables.PAIRS)
+    assert reference_tables.means(results)["exp"]["hit"] == [1.0, 1.0]
+    some = {method: results[method] for method in ("exp", reference_tables.SFT)}
+    assert list(reference_tables.compare(some)) == ["exp - sft"]
 
 
 def test_a_constant_without_the_exp_it_copies_is_refused(capsys):
     with pytest.raises(SystemExit):
         reference.main(["--methods", "none", "constant"])
     assert "add exp" in capsys.readouterr().err
+
+
+def asked(number: int, task: str = "diff") -> GroundingSample:
+    return GroundingSample(
+        id=f"row-{number}",
+        task=task,
+        images=("one.png",),
+        question="Where is the cup?",
+        answer=(1, 2, 30, 40),
+        chain=f"Image 1 shows {number} cups.",
+    )
+
+
+def test_hasty_chains_change_nothing_but_the_chain():
+    rows = [asked(i) for i in range(400)]
+    mixed = reference_data.hasty(rows, 0.25, seed=3)
+    quick = [row for row in mixed if row.chain == reference_data.HASTY]
+    assert 70 <= len(quick) <= 130
+    for before, after in zip(rows, mixed, strict=True):
+        assert (after.id, after.answer) == (before.id, before.answer)
+        assert after.chain in (before.chain, reference_data.HASTY)
+    assert reference_data.hasty(rows, 0.25, seed=3) == mixed
+    assert reference_data.hasty(rows, 0.25, seed=4) != mixed
+    assert reference_data.hasty(rows, 0, seed=3) == rows
+    with pytest.raises(ValueError, match=r"share 1\.5"):
+        reference_data.hasty(rows, 1.5, seed=3)
+
+
+def test_what_a_task_learned():
+    items = [asked(0, "diff"), asked(1, "region"), asked(2, "diff")]
+    seeds = {
+        0: {"hit": [1.0, 0.0, 0.0], "thinks": [1.0, 0.0, 1.0]},
+        7: {"hit": [1.0, 1.0, 1.0], "thinks": [0.0, 0.0, 1.0]},
+    }
+    made = reference_tables.by_task(items, {"exp": seeds})
+    assert made["exp"]["diff"] == {"hit": [0.5, 1.0], "thinks": [1.0, 0.5]}
+    assert made["exp"]["region"] == {"hit": [0.0, 1.0], "thinks": [0.0, 0.0]}
+
+
+def test_curves_of_a_training(tmp_path):
+    quick, slow = f"<think>{reference_data.HASTY}</think>", "<think>Image 1 ...</think>"
+    for step, replies in ((1, [quick, quick]), (1, [quick, slow]), (2, [slow, slow])):
+        row = {"step": step, "replies": replies}
+        runs.append_jsonl(tmp_path / "rollouts.jsonl", row)
+    for step in (1, 2):
+        row = {"groups/mean_iou": 0.1 * step, "completions/mean_length": 20.0 * step}
+        runs.append_jsonl(tmp_path / "metrics.jsonl", row | {"step": step})
+    assert reference_tables.curves(tmp_path) == {
+        "mean_iou": [0.1, 0.2],
+        "length": [20.0, 40.0],
+        "thinks": [0.25, 1.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--questions", "10"], "give both or neither"),
+        (["--chains", "10"], "add --questions"),
+    ],
+)
+def test_options_that_belong_together(options, message, capsys):
+    with pytest.raises(SystemExit):
+        reference.main(options)
+    assert message in capsys.readouterr().err

@@ -1,10 +1,10 @@
 """Is it the difficulty, or only the size of the step? Several seeds of GRPO, compared.
 
     python -m univg_nb.reference --scale tiny --seeds 0 1 2
-    python -m univg_nb.reference --name long_tiny --methods exp --seeds 0 \\
-        --questions 6400 --per-task 200 --replies 2 --set grpo.max_steps=250 \\
-        --set grpo.learning_rate=1e-4 --set grpo.norm_learning_rate=null \\
-        --set grpo.temperature=0.5 --set grpo.scale_rewards=none
+    python -m univg_nb.reference --name long_tiny --questions 3200 --per-task 100 \\
+        --chains 12000 --hasty 0.5 --replies 2 --set grpo.max_steps=100 \\
+        --set grpo.learning_rate=2e-4 --set grpo.norm_learning_rate=null \\
+        --set grpo.temperature=0.6
 
 From the SFT stage of a run, for every seed: GRPO without a weight, with e^(1-m), with
 e^(1-m) divided by its mean, and with a constant that makes the whole update as large as
@@ -12,14 +12,16 @@ e^(1-m) does. Long: as many trainings as seeds times four. Finished trainings an
 replies are loaded, so the command can be repeated after an interruption.
 
 --questions and --per-task draw more of MiniMIG than the run has: a long training would
-see few questions too often, and few items would not show a small gain.
+see few questions too often, and few items would not show a small gain. --chains and
+--hasty train a stage 1 to start from whose chains can go either way
+(`reference_data.hasty`): then there is something that rewards can teach in minutes.
 
 Every model answers the benchmark greedily and with sampled replies. Written:
-notebooks/reference_runs/NAME.json; notebook 06 draws weights_SCALE.json.
+notebooks/reference_runs/NAME.json; notebooks 05 and 06 draw long_SCALE.json, 06
+weights_SCALE.json.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,11 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from univg_nb import benchmarks, grpo, models, runs, samples, scoring, statistics
+from univg_nb import grpo, models, reference_data, reference_tables, runs, scoring
 from univg_nb.benchmarks import Benchmark
 from univg_nb.generation import generate
-from univg_nb.minimig import export
-from univg_nb.predictions import sha256_of
+from univg_nb.reference_tables import SFT, T_975
 from univg_nb.rows import GroundingSample
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,18 +42,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "exp_unit_mean": {"weight": "exp", "unit_mean": True},
     "constant": {"weight": "constant"},  # its value comes from the exp run
 }
-SFT = "sft"  # where every training starts
-PAIRS = (
-    ("none", SFT),
-    ("exp", SFT),
-    ("exp", "none"),
-    ("exp", "constant"),
-    ("exp", "exp_unit_mean"),
-    ("exp_unit_mean", "none"),
-    ("constant", "none"),
-)
-# Student's t, 97.5 %, for 1 to 9 degrees of freedom
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def fair_constant(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -66,53 +55,6 @@ def fair_constant(rows: Sequence[Mapping[str, Any]]) -> float:
         raise ValueError("every group is silent: no constant does what the weights do")
     weights = [row["weight"] for row in rows]
     return float(np.dot(sizes, weights) / sum(sizes))
-
-
-def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """a - b of two methods, (seeds, items) each, with two paired 95 % intervals.
-
-    items: chance of the items drawn, for the mean of these very trainings (bootstrap).
-    seeds: chance of the training, from the differences of the seeds (Student's t);
-    None for one seed.
-    """
-    difference = a - b
-    by_seed = difference.mean(axis=1)  # (seeds,)
-    over_items = statistics.paired_bootstrap(a.mean(axis=0), b.mean(axis=0))
-    over_seeds = None
-    count = len(by_seed)
-    if count > 1:
-        half = T_975[count - 2] * by_seed.std(ddof=1) / math.sqrt(count)
-        over_seeds = [float(by_seed.mean() - half), float(by_seed.mean() + half)]
-    return {
-        "mean_diff": float(difference.mean()),
-        "by_seed": by_seed.tolist(),
-        "items_95": [over_items["lo"], over_items["hi"]],
-        "seeds_95": over_seeds,
-    }
-
-
-def own_data(run: runs.Run) -> tuple[list[GroundingSample], Benchmark]:
-    """The run's questions of stage 2 and its benchmark."""
-    file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
-    rows = samples.read(file, image_root=root)[: run.config["data"].get("stage2")]
-    return rows, benchmarks.load(run, "mig")
-
-
-def more_of_minimig(
-    run: runs.Run, name: str, questions: int, per_task: int
-) -> tuple[list[GroundingSample], Benchmark]:
-    """`questions` of the ten tasks for stage 2 and `per_task` test items of each, drawn
-    in the stage `name`; those of a MiniMIG run are among them. No scene is in both."""
-    sizes = dict.fromkeys(export.SIZES, 0)
-    sizes |= {"stage2": questions, "test_per_task": per_task}
-    stage = run.stage(name, {"sizes": sizes, "seed": run.seed})
-    if not stage.done:
-        export.build(stage.dir, sizes, run.seed)
-        stage.finish()
-    test = stage.dir / "mig_bench.json"
-    items = samples.read(test, image_root=stage.dir)
-    rows = samples.read(stage.dir / "stage2_rl.json", image_root=stage.dir)
-    return rows, Benchmark("mig", test, items, sha256_of(test))
 
 
 def train_one(
@@ -154,8 +96,9 @@ def evaluate_one(
     four_bit: bool,
     replies: int = 8,
 ) -> dict[str, list[float]]:
-    """Per item: greedy IoU and hit, mean IoU of as many sampled `replies`; all are kept
-    in `folder`. four_bit: the adapter was trained on NF4 weights."""
+    """Per item: greedy IoU and hit, whether the greedy reply thinks (see
+    `reference_data.thinks`), mean IoU of as many sampled `replies`; all are kept in
+    `folder`. four_bit: the adapter was trained on NF4 weights."""
     model, processor = models.load(
         run.config["model"],
         adapter,
@@ -170,9 +113,8 @@ def evaluate_one(
     for name, way in ways.items():
         path = folder / f"{name}.jsonl"
         generate(model.eval(), processor, bench.items, path, **section, **way)
-    greedy = scoring.score_items(
-        bench.items, scoring.read_predictions(folder / "greedy.jsonl")
-    )
+    answers = scoring.read_predictions(folder / "greedy.jsonl")
+    greedy = scoring.score_items(bench.items, answers)
     sampled = scoring.read_predictions(folder / "sampled.jsonl")
     ious = [
         [
@@ -186,37 +128,8 @@ def evaluate_one(
     return {
         "greedy_iou": [round(one.iou, 4) for one in greedy],
         "hit": [float(one.iou >= 0.5) for one in greedy],
+        "thinks": [float(reference_data.thinks(r.text)) for (r,) in answers.values()],
         "expected_iou": np.mean(ious, axis=0).round(4).tolist(),
-    }
-
-
-def compare(results: Mapping[str, Mapping[int, Mapping[str, list[float]]]]) -> dict:
-    """{"exp - none": {measure: over_seeds_and_items()}, ...} from
-    results[method][seed][measure], one value per item; pairs of methods at hand."""
-    made = {}
-    for first, second in PAIRS:
-        if not {first, second} <= results.keys():
-            continue
-        pair = [list(results[method].values()) for method in (first, second)]
-        made[f"{first} - {second}"] = {
-            measure: over_seeds_and_items(
-                *(np.array([seed[measure] for seed in seeds]) for seeds in pair)
-            )
-            for measure in ("expected_iou", "greedy_iou", "hit")
-        }
-    return made
-
-
-def means(
-    results: Mapping[str, Mapping[int, Mapping[str, list[float]]]],
-) -> dict[str, dict[str, list[float]]]:
-    """{method: {measure: mean over the items, one a seed}}."""
-    return {
-        method: {
-            measure: [float(np.mean(one[measure])) for one in seeds.values()]
-            for measure in ("expected_iou", "greedy_iou", "hit")
-        }
-        for method, seeds in results.items()
     }
 
 
@@ -233,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=0, help="drawn for stage 2")
     parser.add_argument("--per-task", type=int, default=0, help="test items drawn")
     parser.add_argument("--replies", type=int, default=8, help="sampled to each item")
+    parser.add_argument("--chains", type=int, default=0, help="drawn for a stage 1")
+    parser.add_argument("--hasty", type=float, default=0.5, help="share of --chains")
     parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
@@ -246,21 +161,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--methods: constant takes its size from exp; add exp")
     if bool(options.questions) != bool(options.per_task):
         parser.error("--questions and --per-task draw new data: give both or neither")
+    if options.chains and not options.questions:
+        parser.error("--chains are drawn with new questions: add --questions")
     folder = f"reference_{options.name}" if options.name else "reference"
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
     if options.questions:
         data = f"{folder}/data"
-        rows, bench = more_of_minimig(run, data, options.questions, options.per_task)
+        rows, bench = reference_data.more_of_minimig(
+            run, data, options.questions, options.per_task, options.chains
+        )
     else:
-        data, (rows, bench) = "data", own_data(run)
-    needs = [data, options.sft]
-    sft = runs.load_scale(run.dir / options.sft / "config.yaml")["sft"]
+        data, (rows, bench) = "data", reference_data.own(run)
+    start = options.sft
+    if options.chains:
+        start = reference_data.hasty_start(run, folder, data, options.hasty)
+    needs = [data, start]
+    sft = runs.load_scale(run.dir / start / "config.yaml")["sft"]
     four_bit = sft["adapter"] == "qlora"
     # exp comes before the constant that copies its size
     methods = [method for method in METHODS if method in options.methods]
     results: dict[str, dict[int, Any]] = {method: {} for method in methods}
     trainings = []
-    before = run.dir / options.sft / "adapter"
+    before = run.dir / start / "adapter"
     how = (four_bit, options.replies)
     begun = evaluate_one(run, bench, before, run.dir / folder / SFT, *how)
     results[SFT] = {seed: begun for seed in options.seeds}
@@ -272,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             left_out = ("parameters", "sft_adapter")  # the latter is a path of this run
             facts = {k: v for k, v in stage.results.items() if k not in left_out}
-            log = runs.read_jsonl(stage.dir / "metrics.jsonl")
-            facts["mean_iou"] = [round(row["groups/mean_iou"], 4) for row in log]
+            facts |= reference_tables.curves(stage.dir)
             trainings.append({"method": method, "seed": seed, **facts})
     name = options.name or f"weights_{Path(options.scale).stem}"
     out = options.out or runs.repo_root() / "notebooks" / "reference_runs"
@@ -291,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "records_sha256": bench.sha256,
             "seeds": options.seeds,
             "trainings": trainings,
-            "means": means(results),
-            "comparisons": compare(results),
+            "means": reference_tables.means(results),
+            "by_task": reference_tables.by_task(bench.items, results),
+            "comparisons": reference_tables.compare(results),
         },
     )
 
