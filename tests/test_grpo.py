@@ -20,6 +20,7 @@ from univg_nb.final_norm import trained_norm
 from univg_nb.folded import folded
 from univg_nb.samples import GroundingSample
 from univg_nb.sampling import VISION_TOKENS
+from univg_nb.segment_attention import SEGMENTS
 from univg_nb.tiny_model import build_processor, tiny_config, train_tokenizer
 
 G = 4
@@ -351,6 +352,38 @@ def test_shared_rollout_follows_generate(folder, tmp_path):
         seeds=range(15),
     )
     assert made == [[reply] * 3 for reply in expected]
+
+
+def test_the_whole_model_trains_against_a_reference_of_its_own(
+    folder, tmp_path, monkeypatch
+):
+    """As at full scale: no adapter, so the reference is a second model, which attends
+    as the policy does. Shared prompts and whole rows give the same updates."""
+    monkeypatch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
+    logged = {}
+    for shared in (True, False):
+        out = tmp_path / str(shared)
+        config = make_config(folder, max_steps=2)
+        config["model"]["dtype"] = "float64"
+        config["sft"]["adapter"] = "none"
+        samples, start = make_samples(folder), folder / "base"
+        trainer = grpo.build_trainer(
+            config, out, samples, start, out / "r.jsonl", shared_prefix=shared
+        )
+        attention = [
+            shared_prefix.attention_of(model.model)
+            for model in (trainer.model, trainer.ref_model)
+        ]
+        assert attention == [SEGMENTS if shared else "sdpa"] * 2
+        trainer.train()
+        logged[shared] = [
+            [row[key] for key in ("loss", "kl", "grad_norm", "entropy")]
+            for row in trainer.state.log_history[:2]
+        ]
+    first, second = logged[True]
+    assert abs(first[1]) < 1e-9 and second[1] > 1e-6  # the policy leaves its reference
+    for shared, whole in zip(logged[True], logged[False], strict=True):
+        assert shared == pytest.approx(whole, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import Qwen2VLForConditionalGeneration
 
-from univg_nb import models, tiny_model
+from univg_nb import models, tiny_model, zero3
 
 SENTENCES = [
     "Find the red cup in image 2. <think>In image 1 there is a lamp.</think>",
@@ -188,3 +188,11 @@ def test_account_on_the_meta_device(tiny):
         model = AutoModelForImageTextToText.from_config(config)
     real, _ = models.load(tiny, trainable=True)
     assert models.parameter_account(model) == models.parameter_account(real)
+
+
+def test_a_weight_cut_over_processes_counts_whole():
+    """ZeRO-3 leaves an empty parameter that knows its size (really: test_deepspeed)."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    assert zero3.entries(parameter) == 0
+    parameter.ds_numel = 12
+    assert zero3.entries(parameter) == 12

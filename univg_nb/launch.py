@@ -3,11 +3,11 @@
     launch.train("sft", config, out, rows, adapter="lora")     # from a notebook
     python -m univg_nb.launch plan full --gpu H100-80G --gpus 8
 
-A scale with a `launch` section trains in children of accelerate (on CPUs: torchrun),
-one process a GPU; one without it trains here. The child's metrics are shown as they
-come. Ctrl-C and SIGTERM end it after the update at hand, with a checkpoint; the same
-call goes on from there. If a process fails, the others are ended and its last lines
-are raised.
+A scale with a `launch` section trains in children of accelerate (on CPUs: torchrun,
+but for DeepSpeed), one process a GPU; one without it trains here. The child's metrics
+are shown as they come. Ctrl-C and SIGTERM end it after the update at hand, with a
+checkpoint; the same call goes on from there. If a process fails, the others are ended
+and its last lines are raised.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from univg_nb.runs import read_json, write_json
 from univg_nb.samples import GroundingSample
 
 Stage = Literal["sft", "grpo"]
+ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
 
 
 # ---------------------------------------------------------------- what to start
@@ -44,8 +45,11 @@ def strategy_of(launch: Mapping[str, Any]) -> str:
     return "ddp" if strategy == "single" else strategy
 
 
-def command(launch: Mapping[str, Any], gpu: bool, worker: Sequence[str]) -> list[str]:
-    """The command line of the launcher. worker: ["-m", module, request].
+def command(
+    launch: Mapping[str, Any], configured: bool, worker: Sequence[str]
+) -> list[str]:
+    """The command line of the launcher: of accelerate with the file of the strategy if
+    `configured`, else of torchrun. worker: ["-m", module, request].
 
     Several nodes: within a Slurm job each gets the same command by srun; elsewhere it
     has to be started on each by hand. They meet at MASTER_ADDR:launch.port.
@@ -63,7 +67,7 @@ def command(launch: Mapping[str, Any], gpu: bool, worker: Sequence[str]) -> list
             "several nodes need MASTER_ADDR (the first node's name) and launch.port; "
             "univg_nb/scales/slurm.sh sets both"
         )
-    if gpu:
+    if configured:
         strategy = strategy_of(launch)
         agent = ["-m", "accelerate.commands.launch"]
         agent += ["--config_file", str(SCALES / "accelerate" / f"{strategy}.yaml")]
@@ -89,14 +93,16 @@ def command(launch: Mapping[str, Any], gpu: bool, worker: Sequence[str]) -> list
 
 
 def environment(strategy: str, gpu: bool) -> dict[str, str]:
-    """The children's. A CPU knows no sharding in accelerate: asked for all the same,
-    so that the check in the worker speaks instead of DDP running unasked."""
+    """The children's. On CPUs DeepSpeed works; FSDP in accelerate does not: asked for
+    all the same, so that the check in the worker speaks instead of DDP unasked."""
     made = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(CHECKPOINT))}
     made["PYTHONPATH"] = os.pathsep.join(
         [str(SCALES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     if not gpu and strategy == "fsdp2":
         made |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    elif not gpu and strategy in ZERO:
+        made["DS_ACCELERATOR"] = "cpu"
     return made
 
 
@@ -107,7 +113,7 @@ def resume_statement(before: int, now: int, strategy: str) -> str:
     """
     if before == now:
         return f"goes on with {now} process(es), as before: exact"
-    if strategy in ("zero2", "zero3"):
+    if strategy in ZERO:
         raise ValueError(
             f"the checkpoint was written by {before} processes under DeepSpeed, whose "
             f"optimiser files hold for that number; use {before} processes, or begin "
@@ -174,7 +180,7 @@ def train(
         old.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
     worker = ["-m", "univg_nb.worker", str(folder / "request.json")]
-    arguments = command(config["launch"], gpu, worker)
+    arguments = command(config["launch"], gpu or strategy in ZERO, worker)
     if gpu:  # what the notebook has dropped would still fill it for the children
         gc.collect()
         torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from transformers import (
 
 from univg_nb import imports_done
 from univg_nb.final_norm import load_adapter_with_norm
+from univg_nb.zero3 import entries
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
 
@@ -200,7 +201,7 @@ def freeze_vision(model: torch.nn.Module) -> int:
     for name, parameter in model.named_parameters():
         if "visual." in name:
             parameter.requires_grad_(False)
-            frozen += parameter.numel()
+            frozen += entries(parameter)
     assert frozen, "no parameter has 'visual.' in its name: not a Qwen2-VL"
     return frozen
 
@@ -220,14 +221,15 @@ def parameter_account(model: torch.nn.Module) -> dict[str, dict[str, int]]:
 
     Parts: vision, language (embedding, layers and lm_head), adapter, total. A 4-bit
     weight counts with its true number of parameters and its packed bytes, its scales
-    included. Works on the meta device too.
+    included; a weight cut over processes (ZeRO-3) counts whole. Works on the meta
+    device too.
     """
     parts = ("vision", "language", "adapter", "total")
     account = {part: {"parameters": 0, "trainable": 0, "bytes": 0} for part in parts}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit
-        count = parameter.numel() if state is None else state.shape.numel()
-        size = parameter.numel() * parameter.element_size()
+        count = entries(parameter) if state is None else state.shape.numel()
+        size = entries(parameter) * parameter.element_size()
         if state is not None:
             size += sum(
                 value.numel() * value.element_size()

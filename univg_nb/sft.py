@@ -26,6 +26,7 @@ from univg_nb.config import whole_batch
 from univg_nb.image_features import features_fit, vision_features
 from univg_nb.samples import GroundingSample
 from univg_nb.sft_trainer import GroundingSFTTrainer
+from univg_nb.zero3 import whole
 
 Adapter = Literal["lora", "qlora", "none"]
 OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
@@ -103,7 +104,8 @@ def build_trainer(
         paths = [path for sample in train for path in sample.images]
         progress = not config["sft"].get("disable_tqdm")
         keep = out.parent / "vision_features"  # the run's other trainings read it too
-        features = vision_features(base, processor, paths, keep, progress)
+        with whole(base.model.visual):
+            features = vision_features(base, processor, paths, keep, progress)
     with training.exact_adapter(model, adapter == "qlora"):
         return GroundingSFTTrainer(
             model=model,

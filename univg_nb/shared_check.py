@@ -66,12 +66,10 @@ def attention_choices(backbone: Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def take_masks(backbone: Module) -> None:
-    """Unchecked: give the language model attention that takes masks without being
-    compiled, if there is such."""
+def plain_choice(backbone: Module) -> str:
+    """For use unchecked: the attention that takes our masks without being compiled."""
     names = attention_choices(backbone)
-    name = SEGMENTS if SEGMENTS in names else names[-1]
-    backbone.language_model.set_attn_implementation(name)
+    return SEGMENTS if SEGMENTS in names else names[-1]
 
 
 def obstacle(base: Module, sharded: bool) -> str | None:

@@ -70,6 +70,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )
+        if self.ref_model is not None:  # its tower is as fixed as the policy's
+            self.ref_model.requires_grad_(False)
         base = models.base_model(self.model)
         reason = shared_check.obstacle(base, self.is_fsdp_enabled)
         if reason and shared_prefix in ("on", True):
@@ -80,7 +82,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.shared_rollout = self.shared_forward and can_share_rollout(args)
         self.unchecked = self.shared_forward and shared_prefix == "auto"
         if self.shared_forward and not self.unchecked:
-            shared_check.take_masks(base.model)
+            self._attend_with(shared_check.plain_choice(base.model))
         # With sharded weights all processes must call the tower equally often.
         remember = self.shared_forward and not is_deepspeed_zero3_enabled()
         frozen = remember and not tower_trains(base.model)
@@ -174,7 +176,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             backbone = models.base_model(model).model
             before, allowed = shared_prefix.attention_of(backbone), 0.0
             for name in shared_check.attention_choices(backbone):
-                backbone.language_model.set_attn_implementation(name)
+                self._attend_with(name)
                 worst, allowed = shared_check.difference_with(
                     model, prompt, warp, self.temperature, self.vision
                 )
@@ -185,10 +187,18 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                     "shared prompts with %s: log-probs differ by %.2g from those of "
                     "whole rows (allowed: %.2g)", name, worst, allowed,
                 )  # fmt: skip
-            backbone.language_model.set_attn_implementation(before)
+            self._attend_with(before)
         logger.warning("grpo.shared_prefix: auto falls back to TRL's own passes")
         self.shared_forward = self.shared_rollout = False
         self.vision = None
+
+    def _attend_with(self, name: str) -> None:
+        """Give the policy this attention, and the reference where it has weights of
+        its own (after full fine-tuning; else it is an adapter of the policy)."""
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                base = models.base_model(self.accelerator.unwrap_model(model))
+                base.model.language_model.set_attn_implementation(name)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's, but groups stay whole, and similar lengths share a micro-batch.
@@ -296,9 +306,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 parts = packed_rows.packed_log_probs(
                     called, backbone, packed, self.vision
                 )
-            for (_, rows), logps, entropy in zip(chunk, *parts, strict=True):
-                for row, logp, e in zip(rows, logps, entropy, strict=True):
-                    log_probs[row], entropies[row] = logp, e
+            for kept, part in zip((log_probs, entropies), parts, strict=True):
+                _put(kept, chunk, part)
 
         def padded(values: list[Tensor]) -> Tensor:
             stacked = pad_sequence(values, batch_first=True)
@@ -309,6 +318,20 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _record_seconds(self, part: str, began: float) -> None:
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][f"seconds/{part}"].append(time.perf_counter() - began)
+
+
+def _put(
+    kept: list[Any],
+    chunk: list[tuple[shared_prefix.Prompt, list[int]]],
+    part: list[list[Tensor]],
+) -> None:
+    """Put values [group][reply] at the numbers of their rows; the head of a reference
+    with weights of its own makes no entropies, and then there are none to put."""
+    if not part:
+        return
+    for (_, rows), values in zip(chunk, part, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            kept[row] = value
 
 
 def _permuted(value: Any, order: list[int]) -> Any:

@@ -134,7 +134,7 @@ def check_processes(strategy: str, asked: int, found: int, kind: str) -> None:
     if kind not in IN_FORCE[strategy]:
         raise ValueError(
             f"launch.strategy = {strategy} was asked for, but accelerate runs {kind}; "
-            f"on CPUs only single and ddp work"
+            f"on CPUs only single and ddp work, and with deepspeed zero2 and zero3"
         )
 
 
