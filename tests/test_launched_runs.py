@@ -273,8 +273,12 @@ def test_two_nodes_meet_and_learn_what_one_process_does(
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
-def test_a_pre_empted_slurm_job_saves_and_is_queued_again(tmp_path):
-    """The real script and runner; a program in Slurm's place notes the requeue."""
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_slurm_job_saves_and_is_queued_again_unless_cancelled(tmp_path, sent):
+    """SIGUSR1 is the time limit drawing near. scancel sends SIGTERM: a script that
+    queued the job again then could not be cancelled. (Pre-emption sends SIGTERM too;
+    Slurm itself queues such a job again.) The real script and runner; a program in
+    Slurm's place notes the requeue."""
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / ".venv").symlink_to(sys.prefix)
     folder = tmp_path / "notebooks"
@@ -299,7 +303,11 @@ def test_a_pre_empted_slurm_job_saves_and_is_queued_again(tmp_path):
     script = shutil.copy(ROOT / "univg_nb" / "scales" / "slurm.sh", tmp_path)
     process = subprocess.Popen(["bash", script, "smoke"], env=environment)
     wait_for((folder / "started").exists)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     assert process.wait(timeout=180) == 128 + signal.SIGTERM
     assert (folder / "checkpoint").exists()
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    requeued = tmp_path / "requeued"
+    if sent == signal.SIGUSR1:
+        assert requeued.read_text() == "requeue 7\n"
+    else:
+        assert not requeued.exists()

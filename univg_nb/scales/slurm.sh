@@ -1,6 +1,7 @@
 #!/bin/bash
 # The course at SCALE=full over several nodes, pre-emption handled.
-# Never run by the authors: they had no cluster. Adapt the #SBATCH lines to yours.
+# Run by the authors on two nodes without GPUs (Slurm 22.05, SCALE=smoke), never on a
+# cluster. Adapt the #SBATCH lines to yours.
 #
 #   sbatch --nodes 2 univg_nb/scales/slurm.sh full --set launch.written_for=16 \
 #       --set sft.gradient_accumulation_steps=2 --set grpo.gradient_accumulation_steps=1
@@ -9,9 +10,10 @@
 #
 # The notebooks run on the first node. Each training cell starts its processes on all
 # nodes by srun and torchrun's rendezvous (univg_nb/launch.py). Two minutes before the
-# time limit, and at pre-emption, Slurm sends SIGTERM to this script: it goes to the
-# runner, from there to every process, which writes a checkpoint after the update at
-# hand. Then the job is queued again and goes on from there.
+# time limit Slurm sends SIGUSR1 to this script: the runner and every process get
+# SIGTERM and write a checkpoint after the update at hand; then the job is queued again
+# and goes on from there. Pre-emption and scancel send SIGTERM, which saves in the same
+# way; whether the job comes back is then Slurm's business (PreemptMode=REQUEUE).
 #SBATCH --job-name=univg-nb
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -19,7 +21,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 set -u
 SCALE=${1:-full}
 NODES=${SLURM_JOB_NUM_NODES:-1}
@@ -32,15 +34,16 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
     --set launch.processes="$GPUS" --set launch.nodes="$NODES" \
     --set launch.port="${PORT:-29500}" "${@:2}" &
 child=$!
-stopped=0
-trap 'stopped=1; kill -TERM "$child"' TERM
+again=0
+trap 'kill -TERM "$child"' TERM
+trap 'again=1; kill -TERM "$child"' USR1
 wait "$child"
 code=$?
 while kill -0 "$child" 2>/dev/null; do # wait returns when the signal comes
     wait "$child"
     code=$?
 done
-if [ "$stopped" = 1 ]; then
+if [ "$again" = 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
