@@ -18,6 +18,7 @@ from univg_nb.processes import alive, gone, running
 from univg_nb.runs import read_json
 
 GRACE = 10.0  # seconds for the others to end when one process has failed
+STOP = "stop"  # file in the launch folder: end after the update at hand
 CHECKPOINT = 900.0  # seconds a checkpoint may take after a signal
 NOTE = 2**16  # bytes: without them a process cannot write down why it fails
 TAIL = 25  # last lines of a failed process
@@ -32,6 +33,8 @@ class Children:
 
     def __init__(self, folder: Path, arguments: list[str], env: dict[str, str]) -> None:
         self.folder = folder
+        # It does not hand SIGTERM on, it kills its processes, on all nodes.
+        self.kills = arguments[0] == "srun"
         with open(folder / "console.log", "wb") as console:
             self.agent = subprocess.Popen(
                 arguments,
@@ -83,6 +86,17 @@ class Children:
         reported = map(running, self.states())
         found |= {process.pid: process for process in reported if process}
         return [process for process in found.values() if alive(process)]
+
+    def finish(self, seconds: float) -> None:
+        """Ask for an end after the update at hand, and wait for it.
+
+        Of processes on other nodes by the file they look for, of those here by SIGTERM.
+        """
+        (self.folder / STOP).touch()
+        if self.kills:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.agent.wait(seconds)
+        self.stop(seconds)
 
     def stop(self, seconds: float) -> None:
         """SIGTERM; what is left after `seconds` is killed."""
@@ -138,7 +152,7 @@ def watch(children: Children, live: Live, poll: float = 0.3) -> None:
                 raise RuntimeError(f"training stopped: {failure}")
         if came:
             print("stopping after this update, with a checkpoint", flush=True)
-            children.stop(CHECKPOINT)
+            children.finish(CHECKPOINT)
             raise Stopped(came[0])
         children.agent.wait()
         live.update(children.states())

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from univg_nb.children import CHECKPOINT, Children, Stopped, states_in, watch
+from univg_nb.children import CHECKPOINT, STOP, Children, Stopped, states_in, watch
 from univg_nb.config import SCALES, spread
 from univg_nb.live import Live
 from univg_nb.processes import running
@@ -176,7 +176,7 @@ def train(
     request = json.loads(json.dumps(request, default=str))  # paths become texts
     refuse_second(folder)
     announce_resume(folder, processes, strategy)
-    for old in [*folder.glob("rank-*"), folder / "summary.json"]:
+    for old in [*folder.glob("rank-*"), folder / "summary.json", folder / STOP]:
         old.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
     worker = ["-m", "univg_nb.worker", str(folder / "request.json")]

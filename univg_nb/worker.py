@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from univg_nb.children import STOP
 from univg_nb.processes import gone
 from univg_nb.runs import peak_memory_mb, read_json, write_json
 from univg_nb.samples import GroundingSample
@@ -104,7 +105,8 @@ class Watch(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        asked = self.asked or gone(self.launcher)
+        stop = self.status.path.parent / STOP  # other nodes get no signal of ours
+        asked = self.asked or gone(self.launcher) or stop.exists()
         asked = torch.tensor(float(asked), device=args.device)
         if self.processes > 1:  # a signal reaches the processes at different updates
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)

@@ -10,10 +10,11 @@
 #
 # The notebooks run on the first node. Each training cell starts its processes on all
 # nodes by srun and torchrun's rendezvous (univg_nb/launch.py). Two minutes before the
-# time limit Slurm sends SIGUSR1 to this script: the runner and every process get
-# SIGTERM and write a checkpoint after the update at hand; then the job is queued again
-# and goes on from there. Pre-emption and scancel send SIGTERM, which saves in the same
-# way; whether the job comes back is then Slurm's business (PreemptMode=REQUEUE).
+# time limit Slurm sends SIGUSR1 to this script, which stops the runner: all processes
+# write a checkpoint after the update at hand, the job is queued again and goes on from
+# there. Pre-emption and scancel send SIGTERM to the processes themselves, which save in
+# the same way if their update ends within Slurm's KillWait; whether the job comes back
+# is then Slurm's business (PreemptMode=REQUEUE).
 #SBATCH --job-name=univg-nb
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
