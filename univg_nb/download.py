@@ -159,7 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--list", action="store_true", help="sizes only")
     options = parser.parse_args(arguments)
-    os.environ["HF_HUB_OFFLINE"] = "0"
     try:
         config = load_scale(options.scale)
         model = config["model"]["name_or_path"]
