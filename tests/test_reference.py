@@ -116,6 +116,7 @@ def test_curves_of_a_training(tmp_path):
     [
         (["--questions", "10"], "give both or neither"),
         (["--chains", "10"], "add --questions"),
+        (["--hasty", "0.5"], "add --chains"),
     ],
 )
 def test_options_that_belong_together(options, message, capsys):

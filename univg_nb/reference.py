@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-task", type=int, default=0, help="test items drawn")
     parser.add_argument("--replies", type=int, default=8, help="sampled to each item")
     parser.add_argument("--chains", type=int, default=0, help="drawn for a stage 1")
-    parser.add_argument("--hasty", type=float, default=0.5, help="share of --chains")
+    parser.add_argument("--hasty", type=float, default=0.0, help="share of --chains")
     parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--questions and --per-task draw new data: give both or neither")
     if options.chains and not options.questions:
         parser.error("--chains are drawn with new questions: add --questions")
+    if options.hasty and not options.chains:
+        parser.error("--hasty is a share of --chains: add --chains")
     folder = f"reference_{options.name}" if options.name else "reference"
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
     if options.questions:

@@ -20,6 +20,7 @@ from univg_nb import benchmarks, grpo, reference, runs, samples, sft, statistics
 from univg_nb.benchmarks import Benchmark
 from univg_nb.minimig import export
 from univg_nb.predictions import sha256_of
+from univg_nb.reference_tables import MEASURES
 
 
 def points(grids: Sequence[str]) -> list[list[str]]:
@@ -78,7 +79,8 @@ def answers(
     """Measures per item of the adapter in the stage folder `trained`, on weights as
     rounded as those it was trained on; the replies are kept in `folder`."""
     four_bit = runs.load_scale(trained / "config.yaml")["sft"]["adapter"] == "qlora"
-    return reference.evaluate_one(run, bench, trained / "adapter", folder, four_bit)
+    found = reference.evaluate_one(run, bench, trained / "adapter", folder, four_bit)
+    return {measure: found[measure] for measure in MEASURES}
 
 
 def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, float]:
