@@ -96,6 +96,7 @@ class Children:
         if self.kills:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.agent.wait(seconds)
+            seconds = GRACE  # it has had its time
         self.stop(seconds)
 
     def stop(self, seconds: float) -> None:

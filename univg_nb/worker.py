@@ -2,8 +2,8 @@
 
 It trains as the notebook would (sft.train or grpo.train, on the rows and options of
 the request), keeps its state in a file that the launcher watches, makes sure that as
-many processes train together, and in the way, as were asked for, and answers SIGTERM
-with a checkpoint after the update at hand.
+many processes train together, and in the way, as were asked for, and answers SIGTERM,
+or the launcher's file STOP, with a checkpoint after the update at hand.
 """
 
 import os
