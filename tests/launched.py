@@ -3,6 +3,7 @@ as a notebook does."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,23 @@ def write_job(folder, stage, config, out, rows, **options):
     return job
 
 
+# No reply of these models has a box: the weight decay is what parts the policy from the
+# reference, so that there is a KL to learn from.
+GRPO = {
+    "num_generations": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 6,
+    "max_steps": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 100.0,
+    "adam_epsilon": 1e-4,  # else Adam steps by the rounding of a gradient of 0
+    "save_strategy": "no",
+    "seed": 3,
+}
+
+
 def caller(folder, *arguments, **options):
     """A process of its own that calls launch.train, as a kernel does."""
     job = write_job(folder, *arguments, **options)
@@ -100,3 +118,14 @@ def caller(folder, *arguments, **options):
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
+
+def cut_off(folder, stage, config, out, rows, after=2, **options):
+    """A training ended by SIGTERM to its caller when `after` updates are on record;
+    how many it had made."""
+    process = caller(folder, stage, config, out, rows, **options)
+    wait_for(lambda: updates(out) >= after)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    assert not (out / "summary.json").exists()
+    return updates(out)

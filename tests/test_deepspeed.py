@@ -6,12 +6,11 @@ Skipped without deepspeed. On a CPU it is installed, into the environment of
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed
 """
 
-import signal
 from importlib.util import find_spec
 
 import pytest
 import torch
-from launched import adapter, caller, losses, make_rows, scale, updates, wait_for
+from launched import GRPO, adapter, cut_off, losses, make_rows, scale
 
 from univg_nb import launch, models, runs
 
@@ -20,20 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed"),
 ]
 BF16 = {"bf16": True, "learning_rate": 1e-4, "num_train_epochs": 2}  # 8 updates
-GRPO = {
-    "num_generations": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_completion_length": 6,
-    "max_steps": 8,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 100.0,  # no reply has a box: this parts policy and reference
-    "adam_epsilon": 1e-4,
-    "save_strategy": "no",
-    "bf16": True,
-    "seed": 3,
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +58,16 @@ def test_the_strategy_in_force_and_a_result_that_loads_by_itself(
 def test_grpo_resumes_exactly_after_sigterm(model_cfg, rows, trained, tmp_path):
     """Full fine-tuning has a reference of its own, cut over the processes too."""
     strategy, kind, start = trained
-    config = {**scale(model_cfg, 2, strategy, adapter=kind), "grpo": GRPO}
+    config = {
+        **scale(model_cfg, 2, strategy, adapter=kind),
+        "grpo": GRPO | {"bf16": True, "learning_rate": 1e-4},
+    }
     options = {"sft_adapter": start / "adapter", "weight": "exp"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launch.train("grpo", config, whole, rows, **options)["steps"] == 8
     log = runs.read_jsonl(whole / "metrics.jsonl")
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6) and log[-1]["kl"] > 1e-5
-    process = caller(tmp_path, "grpo", config, cut, rows, **options)
-    wait_for(lambda: updates(cut) >= 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
-    assert 2 <= updates(cut) < 8
+    assert 2 <= cut_off(tmp_path, "grpo", config, cut, rows, **options) < 8
     launch.train("grpo", config, cut, rows, **options)
     assert losses(cut) == losses(whole)
     if kind == "lora":

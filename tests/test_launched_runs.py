@@ -15,9 +15,11 @@ import nbformat
 import psutil
 import pytest
 from launched import (
+    GRPO,
     ROOT,
     adapter,
     caller,
+    cut_off,
     losses,
     make_rows,
     scale,
@@ -31,21 +33,6 @@ from univg_nb import children, grpo, launch, runs, sft
 from univg_nb.processes import gone
 
 pytestmark = pytest.mark.slow
-# No reply of this model has a box: the weight decay is what parts the policy from the
-# reference, so that there is a KL to learn from.
-GRPO = {
-    "num_generations": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_completion_length": 6,
-    "max_steps": 8,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "weight_decay": 100.0,
-    "adam_epsilon": 1e-4,  # else Adam steps by the rounding of a gradient of 0
-    "save_strategy": "no",
-    "seed": 3,
-}
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +118,7 @@ def test_grpo_on_two_processes_equals_one_and_resumes_exactly_after_sigterm(
     assert replies(whole) == replies(one)
     assert any(len(set(texts)) == 2 for _, texts in replies(one))  # not greedy
 
-    process = caller(tmp_path, "grpo", config, cut, rows, **options)
-    wait_for(lambda: updates(cut) >= 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
-    assert 2 <= updates(cut) < 8
+    assert 2 <= cut_off(tmp_path, "grpo", config, cut, rows, **options) < 8
     launch.train("grpo", config, cut, rows, **options)
     assert replies(cut) == replies(whole)
     assert losses(cut) == losses(whole)
@@ -268,12 +251,8 @@ def test_two_nodes_meet_stop_go_on_and_learn_what_one_process_does(
     config = scale(model_cfg, 2)
     config["launch"] |= {"nodes": 2, "port": port}
     two, one = tmp_path / "two", tmp_path / "one"
-    process = caller(tmp_path, "sft", config, two, rows)
-    wait_for(lambda: updates(two) >= 1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    done = cut_off(tmp_path, "sft", config, two, rows, after=1)
     assert [state(two, rank)["state"] for rank in (0, 1)] == ["interrupted"] * 2
-    done = updates(two)
     assert 1 <= done < 16 and whole_checkpoints(two)
     assert launch.train("sft", config, two, rows)["steps"] == 16
     found = state(two, 1)
