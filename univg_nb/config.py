@@ -96,6 +96,11 @@ OWN_SECTIONS = {
     "launch": LaunchSection,
 }
 OPTIONAL = ("launch",)
+# Options that transformers renamed in 5.23: a scale has the new name with any version.
+FORMER_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,7 +182,9 @@ def describe(annotation: Any) -> str:
 
 def _fields(config_class: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if f.init}
+    found = {f.name: hints[f.name] for f in dataclasses.fields(config_class) if f.init}
+    renamed = {new: old for new, old in FORMER_NAMES.items() if old in found}
+    return {new: found[old] for new, old in renamed.items()} | found
 
 
 @functools.cache

@@ -5,6 +5,7 @@ that was written to its end, and repeats nothing: rows of the files it writes th
 newer than that checkpoint are dropped, and come again.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from univg_nb import runs
+from univg_nb.config import FORMER_NAMES
 
 COMPLETE = "complete.json"  # written last into a checkpoint
 
@@ -51,7 +53,9 @@ def library_options(
     }
     if "gradient_checkpointing" not in options:  # the old name of the same option
         options.setdefault("activation_checkpointing", gpu)
-    return options
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    former = {new: old for new, old in FORMER_NAMES.items() if new not in known}
+    return {former.get(key, key): value for key, value in options.items()}
 
 
 def check_world(arguments: TrainingArguments, section: str) -> None:
@@ -96,6 +100,7 @@ class Recorder(TrainerCallback):
         self.progress = progress
         self.shown = shown
         self.trainer: Any = None
+        self.first = 0  # updates made before this call
         self.began = time.perf_counter()
 
     def attach(self, trainer: Trainer) -> None:
@@ -106,6 +111,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = time.perf_counter()
+        self.first = state.global_step
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
