@@ -122,6 +122,12 @@ def build_trainer(
 ) -> DifficultyGRPOTrainer:
     """Everything up to the first update; `options` overrule the grpo section's."""
     section = config["grpo"]
+    train_norm = section.get("norm_learning_rate") is not None
+    if train_norm and section.get("use_vllm"):
+        raise ValueError(
+            "grpo.norm_learning_rate with grpo.use_vllm: TRL cannot hand a norm that "
+            "PEFT trains beside LoRA to vLLM; set grpo.norm_learning_rate=null"
+        )
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
     model, processor = models.load(
@@ -129,7 +135,7 @@ def build_trainer(
         sft_adapter,
         True,
         quantize,
-        train_norm=section.get("norm_learning_rate") is not None,
+        train_norm=train_norm,
     )
     if section.get("freeze_vision", True):
         models.freeze_vision(model)
@@ -188,7 +194,7 @@ def train(
     if trainer.is_world_process_zero():
         # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
         shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
-        summary = summarize(trainer, out, sft_adapter)
+        summary = summarize(trainer, out, sft_adapter, recorder.first)
         runs.write_json(out / "summary.json", summary)
     trainer.accelerator.wait_for_everyone()
     del trainer, recorder
@@ -208,15 +214,14 @@ def _fingerprint(
 
 
 def summarize(
-    trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path
+    trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path, first: int
 ) -> dict[str, Any]:
     """What a training did: means over the first and last tenth of the updates that
-    sampled replies; seconds are those of this call."""
+    sampled replies; seconds are those of this call, which began at update `first`."""
     logged = runs.read_jsonl(out / "metrics.jsonl")
     rows = [row for row in logged if "reward" in row]
     part = max(1, len(rows) // 10)
     seconds = logged[-1]["seconds"]
-    first = trainer._initial_global_step
 
     def mean(key: str, some: list[dict[str, Any]]) -> float:
         return sum(row[key] for row in some) / len(some)

@@ -2,7 +2,7 @@
 
 For large models on GPUs: vLLM batches by itself and keeps no ended row. The prompt, the
 pixels and the ban on vision tokens are those of `replies`; the adapters must have been
-merged into the folder that is served.
+merged into the folder that is served (`merge`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import openai
+from PIL.Image import Image
 
 from univg_nb import prompts
 from univg_nb.images import open_image
 from univg_nb.replies import VISION_TOKENS, Made
 from univg_nb.samples import GroundingSample
 from univg_nb.teacher import Teacher, client_of
+from univg_nb.vllm_rollout import resized
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -58,26 +60,24 @@ class Served:
     ) -> list[Made]:
         """One reply to each sample, all asked at once. See replies.reply.
 
-        `processor` gives the pixel limits and the banned tokens' numbers. Raises
-        ValueError for an unreadable image and for a server that cannot be reached or
-        refuses.
+        `processor` gives the pixel limits and the banned tokens' numbers: pictures are
+        sent as it resizes them, since vLLM takes no limits with a request unless it is
+        told to trust its clients. Raises ValueError for an unreadable image and for a
+        server that cannot be reached or refuses.
         """
-        size = processor.image_processor.size
         banned = processor.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
         ask = partial(
             self._ask,
             client_of(Teacher(self.base_url, self.model, timeout=self.timeout)),
-            {path: _url(path, s.id) for s in samples for path in s.images},
+            {
+                path: _url(resized(open_image(path, s.id), processor.image_processor))
+                for s in samples
+                for path in s.images
+            },
             style=style,
             max_tokens=max_new_tokens,
             temperature=temperature,
             logit_bias={str(token): -100 for token in banned},
-            extra_body={
-                "mm_processor_kwargs": {
-                    "min_pixels": size["shortest_edge"],
-                    "max_pixels": size["longest_edge"],
-                }
-            },
         )
         try:
             with ThreadPoolExecutor(max(1, len(samples))) as pool:
@@ -116,8 +116,8 @@ class Served:
         )
 
 
-def _url(path: str, sample_id: str) -> str:
-    """The image as a data URL, unchanged: PNG loses nothing, the server resizes."""
+def _url(picture: Image) -> str:
+    """It as a data URL; PNG loses nothing."""
     buffer = io.BytesIO()
-    open_image(path, sample_id).save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

