@@ -11,8 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import small
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 
-from univg_nb import evaluate, models, replies
+from univg_nb import evaluate, merge, models, replies, vllm_rollout
 from univg_nb.generation import OtherSettings, generate, part_path
 from univg_nb.predictions import settings_path
 from univg_nb.samples import GroundingSample
@@ -176,12 +179,38 @@ def test_a_served_model_gives_the_replies_of_the_same_model_here(
             )
         asked = endpoint.requests[0]
         endpoint.shutdown()
-    size = processor.image_processor.size
-    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    assert asked["mm_processor_kwargs"] == limits
+    # vLLM refuses pixel limits in a request: what is sent has the right size already
+    assert "mm_processor_kwargs" not in asked
+    sent = Image.open(tmp_path / "0_0.png")
+    assert vllm_rollout.resized(sent, processor.image_processor).size == sent.size
     assert asked["temperature"] == 0
     banned = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert asked["logit_bias"][str(banned)] == -100
+
+
+def test_a_merged_folder_is_the_model_with_its_adapter(tmp_path, capsys):
+    model, _ = models.load({"name_or_path": "tiny"})
+    kept = {name: weight.clone() for name, weight in model.named_parameters()}
+    lora = LoraConfig(
+        r=2, target_modules=models.LANGUAGE_LINEARS, init_lora_weights=False
+    )
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "merged"
+    arguments = ["--model", "tiny", "--scale", "tiny", "--out", str(out)]
+    arguments += ["--adapter", str(tmp_path / "adapter")]
+    assert merge.main(arguments) == 0
+    expected, _ = models.load({"name_or_path": "tiny"}, tmp_path / "adapter")
+    expected = expected.merge_and_unload()
+    found, processor = models.load({"name_or_path": str(out)})
+    weights = dict(expected.named_parameters())
+    changed = 0
+    for name, weight in found.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+        changed += not torch.equal(weight, kept[name])
+    assert changed == 4 * 7  # the linear layers of four blocks
+    assert processor.image_processor.size["longest_edge"] == 4096
+    assert merge.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()].count("merged") == 1
 
 
 def test_a_served_model_takes_no_adapter(folder, items, tmp_path, capsys):

@@ -120,22 +120,16 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 def _load(model_config: dict, options: argparse.Namespace) -> tuple:
     """Model and processor; several adapters go on top of each other, in order."""
-    from univg_nb import models
+    from univg_nb import merge, models
 
-    adapters = options.adapter or [None]
-    merge = options.quantize is None and adapters[0] is not None
-    model, processor = models.load(
-        model_config, adapters[0], quantize=options.quantize, merge=merge
-    )
-    if len(adapters) > 1:
-        if options.quantize:
-            raise ValueError(
-                "--quantize takes one --adapter: 4-bit weights do not merge"
-            )
-        from peft import PeftModel
-
-        for path in adapters[1:]:
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    if options.quantize and len(options.adapter) > 1:
+        raise ValueError("--quantize takes one --adapter: 4-bit weights do not merge")
+    if options.quantize or not options.adapter:
+        (adapter,) = options.adapter or [None]
+        made = models.load(model_config, adapter, quantize=options.quantize)
+    else:
+        made = merge.merged(model_config, options.adapter)
+    model, processor = made
     return model.eval(), processor
 
 
@@ -146,8 +140,9 @@ def _served(model_config: dict, options: argparse.Namespace) -> tuple:
 
     if options.adapter or options.quantize:
         raise ValueError(
-            "--server answers with what it serves: merge the adapter, serve the merged "
-            "folder and give it as --model, without --adapter and --quantize"
+            "--server answers with what it serves: merge the adapter (python -m "
+            "univg_nb.merge), serve the merged folder and give it as --model, without "
+            "--adapter and --quantize"
         )
     processor = models.load_processor(model_config)
     return Served(options.server, options.model), processor

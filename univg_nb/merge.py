@@ -1,0 +1,74 @@
+"""Adapters folded into the weights: a folder that transformers and vLLM load.
+
+    python -m univg_nb.merge --model M --adapter A --scale full --out FOLDER
+    vllm serve FOLDER
+    python -m univg_nb.evaluate generate --server http://127.0.0.1:8000/v1 \\
+        --model FOLDER --scale full ...
+
+An adapter of stage 2 takes the place of that of stage 1, so one is enough (README).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from univg_nb import models, runs
+
+
+def merged(model_cfg: Mapping[str, Any], adapters: Sequence[str | Path]) -> tuple:
+    """(model, processor) with `adapters`, at least one, each on top of the last.
+
+    Into unrounded weights: after QLoRA too, see models.load.
+    """
+    model, processor = models.load(model_cfg, adapters[0], merge=True)
+    if len(adapters) > 1:
+        from peft import PeftModel
+
+        for path in adapters[1:]:
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return model, processor
+
+
+def write(
+    model_cfg: Mapping[str, Any], adapters: Sequence[str | Path], out: str | Path
+) -> Path:
+    """Save `merged` with its processor, whole or not at all. ValueError if `out` is."""
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists; remove it or name another folder")
+    model, processor = merged(model_cfg, adapters)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    os.replace(unfinished, out)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; a user's mistake ends as one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m univg_nb.merge")
+    add = parser.add_argument
+    add("--model", required=True, help='"tiny", a local folder or a hub name')
+    add("--adapter", nargs="+", required=True, help="each on top of the last")
+    add("--scale", required=True, help="name or .yaml: dtype and pixel limits")
+    add("--out", required=True, help="folder to write; must not exist")
+    options = parser.parse_args(arguments)
+    try:
+        section = runs.load_scale(options.scale)["model"]
+        section = {**section, "name_or_path": options.model}
+        print(write(section, options.adapter, options.out))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
