@@ -79,7 +79,8 @@ def test_several_nodes_meet_at_the_first(monkeypatch):
 
 
 def test_what_is_said_when_the_number_of_processes_changes():
-    assert "exact" in launch.resume_statement(2, 2, "zero3")
+    assert launch.resume_statement(2, 2, "zero3").endswith(": exact")
+    assert "vLLM samples anew" in launch.resume_statement(2, 2, "zero3", vllm=True)
     assert "Not exact: the order of sums" in launch.resume_statement(2, 4, "fsdp2")
     with pytest.raises(ValueError, match="use 8 processes"):
         launch.resume_statement(8, 4, "zero3")

@@ -10,21 +10,25 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 from PIL import Image
 
-from univg_nb import grpo, models, prompts, runs, vllm_rollout
+from univg_nb import grpo, models, preflight, prompts, runs, vllm_options, vllm_rollout
 from univg_nb.generation import generate
 from univg_nb.samples import GroundingSample
 from univg_nb.served import Served
 
+ROOT = Path(__file__).parents[1]
 LIMITS = {"min_pixels": 1024, "max_pixels": 2304}  # narrower than the shipped model's
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="vllm is not installed")
 
@@ -105,10 +109,34 @@ def test_other_log_probs_than_the_policys_are_said(caplog):
     assert "0.3 nats" in caplog.text and "grpo.use_vllm=false" in caplog.text
 
 
-def test_a_trained_norm_and_vllm_are_refused_before_anything_is_loaded(tmp_path):
-    config = runs.override(runs.load_scale("tiny"), "grpo.use_vllm=true")
-    with pytest.raises(ValueError, match="norm_learning_rate=null"):
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ([], "grpo.norm_learning_rate=null"),
+        (["grpo.norm_learning_rate=null", "sft.adapter=qlora"], "sft.adapter=lora"),
+    ],
+)
+def test_what_trl_cannot_hand_over_is_refused_before_anything_loads(
+    tmp_path, changes, remedy
+):
+    config = runs.load_scale("tiny")
+    assert vllm_options.conflict(config) == ""
+    for change in ["grpo.use_vllm=true", *changes]:
+        config = runs.override(config, change)
+    with pytest.raises(ValueError, match=remedy):
         grpo.build_trainer(config, tmp_path, [], tmp_path)
+    checks = {c.name: c for c in preflight.check_packages(config, "single")}
+    assert remedy in checks["settings for vLLM"].detail
+    assert not checks["settings for vLLM"].ok
+
+
+def test_another_version_of_vllm_than_the_tried_one_is_said():
+    assert vllm_options.version_note("0.32.1+cu129") == "ok"
+    assert "0.31.0 found; tried with" in vllm_options.version_note("0.31.0")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = map(Requirement, project["optional-dependencies"]["gpu"])
+    (declared,) = [extra.specifier for extra in extras if extra.name == "vllm"]
+    assert declared == vllm_options.TRIED
 
 
 # ---------------------------------------------------------------- vLLM itself

@@ -29,7 +29,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig
 
-from univg_nb import models, runs, samples, training
+from univg_nb import models, runs, samples, training, vllm_options
 from univg_nb.config import whole_batch
 from univg_nb.grpo_trainer import DifficultyGRPOTrainer
 from univg_nb.prompts import user_text
@@ -123,11 +123,8 @@ def build_trainer(
     """Everything up to the first update; `options` overrule the grpo section's."""
     section = config["grpo"]
     train_norm = section.get("norm_learning_rate") is not None
-    if train_norm and section.get("use_vllm"):
-        raise ValueError(
-            "grpo.norm_learning_rate with grpo.use_vllm: TRL cannot hand a norm that "
-            "PEFT trains beside LoRA to vLLM; set grpo.norm_learning_rate=null"
-        )
+    if problem := vllm_options.conflict(config):
+        raise ValueError(f"grpo.use_vllm with {problem}")
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
     model, processor = models.load(

@@ -106,13 +106,15 @@ def environment(strategy: str, gpu: bool) -> dict[str, str]:
     return made
 
 
-def resume_statement(before: int, now: int, strategy: str) -> str:
-    """What is and is not exact when a checkpoint goes on with other processes.
+def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -> str:
+    """What is and is not exact when a checkpoint goes on, with so many processes.
 
+    vllm: whether it samples the replies; its engines begin anew.
     Raises ValueError where it cannot go on at all.
     """
     if before == now:
-        return f"goes on with {now} process(es), as before: exact"
+        but = ", but for the replies, which vLLM samples anew" if vllm else ""
+        return f"goes on with {now} process(es), as before: exact{but}"
     if strategy in ZERO:
         raise ValueError(
             f"the checkpoint was written by {before} processes under DeepSpeed, whose "
@@ -175,7 +177,8 @@ def train(
     }
     request = json.loads(json.dumps(request, default=str))  # paths become texts
     refuse_second(folder)
-    announce_resume(folder, processes, strategy)
+    vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
+    announce_resume(folder, processes, strategy, vllm)
     for old in [*folder.glob("rank-*"), folder / "summary.json", folder / STOP]:
         old.unlink(missing_ok=True)
     write_json(folder / "request.json", request)
@@ -210,12 +213,15 @@ def refuse_second(folder: Path) -> None:
         )
 
 
-def announce_resume(folder: Path, processes: int, strategy: str) -> None:
+def announce_resume(
+    folder: Path, processes: int, strategy: str, vllm: bool = False
+) -> None:
     """Say how exact going on will be, if there is a checkpoint to go on from."""
     launched = folder / "launched.json"
     if launched.is_file() and any(folder.parent.glob("checkpoints/checkpoint-*")):
         before = read_json(launched)["processes"]
-        print(f"{folder.parent.name} {resume_statement(before, processes, strategy)}")
+        statement = resume_statement(before, processes, strategy, vllm)
+        print(f"{folder.parent.name} {statement}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from univg_nb import cost_model, runs
+from univg_nb import cost_model, runs, vllm_options
 from univg_nb.audit import audit
 from univg_nb.config import spread
 from univg_nb.cost_model import Plan
@@ -118,7 +118,14 @@ def check_packages(config: Mapping[str, Any], strategy: str) -> list[Check]:
             except (ImportError, OSError) as error:  # built for another torch or CUDA
                 problem = f"does not import: {error}"
         remedy = f"{problem}; pip install '.[gpu]', or set {instead}"
-        made.append(Check(f"package {name}", not problem, remedy if problem else "ok"))
+        detail = remedy if problem else "ok"
+        if name == "vllm" and not problem:
+            installed = importlib.import_module(name).__version__
+            detail = vllm_options.version_note(installed)
+        made.append(Check(f"package {name}", not problem, detail))
+    if "vllm" in needed:
+        problem = vllm_options.conflict(config)
+        made.append(Check("settings for vLLM", not problem, problem or "ok"))
     return made
 
 
