@@ -213,12 +213,17 @@ def test_a_merged_folder_is_the_model_with_its_adapter(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()].count("merged") == 1
 
 
-def test_a_served_model_takes_no_adapter(folder, items, tmp_path, capsys):
+def test_a_served_model_takes_no_adapter_and_shrinks_no_images(
+    folder, items, tmp_path, capsys
+):
     from univg_nb import samples
 
     samples.write(items[:1], tmp_path / "r.json", "mig_bench")
     arguments = ["generate", "--records", str(tmp_path / "r.json"), "--scale", "tiny"]
     arguments += ["--model", str(folder), "--out", str(tmp_path / "p.jsonl")]
-    arguments += ["--server", "http://127.0.0.1:9/v1", "--adapter", "a"]
-    assert evaluate.main(arguments) == 2
+    arguments += ["--server", "http://127.0.0.1:9/v1"]
+    assert evaluate.main([*arguments, "--adapter", "a"]) == 2
     assert "merge the adapter" in capsys.readouterr().err
+    # its server would shrink the pictures again, and nobody would see it
+    assert evaluate.main([*arguments, "--set", "model.max_pixels=100000"]) == 2
+    assert "shrinks images to 4096 pixels" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from univg_nb import config, runs
+from univg_nb import config, runs, training
 
 # ---------------------------------------------------------------- files
 
@@ -138,8 +138,8 @@ def test_the_libraries_take_the_options_of_a_scale(name, tmp_path):
     LoraConfig(**scale["sft"]["lora"])
     for section, library in (("sft", SFTConfig), ("grpo", GRPOConfig)):
         own = config.OWN_SECTIONS[section].__annotations__
-        options = {k: v for k, v in scale[section].items() if k not in own}
-        assert library(output_dir=str(tmp_path), **options).report_to == []
+        options = training.library_options(scale[section], tmp_path, list(own))
+        assert library(**options).report_to == []
 
 
 def test_full_equals_the_paper():

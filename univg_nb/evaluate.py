@@ -145,6 +145,15 @@ def _served(model_config: dict, options: argparse.Namespace) -> tuple:
             "--adapter and --quantize"
         )
     processor = models.load_processor(model_config)
+    own = models.load_processor({"name_or_path": options.model}).image_processor.size
+    asked = processor.image_processor.size
+    if own["longest_edge"] < asked["longest_edge"]:
+        raise ValueError(
+            f"the processor in {options.model} shrinks images to "
+            f"{own['longest_edge']} pixels, and so would a server, but "
+            f"{asked['longest_edge']} are asked for; serve a folder that python -m "
+            "univg_nb.merge wrote"
+        )
     return Served(options.server, options.model), processor
 
 

@@ -38,11 +38,17 @@ def merged(model_cfg: Mapping[str, Any], adapters: Sequence[str | Path]) -> tupl
 def write(
     model_cfg: Mapping[str, Any], adapters: Sequence[str | Path], out: str | Path
 ) -> Path:
-    """Save `merged` with its processor, whole or not at all. ValueError if `out` is."""
+    """Save `merged`, whole or not at all. ValueError if `out` exists.
+
+    The processor is saved with the base model's own pixel limits, not the scale's:
+    pictures are sent to a server at the size they are to have, and it must not shrink
+    them again.
+    """
     out = Path(out)
     if out.exists():
         raise ValueError(f"--out {out} exists; remove it or name another folder")
-    model, processor = merged(model_cfg, adapters)
+    model, _ = merged(model_cfg, adapters)
+    processor = models.load_processor({"name_or_path": model_cfg["name_or_path"]})
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", required=True, help='"tiny", a local folder or a hub name')
     add("--adapter", nargs="+", required=True, help="each on top of the last")
-    add("--scale", required=True, help="name or .yaml: dtype and pixel limits")
+    add("--scale", required=True, help="name or .yaml, for the dtype")
     add("--out", required=True, help="folder to write; must not exist")
     options = parser.parse_args(arguments)
     try:
