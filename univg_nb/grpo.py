@@ -125,6 +125,8 @@ def build_trainer(
     train_norm = section.get("norm_learning_rate") is not None
     if problem := vllm_options.conflict(config):
         raise ValueError(f"grpo.use_vllm with {problem}")
+    if problem := vllm_options.server_problem(section):
+        raise ValueError(problem)
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
     model, processor = models.load(

@@ -206,6 +206,8 @@ def check_machine(
     if server and grpo.get("vllm_server_host", "0.0.0.0") in ("0.0.0.0", "127.0.0.1"):
         port = grpo.get("vllm_server_port", 8000)
         made.append(check_port(port, "vLLM server", taken=True))
+        problem = vllm_options.server_problem(grpo)
+        made.append(Check("version of the vLLM server", not problem, problem or "ok"))
     return made
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -37,3 +41,44 @@ def version_note(installed: str) -> str:
     """
     base = Version(installed).base_version  # 0.32.0+cu129 counts as 0.32.0
     return "ok" if base in TRIED else f"{installed} found; tried with {TRIED}"
+
+
+def server_address(grpo: Mapping[str, Any]) -> str:
+    """Where TRL looks for the server of a scale's grpo section."""
+    host = grpo.get("vllm_server_host", "0.0.0.0")
+    port = grpo.get("vllm_server_port", 8000)
+    return grpo.get("vllm_server_base_url") or f"http://{host}:{port}"
+
+
+def served_by_trl() -> SpecifierSet:
+    """The versions of vLLM whose server the installed TRL reads."""
+    for text in importlib.metadata.requires("trl") or []:
+        wanted = Requirement(text)
+        if wanted.name == "vllm":
+            return wanted.specifier
+    raise AssertionError("TRL no longer names the versions of vLLM it works with")
+
+
+def server_problem(grpo: Mapping[str, Any]) -> str:
+    """Why the running server cannot sample for GRPO, and what to do; or "".
+
+    A server of vLLM 0.32 answers with log-probs in a form that TRL 1.16 fails on. The
+    server may be of another version than the vLLM beside the trainer. One that does not
+    answer is no problem here: TRL waits for it.
+    """
+    if not grpo.get("use_vllm") or grpo.get("vllm_mode") != "server":
+        return ""
+    address = server_address(grpo)
+    try:
+        with urllib.request.urlopen(f"{address}/version", timeout=5) as answer:
+            version = json.load(answer)["version"]
+    except OSError:
+        return ""
+    wanted = served_by_trl()
+    if Version(version).base_version in wanted:
+        return ""
+    return (
+        f"{address} is vLLM {version}, whose replies TRL cannot read ({wanted}); serve "
+        'with pip install "vllm<=0.31" in an environment of its own, or set '
+        "grpo.vllm_mode=colocate"
+    )
