@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import gather_object
+from packaging.version import Version
 from torch import Tensor
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
@@ -289,6 +291,15 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         name = f"checkpoint-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial=trial)) / name
         torch.save(state, self._rollout_file(folder))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """The Trainer's. Before transformers 5.23 it loads the reference and not the
+        adapter that was trained, where a checkpoint has both."""
+        super()._load_from_checkpoint(checkpoint, model)
+        older = Version(transformers.__version__) < Version("5.23")
+        if older and (Path(checkpoint) / "ref").is_dir():
+            adapted = self.model if model is None else model
+            adapted.load_adapter(checkpoint, "default", is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
