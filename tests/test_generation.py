@@ -210,6 +210,16 @@ def test_a_merged_folder_is_the_model_with_its_adapter(tmp_path, capsys):
     assert changed == 4 * 7  # the linear layers of four blocks
     assert processor.image_processor.size["longest_edge"] == 4096
     assert merge.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    # a fully trained model, whose processor has the limits it was trained under
+    processor.image_processor.size["longest_edge"] = 1024
+    processor.save_pretrained(out)
+    saved = models.load_processor({"name_or_path": str(out)}).image_processor
+    assert saved.size["longest_edge"] == 1024
+    again = merge.write({"name_or_path": "tiny"}, [out], tmp_path / "again")
+    copy, processor = models.load({"name_or_path": str(again)})
+    assert processor.image_processor.size["longest_edge"] == 4096
+    for name, weight in copy.named_parameters():
+        assert torch.equal(weight, weights[name]), name
     assert [path.name for path in tmp_path.iterdir()].count("merged") == 1
 
 

@@ -122,7 +122,6 @@ def build_trainer(
 ) -> DifficultyGRPOTrainer:
     """Everything up to the first update; `options` overrule the grpo section's."""
     section = config["grpo"]
-    train_norm = section.get("norm_learning_rate") is not None
     if problem := vllm_options.conflict(config):
         raise ValueError(f"grpo.use_vllm with {problem}")
     if problem := vllm_options.server_problem(section):
@@ -134,7 +133,7 @@ def build_trainer(
         sft_adapter,
         True,
         quantize,
-        train_norm=train_norm,
+        train_norm=section.get("norm_learning_rate") is not None,
     )
     if section.get("freeze_vision", True):
         models.freeze_vision(model)

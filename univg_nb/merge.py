@@ -5,7 +5,8 @@
     python -m univg_nb.evaluate generate --server http://127.0.0.1:8000/v1 \\
         --model FOLDER --scale full ...
 
-An adapter of stage 2 takes the place of that of stage 1, so one is enough (README).
+An adapter of stage 2 takes the place of that of stage 1, so one is enough. A fully
+trained model is given as --adapter too: it gets the base's processor (see `write`).
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+
 from univg_nb import models, runs
 
 
-def merged(model_cfg: Mapping[str, Any], adapters: Sequence[str | Path]) -> tuple:
+def merged(
+    model_cfg: Mapping[str, Any], adapters: Sequence[str | Path]
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """(model, processor) with `adapters`, at least one, each on top of the last.
 
     Into unrounded weights: after QLoRA too, see models.load.
     """
     model, processor = models.load(model_cfg, adapters[0], merge=True)
-    if len(adapters) > 1:
-        from peft import PeftModel
-
-        for path in adapters[1:]:
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    for path in adapters[1:]:
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
     return model, processor
 
 
@@ -47,7 +50,8 @@ def write(
     out = Path(out)
     if out.exists():
         raise ValueError(f"--out {out} exists; remove it or name another folder")
-    model, _ = merged(model_cfg, adapters)
+    # Nothing attends here: no need of flash-attn, nor of a GPU that has it.
+    model, _ = merged({**model_cfg, "attn_implementation": "sdpa"}, adapters)
     processor = models.load_processor({"name_or_path": model_cfg["name_or_path"]})
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from univg_nb import cost_model, runs, vllm_options
 from univg_nb.audit import audit
@@ -202,10 +203,10 @@ def check_machine(
     made.append(check_gpus(processes, launch.get("nodes", 1)))
     if launch.get("port"):
         made.append(check_port(launch["port"], "port of the rendezvous"))
-    server = grpo.get("use_vllm") and grpo.get("vllm_mode") == "server"
-    if server and grpo.get("vllm_server_host", "0.0.0.0") in ("0.0.0.0", "127.0.0.1"):
-        port = grpo.get("vllm_server_port", 8000)
-        made.append(check_port(port, "vLLM server", taken=True))
+    if grpo.get("use_vllm") and grpo.get("vllm_mode") == "server":
+        server = urlsplit(vllm_options.server_address(grpo))
+        if server.hostname in ("0.0.0.0", "127.0.0.1", "localhost"):
+            made.append(check_port(server.port or 80, "vLLM server", taken=True))
         problem = vllm_options.server_problem(grpo)
         made.append(Check("version of the vLLM server", not problem, problem or "ok"))
     return made

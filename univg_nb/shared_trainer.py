@@ -33,7 +33,7 @@ from univg_nb.folded import folded
 from univg_nb.noise import noise_seed
 from univg_nb.sampling import ban_vision_tokens, can_share_rollout, logits_warp
 from univg_nb.vision_cache import VisionCache, tower_trains
-from univg_nb.vllm_rollout import vllm_inputs, warn_of_difference
+from univg_nb.vllm_rollout import check_difference, vllm_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self.processing_class = self.real_processor
-        warn_of_difference(self._metrics["train" if self.model.training else "eval"])
+        check_difference(self._metrics["train" if self.model.training else "eval"])
         return output
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list, dict]:

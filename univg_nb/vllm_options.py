@@ -74,6 +74,8 @@ def server_problem(grpo: Mapping[str, Any]) -> str:
             version = json.load(answer)["version"]
     except OSError:
         return ""
+    except (ValueError, KeyError, TypeError):
+        return f"{address} does not answer as a vLLM server; set grpo.vllm_server_port"
     wanted = served_by_trl()
     if Version(version).base_version in wanted:
         return ""
