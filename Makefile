@@ -8,7 +8,7 @@ NB ?=
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
-RUN := $(BIN)/python -m univg_nb.run_notebooks --scale $(SCALE) --run-dir $(RUN_DIR)
+RUN := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir $(RUN_DIR)
 
 # glibc keeps freed memory: torch on a CPU is much faster with it (see run_notebooks.py).
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
@@ -71,28 +71,28 @@ figures: $(STAMP) ## redraw every table and figure from the artefacts of RUN_DIR
 	@$(RUN) --fresh 09
 
 small full: $(STAMP)
-	@$(BIN)/python -m univg_nb.run_notebooks --scale $@ --run-dir runs/$@ $(LAUNCH) \
+	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) \
 	    $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
 small: ## Qwen2-VL-2B, QLoRA, one 24 GB GPU; never run by the authors
 full: ## Qwen2-VL-7B, the paper's recipe on GPUS=8; never run by the authors
 
 plan: $(STAMP) ## what SCALE needs on GPUS x GPU=H100-80G, and what is missing here
-	@$(BIN)/python -m univg_nb.launch plan $(SCALE) --gpus $(GPUS) \
+	@$(BIN)/python -m univg_nb plan $(SCALE) --gpus $(GPUS) \
 	    $(if $(GPU),--gpu $(GPU)) $(LAUNCH)
 
 data: $(STAMP) ## download the released data and weights (SCALE=small or full) to DATA
-	@$(BIN)/python -m univg_nb.download $(SCALE) --to $(DATA) $(if $(YES),--yes)
+	@$(BIN)/python -m univg_nb download $(SCALE) --to $(DATA) $(if $(YES),--yes)
 
 base: $(STAMP) ## train the shipped tiny model again, from nothing
-	$(BIN)/python -m univg_nb.pretrain --out runs/base
-	$(BIN)/python -m univg_nb.pretrain_evaluate runs/base/model
+	$(BIN)/python -m univg_nb.base_model.training --out runs/base
+	$(BIN)/python -m univg_nb.base_model.evaluate runs/base/model
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests
 
 record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/ and README.md
-	@$(BIN)/python -m univg_nb.run_notebooks --record $(RUN_DIR) $(NB)
+	@$(BIN)/python -m univg_nb run --record $(RUN_DIR) $(NB)
 
 clean: ## remove caches and runs/smoke, runs/tiny (not .venv, not other runs)
 	rm -rf runs/smoke runs/tiny .pytest_cache .ruff_cache .hypothesis build

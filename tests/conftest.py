@@ -1,6 +1,8 @@
 """For all tests: no network, no windows, no fight over the cores."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -9,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+sys.path.insert(0, str(Path(__file__).parent / "train"))  # until test_grpo is split
 
 # A busy machine is not a failure.
 settings.register_profile("univg", deadline=None)

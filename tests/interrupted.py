@@ -14,10 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from univg_nb import grpo, sft
-from univg_nb.grpo_trainer import DifficultyGRPOTrainer
-from univg_nb.samples import GroundingSample
-from univg_nb.sft_trainer import GroundingSFTTrainer
+from univg_nb.data.sample import GroundingSample
+from univg_nb.train import grpo, sft
+from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
+from univg_nb.train.sft import GroundingSFTTrainer
 
 STAGES = {
     "sft": (sft.train, GroundingSFTTrainer),
@@ -33,7 +33,7 @@ def killed(folder: Path, stage: str, config: dict, rows, out: Path, **job) -> in
         {"stage": stage, "config": config, "rows": rows, "out": str(out), **job}
     )
     path.write_text(text)
-    root = str(Path(sft.__file__).parents[1])
+    root = str(Path(sft.__file__).parents[2])
     return subprocess.run(
         [sys.executable, __file__, str(path)], env={**os.environ, "PYTHONPATH": root}
     ).returncode

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from univg_nb import launch, runs
-from univg_nb.samples import GroundingSample
+from univg_nb import io
+from univg_nb.data.sample import GroundingSample
+from univg_nb.launch import launcher
 
-ROOT = Path(launch.__file__).parents[1]
+ROOT = Path(launcher.__file__).parents[2]
 
 CALL = """
 import json, sys
-from univg_nb import launch, worker
+from univg_nb.launch import launcher as launch, worker
 job = json.load(open(sys.argv[1]))
 rows = worker.rows_of(job["rows"])
 launch.train(job["stage"], job["config"], job["out"], rows, **job["options"])
@@ -64,7 +65,7 @@ def scale(model_cfg, processes, strategy="ddp", **options):
 
 
 def losses(out):
-    return [row["loss"] for row in runs.read_jsonl(out / "metrics.jsonl")]
+    return [row["loss"] for row in io.read_jsonl(out / "metrics.jsonl")]
 
 
 def adapter(out):
@@ -74,7 +75,7 @@ def adapter(out):
 def updates(out):
     """How many updates are on record."""
     path = out / "metrics.jsonl"
-    return len(runs.read_jsonl(path)) if path.is_file() else 0
+    return len(io.read_jsonl(path)) if path.is_file() else 0
 
 
 def wait_for(condition, seconds=300):

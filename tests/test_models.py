@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import Qwen2VLForConditionalGeneration
 
-from univg_nb import models, tiny_model, zero3
+from univg_nb import models
+from univg_nb.base_model import architecture
 
 SENTENCES = [
     "Find the red cup in image 2. <think>In image 1 there is a lamp.</think>",
@@ -21,9 +22,9 @@ LORA = {"r": 4, "lora_alpha": 8}
 
 def make_tiny(folder: Path) -> Path:
     """The shipped model's architecture with random weights and a small vocabulary."""
-    tokenizer = tiny_model.train_tokenizer(SENTENCES)
-    tiny_model.build_model(tokenizer, seed=0).save_pretrained(folder)
-    tiny_model.build_processor(tokenizer).save_pretrained(folder)
+    tokenizer = architecture.train_tokenizer(SENTENCES)
+    architecture.build_model(tokenizer, seed=0).save_pretrained(folder)
+    architecture.build_processor(tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -194,9 +195,9 @@ def test_account_on_the_meta_device(tiny):
 def test_a_weight_cut_over_processes_counts_whole():
     """ZeRO-3 leaves an empty parameter that knows its size (really: test_deepspeed)."""
     parameter = torch.nn.Parameter(torch.empty(0))
-    assert zero3.entries(parameter) == 0
+    assert models.entries(parameter) == 0
     parameter.ds_numel = 12
-    assert zero3.entries(parameter) == 12
+    assert models.entries(parameter) == 12
 
 
 def test_no_warning_of_a_kernel_that_nobody_needs(caplog):

@@ -11,19 +11,24 @@ from pathlib import Path
 from test_models import make_tiny
 from transformers import Qwen2VLForConditionalGeneration
 
-from univg_nb import models, rewards, runs
+from univg_nb import io, models
+from univg_nb.train import rewards
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_defect_of_the_training_code_has_a_test():
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "".join(
+        path.read_text() for path in Path(__file__).parent.glob("**/test_*.py")
+    )
     found = set(re.findall(r"^def test_(?:\w*_)?(T\d+)_", text, re.MULTILINE))
     assert found >= {f"T{number}" for number in range(1, 13)}
 
 
 def test_every_defect_of_the_evaluation_code_has_a_test():
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "".join(
+        path.read_text() for path in Path(__file__).parent.glob("**/test_*.py")
+    )
     found = set(re.findall(r"^def test_(?:\w*_)?(E\d+)_", text, re.MULTILINE))
     assert found == {f"E{number}" for number in range(1, 10)}
 
@@ -58,8 +63,8 @@ def test_T11_a_row_that_was_cut_off_does_not_spoil_the_next(tmp_path):
     """Released: every process appended to one debug file. One process writes ours
     (test_grpo: test_T2_nor_on_two_processes), in whole rows."""
     path = tmp_path / "rollouts.jsonl"
-    runs.append_jsonl(path, {"step": 1})
+    io.append_jsonl(path, {"step": 1})
     with open(path, "a") as file:
         file.write(json.dumps({"step": 2})[:5])
-    runs.append_jsonl(path, {"step": 2})
-    assert runs.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    io.append_jsonl(path, {"step": 2})
+    assert io.read_jsonl(path) == [{"step": 1}, {"step": 2}]

@@ -6,17 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from univg_nb import config, runs, training
+from univg_nb import config, io, runs
+from univg_nb.train import checkpoints
 
 # ---------------------------------------------------------------- files
 
 
 def test_write_json_is_whole_or_old(tmp_path):
     path = tmp_path / "deep" / "a.json"
-    runs.write_json(path, {"a": 1})
+    io.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
-        runs.write_json(path, {"a": float("nan")})
-    assert runs.read_json(path) == {"a": 1}
+        io.write_json(path, {"a": float("nan")})
+    assert io.read_json(path) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
@@ -24,7 +25,7 @@ def test_read_json_names_file_and_line(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('{"a": 1,\n"b" 2}')
     with pytest.raises(ValueError, match=r"bad\.json, line 2: malformed JSON"):
-        runs.read_json(path)
+        io.read_json(path)
 
 
 rows = st.lists(
@@ -38,22 +39,22 @@ rows = st.lists(
 def test_jsonl_survives_a_cut_at_any_byte(tmp_path_factory, rows, data):
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
     for row in rows:
-        runs.append_jsonl(path, row)
-    assert runs.read_jsonl(path) == rows
+        io.append_jsonl(path, row)
+    assert io.read_jsonl(path) == rows
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     kept = whole[:cut].count(b"\n")
-    assert runs.read_jsonl(path) == rows[:kept]
-    runs.append_jsonl(path, {"after": 1})
-    assert runs.read_jsonl(path) == [*rows[:kept], {"after": 1}]
+    assert io.read_jsonl(path) == rows[:kept]
+    io.append_jsonl(path, {"after": 1})
+    assert io.read_jsonl(path) == [*rows[:kept], {"after": 1}]
 
 
 def test_jsonl_with_a_bad_line_inside_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
-        runs.read_jsonl(path)
+        io.read_jsonl(path)
 
 
 # ---------------------------------------------------------------- stages
@@ -91,7 +92,7 @@ def test_a_stage_knows_what_it_was_made_from(tmp_path):
 
 def test_the_manifest_records_a_stage(tmp_path):
     runs.stage(tmp_path, "data", {}).finish(n=3)
-    manifest = runs.read_json(tmp_path / "manifest.json")
+    manifest = io.read_json(tmp_path / "manifest.json")
     assert manifest["stages"]["data"]["peak_memory_mb"] > 10
     assert manifest["stages"]["data"]["seconds"] >= 0
     assert manifest["versions"]["trl"]
@@ -125,7 +126,7 @@ def test_relative_run_dirs_count_from_the_repository(tmp_path, monkeypatch):
 def test_shipped_scales_are_valid_and_survive_a_round_trip(name, tmp_path):
     scale = runs.load_scale(name)
     copy = tmp_path / "copy.yaml"
-    runs.write_text(copy, runs.dump(scale))
+    io.write_text(copy, runs.dump(scale))
     assert runs.load_scale(copy) == scale
 
 
@@ -138,7 +139,7 @@ def test_the_libraries_take_the_options_of_a_scale(name, tmp_path):
     LoraConfig(**scale["sft"]["lora"])
     for section, library in (("sft", SFTConfig), ("grpo", GRPOConfig)):
         own = config.OWN_SECTIONS[section].__annotations__
-        options = training.library_options(scale[section], tmp_path, list(own))
+        options = checkpoints.library_options(scale[section], tmp_path, list(own))
         assert library(**options).report_to == []
 
 

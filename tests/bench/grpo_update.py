@@ -29,10 +29,10 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from univg_nb import config, models, runs
-from univg_nb.grpo_trainer import DifficultyGRPOTrainer
-from univg_nb.rewards import format_reward, iou_reward
-from univg_nb.sampling import VISION_TOKENS
+from univg_nb import config, io, models, runs
+from univg_nb.fast.sampling import VISION_TOKENS
+from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
+from univg_nb.train.rewards import format_reward, iou_reward
 
 PARTS = ("generate", "reward", "reference", "policy", "optimiser")
 
@@ -170,7 +170,7 @@ def build_model(case: Case):
     model, processor = models.load(tiny)
     if case.model != "tiny":
         path = config.SCALES / "models" / f"{case.model}.json"
-        shape = Qwen2VLConfig(**runs.read_json(path))
+        shape = Qwen2VLConfig(**io.read_json(path))
         for name in ("image", "video", "vision_start", "vision_end"):
             key = f"{name}_token_id"
             setattr(shape, key, getattr(model.config, key))
@@ -285,4 +285,4 @@ if __name__ == "__main__":
         made = in_turns(*(Case(**one) for one in given))
     else:
         made = measure(Case(**given))
-    runs.write_json(sys.argv[2], made)
+    io.write_json(sys.argv[2], made)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from univg_nb.audit import audit
+from univg_nb.data.audit import audit
 
 pytestmark = pytest.mark.bench
 

@@ -5,9 +5,11 @@ import time
 import pytest
 import torch
 
-from univg_nb import models, samples, scoring
-from univg_nb.boxes import MODES, parse_box
-from univg_nb.generation import generate
+from univg_nb import models
+from univg_nb.data import files as samples
+from univg_nb.data.boxes import MODES, parse_box
+from univg_nb.evaluate import predictions
+from univg_nb.evaluate.generate import generate
 from univg_nb.minimig import export
 
 pytestmark = pytest.mark.bench
@@ -52,7 +54,7 @@ def batched_and_alone(loaded, items, folder, **options):
         summary = generate(*loaded, items, out, **options)
         clock[size] = time.perf_counter() - began[0]
         cpu[size] = time.process_time() - began[1]
-        said[size] = scoring.read_predictions(out)
+        said[size] = predictions.read_predictions(out)
     same = sum(said[1][i] == said[64][i] for i in said[1])
     print(
         f"\n{len(items)} items, {summary['tokens']} tokens: {clock[1]:.1f} s one at a "

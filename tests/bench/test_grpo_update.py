@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from univg_nb import runs
+from univg_nb import io, runs
 
 HERE = Path(__file__).parent
 OUT = runs.repo_root(HERE) / "notebooks" / "reference_runs" / "bench_grpo.json"
@@ -46,7 +46,7 @@ def run_case(case: dict | list[dict], folder: Path, on_gpu: bool) -> dict:
     script = [sys.executable, str(HERE / "grpo_update.py"), str(source), str(result)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-4000:]
-    return runs.read_json(result)
+    return io.read_json(result)
 
 
 def grown(base: dict, folder: Path, on_gpu: bool) -> dict:
@@ -150,7 +150,7 @@ def test_update_on_the_cpu(tmp_path):
         "bars": bars(rows),
         "rows": rows,
     }
-    runs.write_json(OUT, report)
+    io.write_json(OUT, report)
     draw(rows, OUT.with_suffix(".png"))
     print("\n" + table_of(rows).to_string(index=False))
     print(pd.DataFrame(report["bars"]).to_string(index=False))
@@ -166,14 +166,14 @@ def test_update_on_the_cpu(tmp_path):
 @pytest.mark.bench
 def test_growth_on_the_cpu(tmp_path):
     """Added to the report of the test above."""
-    report = runs.read_json(OUT)
+    report = io.read_json(OUT)
     growth = grown(TINY, tmp_path, False) | {"commit": runs.git_hash()}
     report |= {
         "bars": bars(report["rows"], growth["ratio"]),
         "growth": growth,
         "growth_of_short_replies": grown(SHORT, tmp_path, False),
     }
-    runs.write_json(OUT, report)
+    io.write_json(OUT, report)
     print(pd.DataFrame(report["bars"]).to_string(index=False))
     print(report["growth"], report["growth_of_short_replies"])
 
@@ -195,6 +195,6 @@ def test_update_on_a_gpu(tmp_path, model):
     growth = grown({**LARGE, "model": model}, tmp_path, True)
     report |= {"commit": runs.git_hash(), "bars": bars(rows, growth["ratio"])}
     report |= {"growth": growth, "rows": rows}
-    runs.write_json(OUT.with_name(f"bench_grpo_{model}.json"), report)
+    io.write_json(OUT.with_name(f"bench_grpo_{model}.json"), report)
     print("\n" + table_of(rows).to_string(index=False))
     print(pd.DataFrame(report["bars"]).to_string(index=False))

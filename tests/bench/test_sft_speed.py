@@ -10,9 +10,11 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from univg_nb import models, prompts, runs, samples, sft, training
-from univg_nb.images import open_image
+from univg_nb import models, runs
+from univg_nb.data import files, prompts
+from univg_nb.data.images import open_image
 from univg_nb.minimig import export
+from univg_nb.train import checkpoints, sft
 
 UPDATES, BATCH = 6, 32
 PADDING_BAR = 0.15  # share of all tokens of a batch
@@ -62,7 +64,7 @@ def plain(scale, rows, out):
             "images": [[open_image(path) for path in row] for row in batch["images"]],
         }
     )
-    options = training.library_options(section, out, sft.OWN_OPTIONS)
+    options = checkpoints.library_options(section, out, sft.OWN_OPTIONS)
     arguments = SFTConfig(**options | {"max_length": None, "save_strategy": "no"})
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=processor
@@ -78,7 +80,7 @@ def plain(scale, rows, out):
 def test_samples_per_second_and_padding(tmp_path):
     sizes = dict.fromkeys(export.SIZES, 0) | {"stage1": 512}
     made = export.build(tmp_path / "data", sizes)
-    rows = samples.read(made["stage1"], image_root=tmp_path / "data")
+    rows = files.read(made["stage1"], image_root=tmp_path / "data")
     speeds = {}
     for name, options in {
         "ours": {},

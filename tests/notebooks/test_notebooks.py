@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from univg_nb import notebook_tools as tools
-from univg_nb import run_notebooks
+from univg_nb.launch import notebooks, runner
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 COURSE = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -33,23 +32,25 @@ def test_the_course_is_whole():
 
 @course
 def test_one_parameters_cell_with_the_common_names(path):
-    notebook = tools.read_notebook(path)
-    tagged = [c for c in notebook.cells if "parameters" in tools.tags(c)]
+    notebook = notebooks.read_notebook(path)
+    tagged = [c for c in notebook.cells if "parameters" in notebooks.tags(c)]
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
-    parameters = tools.read_parameters(notebook, path.name)
+    parameters = notebooks.read_parameters(notebook, path.name)
     common = {"SCALE": "tiny", "RUN_DIR": "", "SEED": 0, "FRESH": False}
     assert common.items() <= parameters.items()
 
 
 @course
 def test_it_begins_with_a_title(path):
-    cells = tools.read_notebook(path).cells
+    cells = notebooks.read_notebook(path).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
 
 
 @every
 def test_code_cells_are_short(path):
-    for number, cell in enumerate(tools.code_cells(tools.read_notebook(path)), 1):
+    for number, cell in enumerate(
+        notebooks.code_cells(notebooks.read_notebook(path)), 1
+    ):
         lines = cell.source.rstrip().splitlines()
         where = f"{path.name}, code cell {number}"
         assert len(lines) <= MAX_LINES, f"{where}: {len(lines)} lines"
@@ -60,13 +61,13 @@ def test_code_cells_are_short(path):
 @every
 def test_code_cells_hold_plain_python(path):
     """Magics and shell lines need IPython; the course runs without their help."""
-    for cell in tools.code_cells(tools.read_notebook(path)):
+    for cell in notebooks.code_cells(notebooks.read_notebook(path)):
         ast.parse(cell.source)
 
 
 @every
 def test_no_error_is_committed(path):
-    assert tools.error_text(tools.read_notebook(path)) == ""
+    assert notebooks.error_text(notebooks.read_notebook(path)) == ""
 
 
 @every
@@ -76,12 +77,14 @@ def test_it_is_small(path):
 
 @course
 def test_outputs_are_there_and_not_stale(path):
-    notebook = tools.read_notebook(path)
+    notebook = notebooks.read_notebook(path)
     recorded = notebook.metadata.get("univg", {}).get("code_sha256")
     remedy = f"run it, then make record NB={path.stem}"
     assert recorded, f"{path.name} has no recorded outputs; {remedy}"
-    assert recorded == tools.code_sha256(notebook), f"{path.name} is stale; {remedy}"
-    assert tools.ran_to_end(notebook)
+    assert recorded == notebooks.code_sha256(notebook), (
+        f"{path.name} is stale; {remedy}"
+    )
+    assert notebooks.ran_to_end(notebook)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +95,7 @@ def smoke_run(tmp_path_factory):
 @course
 def test_it_runs_at_smoke_scale(path, smoke_run, capsys):
     arguments = [str(path), "--scale", "smoke", "--run-dir", str(smoke_run)]
-    code = run_notebooks.main(arguments)
+    code = runner.main(arguments)
     captured = capsys.readouterr()
     assert code == 0, captured.err[-4000:]
 
@@ -101,7 +104,9 @@ def test_it_runs_at_smoke_scale(path, smoke_run, capsys):
 def test_solutions_pass_their_checks(path, capsys):
     """Here, without a kernel: they are functions and the exercises' own checkers."""
     names = {}
-    for number, cell in enumerate(tools.code_cells(tools.read_notebook(path)), 1):
+    for number, cell in enumerate(
+        notebooks.code_cells(notebooks.read_notebook(path)), 1
+    ):
         exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
     said = capsys.readouterr().out
     assert " solved" in said and "not solved" not in said

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from univg_nb.boxes import Box
+from univg_nb.data.boxes import Box
 from univg_nb.minimig.pictograms import COLOURS, KINDS
 from univg_nb.minimig.scenes import Scene, Thing, place_thing, random_size
 

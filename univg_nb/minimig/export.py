@@ -8,9 +8,9 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from univg_nb import samples
+from univg_nb.data import files
+from univg_nb.data.sample import GroundingSample
 from univg_nb.minimig.items import TASKS, Item, make
-from univg_nb.rows import GroundingSample
 
 # Rows a file gets when `sizes` does not say: the tiny course.
 SIZES = {
@@ -128,7 +128,7 @@ def build(
             made = pool.map(draw, many, chunksize=32) if pool else map(draw, many)
             # Image paths stay relative in the file; the zero-shot writers open the
             # pictures for their size, and find them under image_root.
-            samples.write(made, out / name, format, image_root=out)
+            files.write(made, out / name, format, image_root=out)
     return {key: out / name for key, (name, _, _) in plan.items()}
 
 
@@ -139,5 +139,5 @@ def validation(out_dir: str | os.PathLike[str], per_task: int, seed: int = 0) ->
     (out / "images").mkdir(parents=True, exist_ok=True)
     specs = (spec for task in TASKS for spec in _of(task, per_task, seed, "val"))
     made = map(partial(_made, out), specs)
-    samples.write(made, out / "validation.json", "mig_bench", image_root=out)
+    files.write(made, out / "validation.json", "mig_bench", image_root=out)
     return out / "validation.json"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from univg_nb.minimig import tasks_groups, tasks_pairs, zero_shot
+from univg_nb.data.sample import GroundingSample
+from univg_nb.minimig import tasks_groups, tasks_pairs, tasks_zero_shot
 from univg_nb.minimig.compose import LEVELS, Draft
 from univg_nb.minimig.scenes import rng_for
-from univg_nb.rows import GroundingSample
 
 TASKS: dict[str, Callable[[np.random.Generator, str, str], Draft]] = {
     "diff": tasks_pairs.diff,
@@ -24,9 +24,9 @@ TASKS: dict[str, Callable[[np.random.Generator, str, str], Draft]] = {
     "correspondence": tasks_pairs.correspondence,
 }
 OTHERS: dict[str, Callable[[np.random.Generator, str, str], Draft]] = {
-    "single": zero_shot.single,
-    "lisa": zero_shot.lisa,
-    "video": zero_shot.video,
+    "single": tasks_zero_shot.single,
+    "lisa": tasks_zero_shot.lisa,
+    "video": tasks_zero_shot.video,
 }
 _NUMBERS = {task: number for number, task in enumerate((*TASKS, *OTHERS))}
 _STRIDE = 16  # more than there are tasks: (index, task) pairs never meet

@@ -6,6 +6,14 @@ Fields in braces are filled by the task modules: ``k`` is an image's number, ``b
 box in words, ``phrase`` a noun phrase.
 """
 
+FIND = (
+    "Find the {}{}.",
+    "Locate the {}{}.",
+    "Where is the {}{}? Give the box.",
+    "Point to the {}{}.",
+    "Give the box of the {}{}.",
+)
+
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "diff": (
         "Compare image 1 and image 2. Give the box of the difference.",

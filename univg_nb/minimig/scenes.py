@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from univg_nb.boxes import Box, iou
+from univg_nb.data.boxes import Box, iou
 from univg_nb.minimig.pictograms import COLOURS, KINDS, extent, part_box, sprite
 
 CANVAS = 256  # pixels a side of a rendered scene

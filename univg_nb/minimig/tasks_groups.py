@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from univg_nb.boxes import format_box, iou
+from univg_nb.data.boxes import format_box, iou
 from univg_nb.minimig import words
 from univg_nb.minimig.compose import (
     Draft,

@@ -9,7 +9,7 @@
 # (The 24 rows of the paper's stage 1 do not divide over 16 GPUs; this takes 32.)
 #
 # The notebooks run on the first node. Each training cell starts its processes on all
-# nodes by srun and torchrun's rendezvous (univg_nb/launch.py). Two minutes before the
+# nodes by srun and torchrun's rendezvous (univg_nb/launch/launcher.py). Two minutes before the
 # time limit Slurm sends SIGUSR1 to this script, which stops the runner: all processes
 # write a checkpoint after the update at hand, the job is queued again and goes on from
 # there. Pre-emption and scancel send SIGTERM to the processes themselves, which save in
@@ -31,7 +31,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 
-.venv/bin/python -m univg_nb.run_notebooks --scale "$SCALE" --run-dir "runs/$SCALE" \
+.venv/bin/python -m univg_nb run --scale "$SCALE" --run-dir "runs/$SCALE" \
     --set launch.processes="$GPUS" --set launch.nodes="$NODES" \
     --set launch.port="${PORT:-29500}" "${@:2}" &
 child=$!

@@ -1,0 +1,190 @@
+"""The report: one safe, self-contained page and its tables (issue 7)."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import builders
+import pytest
+from PIL import Image
+
+from univg_nb.data import files
+from univg_nb.data.sample import GroundingSample
+from univg_nb.evaluate import predictions, scoring
+from univg_nb.evaluate.commands import main
+from univg_nb.figures import report, tables
+
+RIGHT = "<think>It is the <b>cup</b>.</think><answer>(100,100),(200,200)</answer>"
+WRONG = "<think>x</think><answer>(800,800),(900,900)</answer>"
+EVIL = "<think></script><script>alert(1)</script><img src=http://x/y onerror=z></think>"
+
+
+def write_predictions(path, texts):
+    rows = [{"index": i, "response": text} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Eight items of two tasks with images; two models' replies."""
+    paths = builders.save_images(tmp_path)
+    found = [
+        GroundingSample(
+            f"<i>{i}</i>",
+            ("diff", "region")[i % 2],
+            tuple(paths[: 1 + i % 3]),
+            "Which & where <script>?",
+            (100, 100, 200, 200),
+        )
+        for i in range(8)
+    ]
+    files.write(found, tmp_path / "bench.json", "mig_bench")
+    a = write_predictions(tmp_path / "a.jsonl", [WRONG, RIGHT] + [EVIL] * 6)
+    b = write_predictions(
+        tmp_path / "b.jsonl", [RIGHT, EVIL] + [RIGHT] * 3 + [WRONG] * 3
+    )
+    return tmp_path, a, b
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "data", "action")]
+        assert not any(k.startswith("on") for k, _ in attrs)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_self_contained_and_escapes_what_models_say(bench):
+    folder, a, b = bench
+    records = folder / "bench.json"
+    items = files.read(records)
+    page, markdown = report.write(
+        records, items, {"base": a, "sft <1>": b}, folder / "out" / "r.html", cases=3
+    )
+    text = page.read_text()
+    read = Page(text)
+    assert {"script", "link", "iframe", "i"}.isdisjoint(read.tags)
+    assert "default-src 'none'" in text
+    assert "<script>alert(1)</script>" in read.text
+    assert "It is the <b>cup</b>." in read.text
+    assert read.links and all(
+        link.startswith("data:image/jpeg;base64,") for link in read.links
+    )
+    for link in read.links:
+        with Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) as picture:
+            assert max(picture.size) < 1200
+    assert len(text) < 3_000_000
+    for title in ("Worst of sft <1>", "Best of sft <1>", "Won: sft <1> over base"):
+        assert title in read.text
+    assert sorted(p.name for p in page.parent.iterdir()) == ["r.html", "r.md"]
+    said = markdown.read_text()
+    assert "| Qwen2-VL-7B (paper) | 29.92 |" in said
+    assert "| UniVG-R1 (paper) | 71.97 |" in said
+    assert "| base | 0.0 [0, 49] | 25.0 [5, 70] |" in said
+    assert "not measured on this file" in said
+    assert "8 of 8 items" in said
+
+
+def test_tables_count_every_item(bench):
+    folder, a, b = bench
+    items = files.read(folder / "bench.json")
+    scored = {
+        name: scoring.score_items(items, predictions.read_predictions(path))
+        for name, path in (("a", a), ("b", b))
+    }
+    table = tables.kinds(scored["b"])
+    assert list(table.index) == ["all", "Static", "Region"]
+    assert list(table.columns) == list(scoring.KINDS)
+    assert table.loc["all"].tolist() == [4, 0, 0, 3, 1]
+    assert table.loc["Static"].sum() == 4
+    states = tables.statuses(scored)
+    assert states.loc["a"].to_dict() == {
+        "ok": 2,
+        "no_answer": 6,
+        "ran out of tokens": 0,
+    }
+    gains = tables.paired_gains(scored)
+    assert list(gains["task"]) == ["all", "Static", "Region"]
+    assert gains["points"].iloc[0] == pytest.approx(100 * (4 - 1) / 8)
+    assert (gains["only earlier"].iloc[0], gains["only later"].iloc[0]) == (1, 4)
+
+
+def test_cases_are_spread_over_tasks_and_where_models_part(bench):
+    folder, a, b = bench
+    items = files.read(folder / "bench.json")
+    scored = {
+        name: scoring.score_items(items, predictions.read_predictions(path))
+        for name, path in (("a", a), ("b", b))
+    }
+    picked = report._pick_cases(scored, 2)
+    # boxes before replies without one, and a case of each task
+    assert picked["Worst of b"] == [5, 6]
+    assert picked["Best of b"] == [0, 3]
+    assert picked["Won: b over a"] == [0, 3]
+    assert picked["Lost: b to a"] == [1]
+
+
+def test_published_column_beside_a_file_of_one_task():
+    task = {"n": 10, "hit_05": 5}
+    scores = {"mine": {"tasks": {"lisa": task}}}
+    table = tables.score_table(scores, "LISA test")
+    assert table.loc["UniVG-R1 (paper)"].tolist() == ["59.69"]
+    assert list(tables.score_table(scores).index) == ["items", "mine"]
+    refcoco = {"mine": {"tasks": {"refcocop_testB": task}}}
+    assert "80.04" in tables.score_table(refcoco).loc["UniVG-R1 (paper)"].tolist()
+    with pytest.raises(ValueError, match=r"'LISA' with 1 tasks.*LISA test"):
+        tables.score_table(scores, "LISA")
+
+
+def test_replies_are_split_and_cut():
+    assert report.split_reply(RIGHT) == (
+        "It is the <b>cup</b>.",
+        "<answer>(100,100),(200,200)</answer>",
+    )
+    assert report.split_reply("<think>endless") == ("endless", "")
+    assert report.split_reply("(1,2),(3,4)") == ("", "(1,2),(3,4)")
+    assert len(report.split_reply("x" * 10**6)[1]) == report.LONGEST_TEXT + 1
+
+
+def test_files_get_names(tmp_path):
+    found = predictions.named_files(
+        ["new=x/p.jsonl", "eval/sft/mig/predictions.jsonl", "mine.jsonl"]
+    )
+    assert list(found) == ["new", "sft", "mine"]
+    with pytest.raises(ValueError, match="two files are called 'p'"):
+        predictions.named_files(["x/p.jsonl", "y/p.jsonl"])
+
+
+def test_command_line_with_missing_parts(bench, capsys):
+    folder, a, b = bench
+    b.write_text(b.read_text().splitlines(keepends=True)[0])
+    (folder / "0.png").unlink()
+    arguments = ["report", str(a), f"new={b}", "--records", str(folder / "bench.json")]
+    arguments += ["--out", str(folder / "r.html"), "--cases", "1"]
+    assert main(arguments) == 2
+    assert "7 of 8 items have no prediction" in capsys.readouterr().err
+    assert main([*arguments, "--allow-missing"]) == 0
+    text = (folder / "r.html").read_text()
+    assert "1 of 8 items" in text
+    assert "no picture" in text and "does not exist" in text
+
+
+def test_compare_writes_wins_and_losses_as_pictures(bench, capsys):
+    folder, a, b = bench
+    arguments = ["compare", f"old={a}", str(b), "--records", str(folder / "bench.json")]
+    assert main([*arguments, "--page", str(folder / "c.html"), "--cases", "1"]) == 0
+    assert "McNemar p" in capsys.readouterr().out
+    text = (folder / "c.html").read_text()
+    assert "Won: b over old" in text and "Lost: b to old" in text
+    assert text.count("<section class='case'>") == 4

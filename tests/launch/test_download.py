@@ -1,0 +1,182 @@
+"""Fetching over a real local server that can be cut off; no network."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from univg_nb.launch import download
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT; answers ranges; breaks off the first whole answer."""
+
+    asked: list[str]
+    cut = True
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+
+    def do_GET(self):
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        type(self).asked.append(self.headers["Range"])
+        self.send_response(206)
+        self.end_headers()
+        stop = len(CONTENT) // 3 if type(self).cut else len(CONTENT)
+        type(self).cut = False
+        self.wfile.write(CONTENT[start:stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def served(handler):
+    """The address of a server with this handler."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def url():
+    Handler.asked, Handler.cut = [], True
+    with served(Handler) as address:
+        yield f"{address}/train.zip"
+
+
+def test_a_cut_off_download_goes_on_and_gets_its_name_when_whole(url, tmp_path):
+    size = download.url_size(url)
+    assert size == len(CONTENT)
+    path = tmp_path / "images" / "train.zip"
+    with pytest.raises(ValueError, match="call again"):
+        download.fetch_url(url, path, size)
+    assert not path.exists()
+    download.fetch_url(url, path, size)
+    assert path.read_bytes() == CONTENT
+    download.fetch_url(url, path, size)  # there: not asked for again
+    assert Handler.asked == ["bytes=0-", f"bytes={len(CONTENT) // 3}-"]
+
+
+def test_sizes_are_shown_by_source():
+    source = download.DATA[0]
+    files = [download.Remote(source, f"{i}.json", 10**9, "") for i in range(3)]
+    text = download.table(files, [("coco", 2 * 10**9)])
+    assert "GD-ML/UniVG-R1-data" in text and text.splitlines()[-1].endswith("5.00")
+
+
+def test_scales_without_downloads_say_so(capsys):
+    assert download.main(["tiny"]) == 2
+    assert "needs no download" in capsys.readouterr().err
+    assert download.main(["ful"]) == 2
+    assert "did you mean 'full'" in capsys.readouterr().err
+
+
+FILES = {"notes.json": b"[]", "parts/images.zip": CONTENT}
+CALL = """
+import sys
+from pathlib import Path
+from univg_nb.launch import download
+download.COCO = sys.argv[2]
+try:
+    sys.exit(download.download("maker/model", Path(sys.argv[1]), True, False))
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Speaks as the hub does of a repository with FILES, whatever its name; the first
+    archive that is fetched arrives broken."""
+
+    protocol_version = "HTTP/1.1"
+    fetched: list[str]
+    broken = True
+
+    def reply(self, body: bytes, **headers: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/"):
+            about = {"id": path.partition("s/")[2], "sha": "c" * 40, "siblings": []}
+            for name, body in FILES.items():
+                one = {"rfilename": name, "size": len(body), "blobId": "b" * 40}
+                if name.endswith(".zip"):
+                    digest = hashlib.sha256(body).hexdigest()
+                    one["lfs"] = {"sha256": digest, "size": len(body)}
+                    one["lfs"]["pointerSize"] = 134
+                about["siblings"].append(one)
+            self.reply(json.dumps(about).encode(), Content_Type="application/json")
+            return
+        if "/resolve/" not in path:  # COCO's archive
+            self.reply(CONTENT)
+            return
+        name = path.partition("/resolve/")[2].partition("/")[2]
+        body = FILES[name]
+        tag = hashlib.sha256(body).hexdigest()
+        if self.command == "GET":
+            type(self).fetched.append(path)
+            if name.endswith(".zip") and type(self).broken:
+                type(self).broken, body = False, b"x" * len(body)
+        self.reply(body, ETag=f'"{tag}"', X_Repo_Commit="c" * 40)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_is_fetched_from_checked_and_not_asked_twice(tmp_path):
+    """huggingface_hub itself against a server that speaks its protocol."""
+    Hub.fetched, Hub.broken = [], True
+    to = tmp_path / "data"
+    with served(Hub) as address:
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+        environment["PYTHONPATH"] = str(Path(download.__file__).parents[2])
+        environment["no_proxy"] = "127.0.0.1"
+
+        def call():
+            command = [sys.executable, "-c", CALL, str(to), f"{address}/coco.zip"]
+            return subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=120
+            )
+
+        first = call()
+        assert first.returncode == 1 and "call again" in first.stderr, first.stderr
+        assert not (to / "parts" / "images.zip").exists()
+        second = call()
+        assert second.returncode == 0, second.stderr
+        assert "GD-ML/UniVG-R1-data (released JSON files)" in second.stdout
+        assert "still to be done by hand" in second.stdout
+        for source in download.DATA:
+            for name, body in FILES.items():
+                assert (to / source.folder / name).read_bytes() == body
+        assert (to / "images" / "coco_train2014.zip").read_bytes() == CONTENT
+        kept = list((tmp_path / "hub").rglob("snapshots/*/parts/images.zip"))
+        assert [path.read_bytes() for path in kept] == [CONTENT]  # the weights
+        done = len(Hub.fetched)
+        assert call().returncode == 0
+        assert len(Hub.fetched) == done

@@ -1,0 +1,301 @@
+"""The strict runner, on throwaway notebooks with real kernels."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from univg_nb import io, runs
+from univg_nb.launch import notebooks, runner
+from univg_nb.launch import queue as job_queue
+
+HEAD = 'SCALE = "tiny"\nRUN_DIR = ""\nFRESH = False\nRATE = 0.5\nN = 2\nITEMS = [1]'
+
+
+def write(folder, name, *sources, parameters=HEAD):
+    cells = [new_markdown_cell("# title"), new_code_cell(parameters)]
+    cells[1].metadata["tags"] = ["parameters"]
+    notebook = new_notebook(cells=cells + [new_code_cell(s) for s in sources])
+    path = folder / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments):
+    return runner.main(["--scale", "smoke", *map(str, arguments)])
+
+
+# ---------------------------------------------------------------- before a kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["-p", "RTAE", "1"],
+            "-p RTAE: no such parameter in 00_a; did you mean 'RATE'",
+        ),
+        (["-p", "N", "1.5"], "-p N 1.5: expected int"),
+        (["-p", "N", "true"], "-p N true: expected int"),
+        (["-p", "FRESH", "maybe"], "expected bool"),
+        (["-p", "ITEMS", "3"], "expected list"),
+        (["-p", "N", "1,two"], "-p N two: expected int"),
+        (["-p", "N", "3:3"], "an empty range"),
+        (["-p", "N", "1,,2"], "an empty value"),
+        (["-p", "N", "1,1"], "listed twice"),
+        (["07"], "no notebook '07'"),
+        (["--scale", "tny"], "unknown scale 'tny'; did you mean 'tiny'"),
+    ],
+)
+def test_wrong_arguments_cost_no_kernel(repo, capsys, arguments, message):
+    write(repo, "00_a", "raise RuntimeError('must not run')")
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (repo / "runs").exists()
+
+
+def test_texts_become_the_types_of_the_defaults():
+    for text, default, value in (
+        ("false", True, False),
+        ("1", 0.5, 1.0),
+        ("1e-3", 0.5, 1e-3),
+        ("[1, 2]", [], [1, 2]),
+        ("12", "text", "12"),
+        ("12", None, 12),
+    ):
+        parsed = notebooks.parse_parameter("X", text, default, "00")
+        assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("line", ["B = A + 1", "print(1)", "import os"])
+def test_the_parameters_cell_holds_plain_values_only(repo, line):
+    path = write(repo, "00_a", parameters=f"A = 1\n{line}")
+    with pytest.raises(ValueError, match=r"00_a, parameters cell: .* next cell"):
+        notebooks.read_parameters(notebooks.read_notebook(path), "00_a")
+
+
+# ---------------------------------------------------------------- with a kernel
+
+
+def test_parameters_reach_the_cells_and_outputs_are_recorded(repo, capsys):
+    path = write(
+        repo,
+        "00_a",
+        "import os, sys\n"
+        "print(RATE, N, ITEMS, FRESH, SCALE, RUN_DIR)\n"
+        "print(os.environ['HF_HUB_OFFLINE'], sys.prefix, file=sys.stderr)",
+        "assert sys.prefix == " + repr(sys.prefix) + "\nN",
+    )
+    given = ["-p", "RATE", "1e-3", "-p", "ITEMS", "[2, 3]", "--fresh"]
+    assert call(*given) == 0
+    line = capsys.readouterr().out.splitlines()[0].split()
+    assert line[:3] == ["1/1", "00_a", "done"] and line[-1] == "4/4"
+    run_dir = repo / "runs" / "smoke"
+    executed = nbformat.read(run_dir / "notebooks" / path.name, as_version=4)
+    text = executed.cells[3].outputs[0].text
+    assert text == f"0.001 2 [2, 3] True smoke {run_dir.resolve()}\n"
+    facts = io.read_json(run_dir / "manifest.json")["notebooks"]["00_a"]
+    assert facts["status"] == "done" and facts["seconds"] > 0
+
+    assert call("--record", run_dir) == 0
+    recorded = nbformat.read(path, as_version=4)
+    assert len(recorded.cells) == 4  # the injected cell stays out
+    cells = notebooks.code_cells(recorded)
+    assert [cell.execution_count for cell in cells] == [1, 2, 3]
+    assert cells[1].outputs[0].text == "0.001 2 [2, 3] True smoke runs/smoke\n"
+    assert len(cells[1].outputs) == 1  # stderr stays out
+    assert recorded.metadata.univg.code_sha256 == notebooks.code_sha256(recorded)
+
+    recorded.cells[2].source += "\n# changed"
+    assert recorded.metadata.univg.code_sha256 != notebooks.code_sha256(recorded)
+    nbformat.write(recorded, path)
+    assert call("--record", run_dir) == 2
+    assert "made from other code" in capsys.readouterr().err
+
+
+def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
+    write(repo, "00_a", "x = 1", "raise KeyError('box 7')", "x")
+    write(repo, "01_b", "open('ran', 'w')")
+    assert call() == 1
+    captured = capsys.readouterr()
+    assert "failed" in captured.out and "KeyError: 'box 7'" in captured.err
+    manifest = io.read_json(repo / "runs" / "smoke" / "manifest.json")
+    assert manifest["notebooks"]["00_a"]["status"] == "failed"
+    assert not list(repo.rglob("ran"))
+
+
+def test_papermill_by_itself_runs_a_notebook_too(repo):
+    start = "from univg_nb import runs\nprint(runs.start(SCALE, RUN_DIR).dir, N)"
+    path, out = write(repo, "00_a", start), repo / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(path), str(out)]
+    command += ["--kernel", "python3", "--language", "python"]  # a course one has them
+    command += ["-p", "N", "3", "-p", "RUN_DIR", "runs/mine", "--no-progress-bar"]
+    subprocess.run(command, check=True)
+    outputs = nbformat.read(out, as_version=4).cells[-1].outputs
+    text = "".join(output.text for output in outputs if output.name == "stdout")
+    assert text.splitlines()[-1] == f"{repo.resolve() / 'runs' / 'mine'} 3"
+    assert (repo / "runs" / "mine" / "manifest.json").is_file()
+
+
+def test_leaving_early_is_not_done(repo, capsys):
+    write(repo, "00_a", "raise SystemExit", "x = 1")
+    assert call() == 1
+    assert "failed" in capsys.readouterr().out
+
+
+TRAINER = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(1)
+    pathlib.Path("checkpoint").write_text("saved")
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("started").touch()
+time.sleep(300)
+"""
+
+
+def test_sigterm_reaches_the_kernel_and_the_trainer_it_launched(repo):
+    launch = f"subprocess.run([sys.executable, '-c', {TRAINER!r}])"
+    note = "open('kernel', 'w').write(str(os.getpid()))"
+    write(repo, "00_a", f"import os, subprocess, sys\n{note}\n{launch}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "univg_nb", "run", "--scale", "smoke"]
+    )
+    deadline = time.monotonic() + 180
+    while not (repo / "notebooks" / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
+    assert (repo / "notebooks" / "checkpoint").read_text() == "saved"
+    kernel = int((repo / "notebooks" / "kernel").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "values"),
+    [
+        ("exp,power", "none", ["exp", "power"]),
+        ("'a,b',c", "", ["a,b", "c"]),
+        ("0:3", 0, ["0", "1", "2"]),
+        ("0:3", "", ["0:3"]),
+        ("1e-3, 1e-4", 0.1, ["1e-3", "1e-4"]),
+        ("[1, 2]", [], ["[1, 2]"]),
+        ("[1, 2],[3]", [], ["[1, 2]", "[3]"]),
+        ("12", 0, ["12"]),
+    ],
+)
+def test_what_counts_as_several_values(text, default, values):
+    assert job_queue.values_of(text, default) == values
+
+
+SWEPT = """
+import pathlib, signal, sys, time
+started = pathlib.Path(RUN_DIR, "starts")
+with open(started, "a") as file:
+    file.write("x")
+flag = pathlib.Path("fail")
+if N == 1 and flag.exists():
+    raise KeyError("broken job")
+while N == 2 and pathlib.Path("wait").exists():
+    time.sleep(0.1)
+"""
+
+
+def states(repo):
+    jobs = io.read_json(repo / "runs" / "smoke" / "queue.json")["jobs"]
+    return {name: job["state"] for name, job in jobs.items()}
+
+
+def progress_of(queue, job):
+    return io.read_json(queue)["jobs"][job].get("progress")
+
+
+def starts(repo):
+    folder = repo / "runs" / "smoke"
+    return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_states_and_runs_only_what_is_not_done(repo, capsys):
+    write(repo, "00_a", SWEPT)
+    shared = runs.stage(repo / "runs" / "smoke", "data", {"n": 1})
+    io.write_text(shared.dir / "rows.json", "[]")
+    marker = io.read_json(shared.dir / "stage.json")
+    io.write_json(shared.dir / "stage.json", marker | {"status": "finished"})
+    fail = repo / "notebooks" / "fail"
+    fail.touch()
+    assert call("-p", "N", "0:2") == 1
+    assert "KeyError: 'broken job'" in capsys.readouterr().err
+    assert states(repo) == {"N=0": "done", "N=1": "failed"}
+    job = repo / "runs" / "smoke" / "N=0"
+    assert (job / "data" / "rows.json").samefile(shared.dir / "rows.json")
+    fail.unlink()
+    assert call("-p", "N", "0:2") == 0
+    assert states(repo) == {"N=0": "done", "N=1": "done"}
+    assert starts(repo) == {"N=0": 1, "N=1": 2}
+    entry = io.read_json(repo / "runs" / "smoke" / "queue.json")["jobs"]["N=1"]
+    assert entry["parameters"] == {"N": "1"} and entry["exit_code"] == 0
+    assert entry["notebooks"]["00_a"]["status"] == "done"
+    listed = io.read_json(repo / "runs" / "smoke" / "manifest.json")["jobs"]
+    assert {name: job["state"] for name, job in listed.items()} == states(repo)
+    assert job_queue.progress(job) == "00_a, cell 3/3"
+    assert job_queue.progress(repo / "nothing") == ""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_sweep_and_the_next_call_goes_on(repo, capsys):
+    write(repo, "00_a", SWEPT)
+    wait = repo / "notebooks" / "wait"
+    wait.touch()
+    command = [sys.executable, "-m", "univg_nb", "run", "--scale", "smoke"]
+    process = subprocess.Popen([*command, "-p", "N", "2,3"])
+    deadline = time.monotonic() + 180
+    queue = repo / "runs" / "smoke" / "queue.json"
+    while starts(repo) != {"N=2": 1} or not progress_of(queue, "N=2"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    assert call("-p", "N", "2,3") == 2
+    assert progress_of(queue, "N=2").startswith("00_a, cell ")
+    assert "another call works on this queue" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=180) == 128 + signal.SIGTERM
+    assert states(repo) == {"N=2": "interrupted", "N=3": "waiting"}
+    wait.unlink()
+    assert call("-p", "N", "2,3") == 0
+    assert states(repo) == {"N=2": "done", "N=3": "done"}
+    assert starts(repo) == {"N=2": 2, "N=3": 1}
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(repo, capsys):
+    disk = repo / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        write(repo, "00_a", "print('x' * 200_000)")
+        assert call("--run-dir", disk) == 1
+        assert "no space left on the disk of" in capsys.readouterr().err
+        assert not list(disk.rglob("*.ipynb"))
+        assert not (disk / "manifest.json").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,121 @@
+"""First half of the base model's making: the vision tower learns to see.
+
+The real Qwen2-VL starts from a vision tower that was trained before. Ours gets the
+same head start: every merged image token has to tell what stands on its patch of
+the picture (kind, colour, and the box with the digits of its coordinates). The
+heads that read this off are thrown away afterwards.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from univg_nb.base_model.architecture import MAX_PIXELS, MERGE, PATCH
+from univg_nb.data.boxes import Box
+from univg_nb.minimig.pictograms import COLOURS, KINDS
+from univg_nb.minimig.scenes import CANVAS, PLACES, Scene, render
+
+SIDE = round(MAX_PIXELS**0.5)  # pixels a side as the model sees a picture
+CELLS = SIDE // (PATCH * MERGE)  # merged tokens a side
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # the processor's normalisation
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def seen(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The scene as the processor shows it to the model, (SIDE, SIDE, 3) uint8.
+
+    Three in four pictures are drawn at half size first: the same to the eye at
+    this resolution and three times faster.
+    """
+    pixels = CANVAS if rng.random() < 0.25 else CANVAS // 2
+    image = render(scene, pixels)
+    how = Image.Resampling.BICUBIC if pixels == CANVAS else Image.Resampling.BOX
+    return np.asarray(image.resize((SIDE, SIDE), how))
+
+
+def patchify(images: Tensor) -> Tensor:
+    """(N, SIDE, SIDE, 3) uint8 to pixel_values (N * patches, C * T * P * P)."""
+    n = images.shape[0]
+    x = images.float().permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    x = x.reshape(n, 3, CELLS, MERGE, PATCH, CELLS, MERGE, PATCH)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (N, cells, cells, merge, merge, C, P, P)
+    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    return x.reshape(n * (CELLS * MERGE) ** 2, -1)
+
+
+def grid(n: int) -> Tensor:
+    """image_grid_thw of ``n`` pictures, (n, 3)."""
+    side = CELLS * MERGE
+    return torch.tensor([[1, side, side]]).expand(n, 3)
+
+
+def cell_cover(box: Box) -> np.ndarray:
+    """The share of every cell that ``box`` covers, (cells, cells) in 0..1."""
+    edge = 1000 / CELLS
+    low = np.arange(CELLS) * edge
+    x1, y1, x2, y2 = box
+    wide = np.clip(np.minimum(low + edge, x2) - np.maximum(low, x1), 0, None)
+    high = np.clip(np.minimum(low + edge, y2) - np.maximum(low, y1), 0, None)
+    return high[:, None] * wide[None, :] / edge**2
+
+
+@lru_cache(maxsize=4096)
+def covered_cells(box: Box) -> np.ndarray:
+    """Flat indices of the cells that show a box: a third covered, or the best one."""
+    cover = cell_cover(box).reshape(-1)
+    return np.flatnonzero(cover >= min(1 / 3, cover.max()))
+
+
+def cell_targets(scene: Scene) -> np.ndarray:
+    """What each merged token should tell: (cells * cells, 6) ints.
+
+    Columns: kind and colour (0 = ground), then the box x1, y1, x2, y2 in 0..999.
+    A cell belongs to the thing whose box covers most of it.
+    """
+    kinds, colours = list(KINDS), list(COLOURS)
+    targets = np.zeros((CELLS, CELLS, 6), dtype=np.int64)
+    most = np.full((CELLS, CELLS), 0.15)
+    for thing in scene.things:
+        covered = cell_cover(thing.box)
+        better = covered > most
+        most[better] = covered[better]
+        row = [kinds.index(thing.kind) + 1, colours.index(thing.colour) + 1]
+        targets[better] = [*row, *(min(v, 999) for v in thing.box)]
+    return targets.reshape(-1, 6)
+
+
+class CellHeads(nn.Module):
+    """Reads kind, colour, place and box digits off the merged tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.kind = nn.Linear(width, len(KINDS) + 1)
+        self.colour = nn.Linear(width, len(COLOURS) + 1)
+        self.place = nn.Linear(width, len(PLACES))
+        self.box = nn.Linear(width, 4)
+        self.digits = nn.Linear(width, 4 * 20)  # hundreds and tens of each edge
+
+    def loss(self, tokens: Tensor, targets: Tensor, place: Tensor) -> dict[str, Tensor]:
+        """Losses for tokens (N, cells², width) and targets (N, cells², 6)."""
+        thing = targets[..., 0] > 0
+        box = targets[thing][:, 2:]  # (things, 4) on 0..999
+        on = tokens[thing]
+        digits = self.digits(on).view(-1, 20)  # (things * 4, 20)
+        edges = box.reshape(-1)
+        return {
+            "kind": F.cross_entropy(
+                self.kind(tokens).flatten(0, 1), targets[..., 0].flatten()
+            ),
+            "colour": F.cross_entropy(
+                self.colour(tokens).flatten(0, 1), targets[..., 1].flatten()
+            ),
+            "place": 0.2 * F.cross_entropy(self.place(tokens.mean(1)), place),
+            "box": 4 * F.l1_loss(self.box(on), box / 1000),
+            "hundreds": 0.5 * F.cross_entropy(digits[:, :10], edges // 100),
+            "tens": 0.25 * F.cross_entropy(digits[:, 10:], edges // 10 % 10),
+        }

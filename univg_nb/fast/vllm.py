@@ -1,0 +1,160 @@
+"""With which settings, and in which version, vLLM can sample the replies of GRPO."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from PIL.Image import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+# DOC of vllm_rollout:
+# """What TRL hands to vLLM, made such that vLLM sees what the policy is trained on.
+
+# TRL 1.16 gives vLLM the token ids of the training pass, in which every image already
+# stands as its run of image tokens, and the opened picture. A colocated vLLM then puts a
+# run in the place of the first image token it finds for each image, so the model reads
+# prompts with too many image tokens in them, without an error (huggingface/trl, issue
+# 6294). And vLLM resizes pictures within the limits of the model's own processor, not
+# those of the scale. Both would make replies worse, and both are ruled out here.
+# """
+
+TRIED = SpecifierSet(">=0.32,<0.33")  # as in pyproject.toml
+
+
+def conflict(config: Mapping[str, Any]) -> str:
+    """Why TRL cannot hand this scale's policy to vLLM, and what to set; or ""."""
+    if not config["grpo"].get("use_vllm"):
+        return ""
+    if config["grpo"].get("norm_learning_rate") is not None:
+        return (
+            "grpo.norm_learning_rate: TRL cannot hand a norm that PEFT trains beside "
+            "LoRA to vLLM; set grpo.norm_learning_rate=null"
+        )
+    if config["sft"].get("adapter") == "qlora":
+        return (
+            "sft.adapter=qlora: TRL sends merged weights at full size to an engine "
+            "that holds 4-bit ones, which refuses them (huggingface/trl, issue 4973); "
+            "set sft.adapter=lora, or grpo.use_vllm=false"
+        )
+    return ""
+
+
+def version_note(installed: str) -> str:
+    """ "ok", or that this project was tried with another version of vLLM.
+
+    TRL 1.16 recommends 0.22 to 0.31. Those want a transformers older than 5.18, which
+    takes no finished image features, so the paths that need them do not work there.
+    """
+    base = Version(installed).base_version  # 0.32.0+cu129 counts as 0.32.0
+    return "ok" if base in TRIED else f"{installed} found; tried with {TRIED}"
+
+
+def server_address(grpo: Mapping[str, Any]) -> str:
+    """Where TRL looks for the server of a scale's grpo section."""
+    host = grpo.get("vllm_server_host", "0.0.0.0")
+    port = grpo.get("vllm_server_port", 8000)
+    return grpo.get("vllm_server_base_url") or f"http://{host}:{port}"
+
+
+def served_by_trl() -> SpecifierSet:
+    """The versions of vLLM whose server the installed TRL reads."""
+    for text in importlib.metadata.requires("trl") or []:
+        wanted = Requirement(text)
+        if wanted.name == "vllm":
+            return wanted.specifier
+    raise AssertionError("TRL no longer names the versions of vLLM it works with")
+
+
+def server_problem(grpo: Mapping[str, Any]) -> str:
+    """Why the running server cannot sample for GRPO, and what to do; or "".
+
+    A server of vLLM 0.32 answers with log-probs in a form that TRL 1.16 fails on. The
+    server may be of another version than the vLLM beside the trainer. One that does not
+    answer is no problem here: TRL waits for it.
+    """
+    if not grpo.get("use_vllm") or grpo.get("vllm_mode") != "server":
+        return ""
+    address = server_address(grpo)
+    try:
+        with urllib.request.urlopen(f"{address}/version", timeout=5) as answer:
+            version = json.load(answer)["version"]
+    except OSError:
+        return ""
+    except (ValueError, KeyError, TypeError):
+        return f"{address} does not answer as a vLLM server; set grpo.vllm_server_port"
+    wanted = served_by_trl()
+    if Version(version).base_version in wanted:
+        return ""
+    return (
+        f"{address} is vLLM {version}, whose replies TRL cannot read ({wanted}); serve "
+        'with pip install "vllm<=0.31" in an environment of its own, or set '
+        "grpo.vllm_mode=colocate"
+    )
+
+
+DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
+ALLOWED = 0.1  # nats a token; rounding to bfloat16 stays far below
+
+
+def one_token_an_image(ids: list[int], image_token: int) -> list[int]:
+    """`ids` with every run of `image_token` as one, the form that vLLM expands itself.
+
+    The chat template of Qwen2-VL has other tokens between two images.
+    """
+    return [
+        token
+        for before, token in zip([None, *ids], ids, strict=False)
+        if not token == before == image_token
+    ]
+
+
+def resized(picture: Image, image_processor: Any) -> Image:
+    """As large as `image_processor` makes it, by its own way, so that it finds nothing
+    to do any more, and neither does another one with wider limits."""
+    (pixels,) = image_processor.resize(
+        images=pil_to_tensor(picture)[None],  # (1, 3, H, W)
+        size=image_processor.size,
+        resample=image_processor.resample,
+        factor=image_processor.patch_size * image_processor.merge_size,
+    )
+    return to_pil_image(pixels)
+
+
+def vllm_inputs(
+    ids: list[list[int]], images: list[list[Image]], processor: Any, mode: str
+) -> tuple[list[list[int]], list[list[Image]]]:
+    """(token ids, pictures) of every row, for `mode` "colocate" or "server".
+
+    ids: with runs of image tokens, as trained on. A server gets pictures and ids in two
+    requests, and TRL looks for the runs to say where the pictures go; there they stay.
+    """
+    if mode == "colocate":
+        ids = [one_token_an_image(row, processor.image_token_id) for row in ids]
+    made: dict[int, Image] = {}  # the rows of a group hold the same objects
+    for picture in (picture for row in images for picture in row):
+        if id(picture) not in made:
+            made[id(picture)] = resized(picture, processor.image_processor)
+    return ids, [[made[id(picture)] for picture in row] for row in images]
+
+
+def check_difference(metrics: dict[str, list[float]]) -> None:
+    """ValueError if vLLM's log-probs are not those of the policy, by TRL's own metric
+    of the last generation, a mean over all processes.
+
+    TRL's importance weights hide it in the loss: they go to 0, and nothing is learned.
+    Without them (grpo.vllm_importance_sampling_correction=false) there is no metric.
+    """
+    found = metrics.get(DIFFERENCE)
+    if found and found[-1] > ALLOWED:
+        raise ValueError(
+            f"vLLM's log-probs differ from the policy's by {found[-1]:.2g} nats a "
+            f"token, more than {ALLOWED}: it samples from another model or sees other "
+            "prompts, and nothing would be learned; set grpo.use_vllm=false"
+        )

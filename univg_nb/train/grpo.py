@@ -1,0 +1,270 @@
+"""Stage 2: GRPO with difficulty-aware weights, on TRL's GRPOTrainer.
+
+    python -m univg_nb grpo CONFIG.yaml --sft-adapter runs/NAME/sft_lora/adapter
+
+TRL does the method, `grpo_trainer` adds the weight of a group's mean IoU. The policy
+goes on training the SFT adapter. The KL reference is the SFT model: TRL keeps a frozen
+copy of the adapter as "ref", so no second copy of the base weights. An interrupted
+training started again with the same command goes on from its last whole checkpoint and
+ends with the same replies, metrics and weights, bit for bit on a CPU.
+
+Comparison forms, each one line of the scale or one --set:
+
+    grpo.scale_rewards=none         advantages not divided by the group's deviation
+    grpo.rescale=mad                divided by the mean absolute deviation
+    grpo.rescale=drop_silent        groups of equal rewards left out of the mean
+    grpo.weight=peak                weight 4m(1-m), largest at a mean IoU of 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import GRPOConfig
+
+from univg_nb import io, models, runs
+from univg_nb.config import whole_batch
+from univg_nb.data import files
+from univg_nb.data.prompts import user_text
+from univg_nb.data.sample import GroundingSample
+from univg_nb.fast import vllm
+from univg_nb.io import sha256_of
+from univg_nb.train import checkpoints
+from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
+
+# The section's options that the trainer takes, with freeze_vision; the rest are TRL's.
+TRAINER_OPTIONS = (
+    "weight",
+    "power",
+    "constant",
+    "unit_mean",
+    "rescale",
+    "max_zero_updates",
+    "shared_prefix",
+    "row_tokens",
+    "norm_learning_rate",
+)
+OWN_OPTIONS = (*TRAINER_OPTIONS, "freeze_vision")
+
+
+def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
+    """Rows for TRL. Images stay paths and are opened when their turn comes.
+
+    TRL puts the images in front of the text. `cot` False is the single-image mode,
+    whose prompt asks for no chain and whose format reward for a bare box.
+    """
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": user_text(sample, style)}],
+                "images": list(sample.images),
+                "answer": [float(v) for v in sample.answer],
+                "cot": sample.cot,
+                "sample_id": sample.id,
+                "task": sample.task,
+            }
+            for sample in train
+        ]
+    )
+
+
+def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPOConfig:
+    """The `grpo` section as GRPOConfig; ValueError for a layout that cannot be."""
+    options = {
+        "loss_type": "grpo",
+        "beta": 0.04,
+        # TRL's own default multiplies the KL by the policy ratio; the paper's does not.
+        "use_bias_correction_kl": False,
+        **checkpoints.library_options(section, out, OWN_OPTIONS),
+        "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
+    }
+    size = options.get("num_generations", 8)
+    if size < 2:
+        raise ValueError(
+            f"grpo.num_generations = {size}: an advantage compares the replies of a "
+            "group, so it takes at least 2 (the paper: 8)"
+        )
+    world = checkpoints.processes()
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    steps = options.get("steps_per_generation") or accumulation
+    batch = options.get("generation_batch_size") or (
+        options.get("per_device_train_batch_size", 8) * world * steps
+    )
+    if batch % size:
+        raise ValueError(
+            f"{batch} completions a generation (grpo.per_device_train_batch_size x "
+            f"{world} processes x {steps} steps) do not divide into groups of "
+            f"{size}; make per_device_train_batch_size x steps a multiple of "
+            "grpo.num_generations"
+        )
+    if num_samples < batch // size:
+        raise ValueError(
+            f"{num_samples} training samples, but one generation takes {batch // size} "
+            "prompts: TRL would drop them all and train nothing; give more samples or "
+            "lower grpo.per_device_train_batch_size"
+        )
+    arguments = GRPOConfig(**options)
+    checkpoints.check_world(arguments, "grpo")
+    return arguments
+
+
+def build_trainer(
+    config: Mapping[str, Any],
+    out: Path,
+    train: Sequence[GroundingSample],
+    sft_adapter: Path,
+    rollout_log: Path | None = None,
+    **options: Any,
+) -> DifficultyGRPOTrainer:
+    """Everything up to the first update; `options` overrule the grpo section's."""
+    section = config["grpo"]
+    if problem := vllm.conflict(config):
+        raise ValueError(f"grpo.use_vllm with {problem}")
+    if problem := vllm.server_problem(section):
+        raise ValueError(problem)
+    arguments = grpo_config(section, out, len(train))
+    quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
+    model, processor = models.load(
+        config["model"],
+        sft_adapter,
+        True,
+        quantize,
+        train_norm=section.get("norm_learning_rate") is not None,
+    )
+    if section.get("freeze_vision", True):
+        models.freeze_vision(model)
+    mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
+    with checkpoints.exact_adapter(model, quantize == "nf4"), models.renamed_options():
+        return DifficultyGRPOTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=to_rows(train),
+            processing_class=processor,
+            rollout_log=rollout_log,
+            **{**mine, **options},
+        )
+
+
+def train(
+    config: dict[str, Any],
+    out: str | Path,
+    train: Sequence[GroundingSample],
+    *,
+    sft_adapter: str | Path,
+    weight: str | None = None,
+    unit_mean: bool | None = None,
+    constant: float | None = None,
+) -> dict[str, Any]:
+    """GRPO from an SFT adapter.
+
+    Writes out/{config.yaml, metrics.jsonl, rollouts.jsonl, adapter/, summary.json} and
+    returns the summary. config: a whole scale; weight, unit_mean, constant override
+    its grpo section. sft_adapter: the adapter folder of stage 1 (or a fully trained
+    model's). The new adapter takes its place: it is loaded the same way, on the same
+    base.
+
+    Raises ValueError for an impossible layout or option and for a policy that never
+    earns a reward, FloatingPointError for a loss or KL out of bounds.
+    """
+    out = Path(out)
+    given = {"weight": weight, "unit_mean": unit_mean, "constant": constant}
+    given = {key: value for key, value in given.items() if value is not None}
+    config = {**config, "grpo": {**config["grpo"], **given}}
+    fingerprint = _fingerprint(config, train, Path(sft_adapter))
+    checkpoint = checkpoints.whole_checkpoint(out / "checkpoints", fingerprint)
+    trainer = build_trainer(
+        config, out, train, Path(sft_adapter), out / "rollouts.jsonl"
+    )
+    progress = not config["grpo"].get("disable_tqdm", False)
+    recorder = checkpoints.Recorder(out, fingerprint, progress, "reward")
+    recorder.attach(trainer)
+    if trainer.is_world_process_zero():
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            checkpoints.forget_after(out / name, checkpoint)
+        io.write_text(out / "config.yaml", runs.dump(config))
+    with models.renamed_options():
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.save_model(str(out / "adapter"))
+    if trainer.is_world_process_zero():
+        # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
+        shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
+        summary = summarize(trainer, out, sft_adapter, recorder.first)
+        io.write_json(out / "summary.json", summary)
+    trainer.accelerator.wait_for_everyone()
+    del trainer, recorder
+    gc.collect()  # model, reference and optimiser: a trainer is full of cycles
+    return io.read_json(out / "summary.json")
+
+
+def _fingerprint(
+    config: Mapping[str, Any], train: Sequence[GroundingSample], sft_adapter: Path
+) -> str:
+    """Changes with anything that the training depends on."""
+    weights = sft_adapter / "adapter_model.safetensors"
+    start = sha256_of(weights) if weights.is_file() else str(sft_adapter)
+    used = [config["model"], config["sft"]]
+    used += [whole_batch(config["grpo"], checkpoints.processes())]
+    return io.config_hash([used, start, [asdict(sample) for sample in train]])
+
+
+def summarize(
+    trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path, first: int
+) -> dict[str, Any]:
+    """What a training did: means over the first and last tenth of the updates that
+    sampled replies; seconds are those of this call, which began at update `first`."""
+    logged = io.read_jsonl(out / "metrics.jsonl")
+    rows = [row for row in logged if "reward" in row]
+    part = max(1, len(rows) // 10)
+    seconds = logged[-1]["seconds"]
+
+    def mean(key: str, some: list[dict[str, Any]]) -> float:
+        return sum(row[key] for row in some) / len(some)
+
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "seconds_per_update": round(seconds / (trainer.state.global_step - first), 3),
+        "reward_first": mean("reward", rows[:part]),
+        "reward_last": mean("reward", rows[-part:]),
+        "mean_iou_first": mean("groups/mean_iou", rows[:part]),
+        "mean_iou_last": mean("groups/mean_iou", rows[-part:]),
+        "weight": trainer.weight_options | {"rescale": trainer.rescale},
+        "sft_adapter": str(sft_adapter),
+        "parameters": models.parameter_account(trainer.model),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; also what `accelerate launch -m univg_nb.train.grpo` runs."""
+    parser = argparse.ArgumentParser(prog="python -m univg_nb grpo")
+    parser.add_argument("config", help="a shipped scale's name or a .yaml file")
+    parser.add_argument("--sft-adapter", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="default runs/SCALE/grpo_WEIGHT")
+    parser.add_argument("--data", type=Path, help="default: data.stage2_file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
+    )
+    options = parser.parse_args(argv)
+    config = runs.load_scale(options.config)
+    for assignment in options.set:
+        config = runs.override(config, assignment)
+    data, scale = config["data"], Path(options.config).stem
+    path = (
+        options.data or data.get("stage2_file") or f"runs/{scale}/data/stage2_rl.json"
+    )
+    rows = files.read(path, image_root=data.get("image_root"))[: data.get("stage2")]
+    weight = config["grpo"].get("weight", "exp")
+    out = options.out or Path("runs") / scale / f"grpo_{weight}"
+    summary = train(config, out, rows, sft_adapter=options.sft_adapter)
+    print({key: value for key, value in summary.items() if key != "parameters"})
+
+
+if __name__ == "__main__":
+    main()
