@@ -8,6 +8,7 @@ LoraConfig. An unknown key or a wrong type is a ValueError that names file and k
 misspelt option must never train with a default.
 """
 
+import argparse
 import dataclasses
 import difflib
 import enum
@@ -15,6 +16,7 @@ import functools
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -132,7 +134,7 @@ def parse_value(text: str) -> Any:
         raise ValueError(f"cannot read the value {text!r}: {error}") from error
 
 
-def suggestion(word: str, known: typing.Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """' (did you mean ...?)' or the known names, to end an error message with."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
@@ -264,17 +266,62 @@ def scale_path(name_or_path: str | Path) -> Path:
     return path
 
 
-def load_scale(name_or_path: str | Path) -> dict[str, Any]:
-    """Read a shipped scale by name, or any .yaml file with the five sections.
+def load_scale(
+    name_or_path: str | Path, overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Read and check a scale file.
 
-    Raises ValueError for an unknown scale, unreadable YAML, unknown keys, wrong types.
+    Args:
+        name_or_path: name of a shipped scale, or a .yaml file with the same sections.
+        overrides: options to set afterwards, each as "SECTION.KEY=VALUE".
+
+    Raises:
+        ValueError: for an unknown scale, unreadable YAML, unknown keys or wrong types.
     """
     path = scale_path(name_or_path)
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    return check(config, str(path))
+    config = check(config, str(path))
+    for assignment in overrides:
+        config = override(config, assignment)
+    return config
+
+
+def add_scale_arguments(
+    parser: argparse.ArgumentParser, default: str | None = None
+) -> None:
+    """Add the scale and `--set` to a command's parser; `load_config` reads them.
+
+    Args:
+        parser: the parser of the command.
+        default: the scale of an optional `--scale`; None makes it a required positional
+            argument instead. Either way it is found as `options.scale`.
+    """
+    shown = "name of a shipped scale or a .yaml file"
+    if default is None:
+        parser.add_argument("scale", help=shown)
+    else:
+        parser.add_argument(
+            "--scale", default=default, help=f"{shown} (default: {default})"
+        )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="set an option of the scale; may be repeated",
+    )
+
+
+def load_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Load the scale that a command line names, with its `--set` options applied.
+
+    Raises:
+        ValueError: as `load_scale`.
+    """
+    return load_scale(options.scale, options.set)
 
 
 def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:

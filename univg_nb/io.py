@@ -3,19 +3,40 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-# ---------------------------------------------------------------- files
+from typing import IO, Any
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` so that `path` holds either the old or the whole new content."""
+@contextmanager
+def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file for writing that gets its name only when it is complete.
+
+    The content goes to a temporary file in the same folder, which is renamed to `path`
+    at the end of the `with` block and deleted if the block raises. So `path` holds
+    either the old or the whole new content at any time. Missing folders are created.
+
+    Args:
+        path: the file to write.
+        mode: "w" for text in UTF-8 or "wb" for bytes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        encoding = None if "b" in mode else "utf-8"
+        with temporary.open(mode, encoding=encoding) as handle:
+            yield handle
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to a file in UTF-8, atomically."""
+    with open_atomically(path) as handle:
+        handle.write(text)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -69,12 +90,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def hash_text(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8 as 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def config_hash(obj: Any) -> str:
-    """16 hex digits that change when any value in a JSON-like object changes."""
+    """Return 16 hex digits that change when any value of a JSON-like object changes."""
     text = json.dumps(obj, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_text(text)[:16]
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file's bytes, as recorded in scores.json."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from univg_nb import imports_done
 from univg_nb.train.final_norm import load_adapter_with_norm
 
 # DOC of zero3:
@@ -132,7 +131,6 @@ def load(
     train_norm: with `trainable`, a LoRA adapter also holds a trained copy of the last
         norm (final_norm); a whole model has it among its weights.
     """
-    imports_done()
     if merge and (quantize or trainable):
         raise ValueError(
             "merge=True folds the adapter into unrounded weights for inference; "
