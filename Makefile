@@ -10,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir $(RUN_DIR)
 
-# glibc keeps freed memory: torch on a CPU is much faster with it (see run_notebooks.py).
+# glibc keeps freed memory: torch on a CPU is much faster with it (see launch/runner.py).
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 export MALLOC_TOP_PAD_ := 268435456
@@ -51,15 +51,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	    $$(grep -E '^(torch|torchvision)==' constraints.txt)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-	    -e '.[dev]'
+	    -e '.[course,dev]'
 	@touch $@
 
 run: $(STAMP) ## execute the notebooks into RUN_DIR; finished stages are reused
 	@$(RUN) $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
-test: $(STAMP) ## lint, unit tests, every notebook at SCALE=smoke (what CI runs)
+test: $(STAMP) ## lint, types, unit tests, every notebook at SCALE=smoke (what CI runs)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	    $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	    --durations 12
@@ -95,5 +96,5 @@ record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/ and README.md
 	@$(BIN)/python -m univg_nb run --record $(RUN_DIR) $(NB)
 
 clean: ## remove caches and runs/smoke, runs/tiny (not .venv, not other runs)
-	rm -rf runs/smoke runs/tiny .pytest_cache .ruff_cache .hypothesis build
+	rm -rf runs/smoke runs/tiny .pytest_cache .ruff_cache .mypy_cache .hypothesis build
 	find univg_nb tests notebooks -name __pycache__ -prune -exec rm -rf {} +

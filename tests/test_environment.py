@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DIRECT = [Requirement(r) for r in PROJECT["dependencies"] + EXTRAS["dev"]]
+DIRECT = [Requirement(r) for r in PROJECT["dependencies"]]
+DIRECT += [Requirement(r) for r in EXTRAS["course"] + EXTRAS["dev"]]
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(
@@ -91,7 +92,7 @@ def test_conda_environment_installs_the_same():
     assert environment["name"] == PROJECT["name"]
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
     (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
-    assert pip == ["-c constraints.txt", "-e .[dev]"]
+    assert pip == ["-c constraints.txt", "-e .[course,dev]"]
     (python,) = [d.partition("=")[2] for d in conda if d.startswith("python=")]
     assert f"{python}.0" in SpecifierSet(PROJECT["requires-python"])
     for requirement in EXTRAS["gpu"]:
@@ -100,5 +101,5 @@ def test_conda_environment_installs_the_same():
 
 def test_the_makefile_installs_torch_first_from_the_constraints():
     recipe = (ROOT / "Makefile").read_text()
-    assert recipe.index("(torch|torchvision)==") < recipe.index("-e '.[dev]'")
+    assert recipe.index("(torch|torchvision)==") < recipe.index("-e '.[course,dev]'")
     assert {"torch", "torchvision"} <= set(PINS)
