@@ -9,7 +9,7 @@ from univg_nb.cot import checks
 from univg_nb.cot.checks import check_chain
 from univg_nb.cot.stand_in import ERRORS, WORDINGS
 from univg_nb.data.prompts import reply_text
-from univg_nb.data.sample import GroundingSample, asked_image
+from univg_nb.data.sample import GroundingSample, find_target_image
 from univg_nb.minimig.items import TASKS, make
 
 CHAIN = "Image 1 shows a cup by the door; in image 2 it stands on the table."
@@ -119,7 +119,7 @@ def test_what_question_and_task_say_about_the_image():
         for index in range(6):
             item = make(task, 3, "train", index)
             expected = None if task in open_questions else item.draft.asked
-            assert asked_image(item.sample) == expected, item.sample.question
+            assert find_target_image(item.sample) == expected, item.sample.question
 
 
 CAUGHT = {
@@ -148,7 +148,7 @@ def test_checks_on_planted_errors():
             *sound, back = [wording(one) for wording in WORDINGS]
             for chain in sound:
                 assert check_chain(one, reply_text(replace(one, chain=chain))) == []
-            clear = asked_image(one) is not None
+            clear = find_target_image(one) is not None
             text = reply_text(replace(one, chain=back))
             assert kinds(text, one) == (["image"] if clear else [])
             for error, kind in CAUGHT.items():

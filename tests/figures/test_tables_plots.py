@@ -249,7 +249,7 @@ def test_draw_boxes_takes_any_box_a_model_writes():
         ("group_grounding", 3, "Find a girl.", None, None),
         ("group_grounding", 3, "Find a girl.", "Image 1 has none. Image 2 has.", 1),
         ("diff", 2, "What differs?", "It is only in image 1.", 0),
-        ("diff", 2, "What differs?", None, 1),
+        ("diff", 2, "What differs?", None, None),
         ("multi_view", 2, "find it in image 9", None, None),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from univg_nb.data.boxes import find_boxes, format_box
-from univg_nb.data.sample import GroundingSample, asked_image, image_numbers
+from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 
 MIN_CHARS = 20  # less is no reasoning
 MAX_CHARS = 2000  # about 500 tokens; the released stage 2 cuts replies at 256
@@ -178,7 +178,7 @@ def check_chain(sample: GroundingSample, reply: str) -> list[ChainProblem]:
     - ``length``: thinking under MIN_CHARS or over MAX_CHARS characters
     - ``language``: not English, by its small words, while the question is
     - ``image``: of several images none is named, or one that is not there, or the last
-      sentence that names any leaves out the one that is asked for (`asked_image`;
+      sentence that names any leaves out the one that is asked for (`find_target_image`;
       where question and task leave it open, a wrong image goes unseen)
     - ``place``: that sentence puts the target at the left, right, top or bottom of its
       image, and the box is in the other half. Only there: a side confused earlier in
@@ -270,7 +270,7 @@ def _image(sample: GroundingSample, thinking: str) -> str:
     last = _conclusion(thinking)
     if not last:
         return f"names none of {count} images"
-    asked = asked_image(sample)
+    asked = find_target_image(sample)
     if asked is None or asked in image_numbers(last):
         return ""
     return f"asked is image {asked}, the chain ends {last[-60:]!r}"

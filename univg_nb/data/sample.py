@@ -1,4 +1,7 @@
-"""`GroundingSample`: one question with one target box, from whatever file."""
+"""`GroundingSample`: one question with one target box, from whatever file.
+
+Also here: which image a text names, and which image holds a sample's target.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,28 @@ from dataclasses import dataclass, field
 
 from univg_nb.data.boxes import GRID, Box
 
-# DOC of image_names:
-# """Which image a text speaks of, and which one a question asks about."""
-
 IMAGE_MARKER = "<image>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _INTEGERS = frozenset((int,))
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class GroundingSample:
     """One question with one target box.
 
     Attributes:
         id: unique within its file.
-        task: task name as in the file ("diff", "region", …; "" if it gives none).
+        task: task name as in the file ("diff", "region", ...; "" if it gives none).
         images: paths, in the order the question counts them; at least one.
-        question: the text alone: no ``<image>`` marker, no think/answer request.
+        question: the text alone: no `<image>` marker, no think/answer request.
         answer: target box, integers 0-1000 relative to the target image. Benchmarks
             hold a few inverted ones; training files never do.
-        cot: False in single-image mode, where no chain is asked for (PF sec. 2.2).
-        chain: the text inside ``<think>``, without tags; None if there is none.
+        cot: False in single-image mode, where no chain is asked for
+            (docs/paper_facts.md#single-image).
+        chain: the text inside `<think>`, without tags; None if there is none.
         boxes: all instances where a benchmark marks several, else ().
+        target_image: number of the image that holds the target, counted from 1; None
+            if the file does not say (see `find_target_image`).
         source: "file#row", for messages; not part of equality.
     """
 
@@ -40,25 +43,12 @@ class GroundingSample:
     cot: bool = True
     chain: str | None = None
     boxes: tuple[Box, ...] = ()
+    target_image: int | None = None
     source: str = field(default="", compare=False)
 
-    def __init__(
-        self,
-        id: str,
-        task: str,
-        images: tuple[str, ...],
-        question: str,
-        answer: Box,
-        cot: bool = True,
-        chain: str | None = None,
-        boxes: tuple[Box, ...] = (),
-        source: str = "",
-    ) -> None:
-        """Check and set the fields; the generated method takes four times as long to
-        set them, a tenth of reading a long file.
-
-        Raises ValueError naming id, source and what is wrong.
-        """
+    def __post_init__(self) -> None:
+        """Check the fields; raise ValueError with id, source and what is wrong."""
+        images, question, target = self.images, self.question, self.target_image
         if type(images) is not tuple or not images or "" in images:
             problem = f"images must be a tuple of paths, got {images!r}"
         elif IMAGE_MARKER in question or not question or question[0] == "\n":
@@ -66,65 +56,71 @@ class GroundingSample:
                 f"question {question[:60]!r} must be text without {IMAGE_MARKER} "
                 "and not begin with a newline"
             )
-        elif chain is not None and any(tag in chain for tag in TAGS):
+        elif self.chain is not None and any(tag in self.chain for tag in TAGS):
             problem = "chain must be the text inside <think>, without tags"
-        elif not _on_grid(answer):
-            problem = f"box {answer!r} must be four integers 0-{GRID}"
-        elif boxes and (bad := [b for b in boxes if not _on_grid(b)]):
-            problem = f"box {bad[0]!r} must be four integers 0-{GRID}"
+        elif wrong := [b for b in (self.answer, *self.boxes) if not _is_on_grid(b)]:
+            problem = f"box {wrong[0]!r} must be four integers 0-{GRID}"
+        elif target is not None and not (
+            type(target) is int and 1 <= target <= len(images)
+        ):
+            problem = f"target_image {target!r} must be None or 1 to {len(images)}"
         else:
-            fields = self.__dict__  # frozen: not by assignment
-            fields["id"], fields["task"], fields["images"] = id, task, images
-            fields["question"], fields["answer"], fields["cot"] = question, answer, cot
-            fields["chain"], fields["boxes"], fields["source"] = chain, boxes, source
             return
-        raise ValueError(f"sample {id} {source}: {problem}")
+        raise ValueError(f"sample {self.id} {self.source}: {problem}")
 
 
-def _on_grid(box: Box) -> bool:
+def _is_on_grid(box: Box) -> bool:
     if len(box) != 4 or not _INTEGERS.issuperset(map(type, box)):
         return False
-    x1, y1, x2, y2 = box
-    return 0 <= x1 <= GRID and 0 <= y1 <= GRID and 0 <= x2 <= GRID and 0 <= y2 <= GRID
+    return min(box) >= 0 and max(box) <= GRID
 
 
-ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
+_ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
 _IMAGE_NUMBER = re.compile(
     r"image[ -](\d{1,3}+)(?!\d)|(?<!\d)(\d{1,3}+)(?:st|nd|rd|th) image"
-    rf"|({'|'.join(ORDINALS)}) image",
+    rf"|({'|'.join(_ORDINALS)}) image",
     re.IGNORECASE,
 )
 # Benchmark tasks whose questions always ask about the same image: the source of the
 # crops, and the second of a pair.
-FIXED_IMAGE = {
+_FIXED_IMAGE = {
     "region": 1,
     "view_diff": 2,
     "refer_grounding": 2,
     "correspondence": 2,
     "reasoning": 2,
 }
-# Those whose questions name it last, behind the one they start from.
+# Tasks whose questions name the target's image last, after the one they start from.
 _LAST_NAMED = ("common_object", "object_tracking", "multi_view")
 
 
 def image_numbers(text: str) -> list[int]:
-    """The images a text names ("image 2", "2nd image", "second image"), in order."""
+    """Return the images a text names, in order.
+
+    Args:
+        text: for example "the cup of image 2", "2nd image", "second image".
+    """
     return [
-        ORDINALS.index(word.lower()) + 1 if word else int(plain or ordinal)
+        _ORDINALS.index(word.lower()) + 1 if word else int(plain or ordinal)
         for plain, ordinal, word in _IMAGE_NUMBER.findall(text)
     ]
 
 
-def asked_image(sample: GroundingSample) -> int | None:
-    """The image (from 1) the box must be in, by question and task; None if left open.
+def find_target_image(sample: GroundingSample) -> int | None:
+    """Return the number of the image that holds the target, or None if nothing tells.
 
-    The formats do not record it. Questions of unknown tasks count if they name one
-    image and no other.
+    This is `sample.target_image` where the file says it. The released files do not:
+    then the image follows from the task or from the question, if the question names one
+    image only, or else is the last one that the sample's chain names.
+
+    Returns:
+        A number from 1 to `len(sample.images)`, or None.
     """
-    if len(sample.images) == 1:
-        return 1
-    if sample.task in FIXED_IMAGE:
-        return FIXED_IMAGE[sample.task]
+    if sample.target_image is not None or len(sample.images) == 1:
+        return sample.target_image or 1
     named = image_numbers(sample.question)
-    clear = sample.task in _LAST_NAMED or len(set(named)) == 1
-    return named[-1] if named and clear else None
+    if sample.task in _FIXED_IMAGE:
+        named = [_FIXED_IMAGE[sample.task]]
+    elif sample.task not in _LAST_NAMED and len(set(named)) != 1:
+        named = image_numbers(sample.chain or "")
+    return named[-1] if named and 1 <= named[-1] <= len(sample.images) else None

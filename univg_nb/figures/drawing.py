@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from univg_nb.data.boxes import Box, iou, to_pixels
 from univg_nb.data.images import open_image
-from univg_nb.data.sample import FIXED_IMAGE, GroundingSample, image_numbers
+from univg_nb.data.sample import GroundingSample, find_target_image
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 RED, SKY, PURPLE, GREY = "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F"
@@ -25,8 +25,6 @@ PREDICTION_COLOURS = (RED, BLUE, ORANGE, PURPLE, SKY)
 LONG_SIDE = 448  # px; MiniMIG's 256 px pictures are enlarged, photographs reduced
 
 LabelledBox = tuple[Sequence[float], str, str]
-
-_OPEN_QUESTION = ("diff", "group_grounding")
 
 
 def draw_boxes(
@@ -106,23 +104,12 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def target_image(sample: GroundingSample) -> int | None:
-    """Which image (from 0) the answer box is in, or None if nothing says so.
+    """Return the index of the image that holds the answer box, or None if unknown.
 
-    The released formats do not record it. In the two tasks whose questions leave it
-    open, the chain names it last, if there is one; else it follows from the task, or
-    from the last image number in the question.
+    This is `data.sample.find_target_image`, counted from 0.
     """
-    count = len(sample.images)
-    if count == 1:
-        return 0
-    number = FIXED_IMAGE.get(sample.task)
-    if sample.task in _OPEN_QUESTION:
-        named = image_numbers(sample.chain or "")
-        number = named[-1] if named else 2 if sample.task == "diff" else None
-    elif number is None:
-        named = image_numbers(sample.question)
-        number = named[-1] if named else None
-    return number - 1 if number is not None and 1 <= number <= count else None
+    number = find_target_image(sample)
+    return None if number is None else number - 1
 
 
 def show_sample(
