@@ -11,6 +11,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -26,9 +27,21 @@ def image_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -> st
     shrink = (max_pixels / (image.width * image.height)) ** 0.5
     if shrink < 1:
         image.thumbnail((image.width * shrink, image.height * shrink))
+    return encode_data_url(image, "JPEG", quality=92)
+
+
+def encode_data_url(image: Image.Image, format: str = "PNG", **options: int) -> str:
+    """Return an image as a data URL.
+
+    Args:
+        image: the image.
+        format: "PNG" or "JPEG".
+        options: of Pillow for the format, such as the quality.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format, **options)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{format.lower()};base64,{encoded}"
 
 
 MIN_SIDE = 28  # one merged patch of Qwen2-VL; smaller images its processor refuses
@@ -147,6 +160,22 @@ def image_tokens(
         h = math.ceil(height * grow / factor) * factor
         w = math.ceil(width * grow / factor) * factor
     return (h // factor) * (w // factor)
+
+
+def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
+    """Return the tokens an image takes in a prompt, from the file's header alone.
+
+    Args:
+        path: the image file.
+        processor: the processor of the model.
+        sample_id: the sample that an error message names.
+    """
+    width, height = image_size(path, sample_id)
+    image_processor = processor.image_processor
+    patches = image_processor.get_number_of_image_patches(
+        max(height, MIN_SIDE), max(width, MIN_SIDE)
+    )
+    return patches // image_processor.merge_size**2
 
 
 def missing_images(

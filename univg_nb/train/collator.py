@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 from univg_nb.data import prompts
-from univg_nb.data.images import MIN_SIDE, image_size
+from univg_nb.data.images import count_image_tokens
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import Encoded, pixels
 
@@ -63,16 +63,6 @@ def image_tokens(grid: torch.Tensor, processor: ProcessorMixin) -> int:
     return int(grid.prod()) // processor.image_processor.merge_size**2
 
 
-def expected_tokens(path: str, processor: ProcessorMixin, sample_id: str) -> int:
-    """image_tokens() foretold from the file's header, without decoding the image."""
-    width, height = image_size(path, sample_id)
-    image_processor = processor.image_processor
-    patches = image_processor.get_number_of_image_patches(
-        max(height, MIN_SIDE), max(width, MIN_SIDE)
-    )
-    return patches // image_processor.merge_size**2
-
-
 def tokenize(
     samples: Sequence[GroundingSample],
     processor: ProcessorMixin,
@@ -92,7 +82,7 @@ def tokenize(
         row = encode(sample, processor, chains)
         for path in sample.images:
             if path not in sizes:
-                sizes[path] = expected_tokens(path, processor, sample.id)
+                sizes[path] = count_image_tokens(path, processor, sample.id)
         counts = [sizes[path] for path in sample.images]
         visual = sum(counts) - len(counts)  # each image is one token of prompt_ids
         length = len(row["prompt_ids"]) + visual + len(row["completion_ids"])
