@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from univg_nb.base_model.muon import Muon, blocks, orthogonalised
+from univg_nb.base_model.muon import Muon, blocks, orthogonalize
 from univg_nb.base_model.training import optimizers_for
 
 
@@ -12,14 +12,14 @@ from univg_nb.base_model.training import optimizers_for
 def test_singular_values_end_near_one(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) @ torch.diag(torch.linspace(0.1, 3, shape[1]))
-    values = torch.linalg.svdvals(orthogonalised(matrix))
+    values = torch.linalg.svdvals(orthogonalize(matrix))
     assert values.min() > 0.6 and values.max() < 1.25
 
 
-def test_orthogonalised_keeps_the_singular_vectors():
+def test_orthogonalize_keeps_the_singular_vectors():
     torch.manual_seed(0)
     matrix = torch.randn(16, 40)
-    u, s, v = torch.linalg.svd(orthogonalised(matrix), full_matrices=False)
+    u, s, v = torch.linalg.svd(orthogonalize(matrix), full_matrices=False)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     polar = left @ right
     close = torch.nn.functional.cosine_similarity(
@@ -45,7 +45,7 @@ def test_three_steps_equal_torch_up_to_its_bfloat16():
     assert (ours - theirs).norm() < 0.02 * moved
 
 
-def test_a_fused_projection_is_orthogonalised_block_by_block():
+def test_a_fused_projection_is_orthogonalize_block_by_block():
     fused = torch.arange(3 * 4 * 4.0).view(12, 4)
     assert [b.shape for b in blocks(fused)] == [(4, 4)] * 3
     assert blocks(torch.zeros(8, 4))[0].shape == (8, 4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from univg_nb.base_model.albums import album
+from univg_nb.base_model.albums import sample_album
 from univg_nb.base_model.architecture import (
     build_model,
     build_processor,
@@ -13,7 +13,7 @@ from univg_nb.base_model.architecture import (
 from univg_nb.base_model.data import Albums, Lessons, Plan
 from univg_nb.base_model.dialogue import IMAGE_TOKENS, dialogue
 from univg_nb.base_model.guide import NUMBER, AttentionGuide
-from univg_nb.base_model.lessons import lesson
+from univg_nb.base_model.lessons import sample_lesson
 from univg_nb.base_model.training import UNUSED_LENGTH, shrink_unused
 from univg_nb.base_model.vision import covered_cells, patchify
 from univg_nb.data.boxes import format_box
@@ -23,13 +23,13 @@ from univg_nb.minimig.scenes import render
 @pytest.fixture(scope="module")
 def tokenizer():
     rng = np.random.default_rng(0)
-    turns = [turn for _ in range(300) for turn in lesson(rng).turns]
+    turns = [turn for _ in range(300) for turn in sample_lesson(rng).turns]
     return train_tokenizer([text for turn in turns for text in turn[:2]])
 
 
 def test_patches_equal_the_processors(tokenizer):
     rng = np.random.default_rng(1)
-    image = render(lesson(rng).scenes[0])
+    image = render(sample_lesson(rng).scenes[0])
     out = build_processor(tokenizer).image_processor([image], return_tensors="pt")
     small = torch.from_numpy(np.array(image.resize((64, 64), 3)))[None]
     torch.testing.assert_close(patchify(small), out["pixel_values"], atol=0.05, rtol=0)
@@ -37,7 +37,7 @@ def test_patches_equal_the_processors(tokenizer):
 
 @pytest.mark.parametrize("several", [0.0, 1.0])
 def test_dialogue_is_the_chat_template_with_loss_on_replies(tokenizer, several):
-    item = lesson(np.random.default_rng(2), several=several)
+    item = sample_lesson(np.random.default_rng(2), several=several)
     made = dialogue(item, tokenizer)
     chat = []
     for k, turn in enumerate(item.turns):
@@ -57,7 +57,7 @@ def test_dialogue_is_the_chat_template_with_loss_on_replies(tokenizer, several):
 
 
 def test_a_look_is_from_the_token_before_the_one_it_serves(tokenizer):
-    item = lesson(np.random.default_rng(3), several=0.0)
+    item = sample_lesson(np.random.default_rng(3), several=0.0)
     made = dialogue(item, tokenizer)
     digits = {str(d) for d in range(10)}
     for look in made.looks:
@@ -98,7 +98,7 @@ def test_which_image_is_meant_is_looked_up_where_it_is_said(tokenizer):
     rng = np.random.default_rng(6)
     said = 0
     for _ in range(40):
-        item = album(rng)
+        item = sample_album(rng)
         assert 1 <= len(item.scenes) <= 6
         made = dialogue(item, tokenizer, numbers=True)
         for look in made.looks:
@@ -120,7 +120,7 @@ def test_which_image_is_meant_is_looked_up_where_it_is_said(tokenizer):
 def test_albums_compare_no_pictures():
     rng = np.random.default_rng(7)
     words = " ".join(
-        turn.question for _ in range(200) for turn in album(rng).turns
+        turn.question for _ in range(200) for turn in sample_album(rng).turns
     ).lower()
     for word in ("differen", "change", "common", "share", "same", "both", "purpose"):
         assert word not in words, word

@@ -5,15 +5,15 @@ from functools import lru_cache
 
 import pytest
 
-from univg_nb.data import boxes, rows
-from univg_nb.data import files as samples
-from univg_nb.minimig import export, items, needs, words
+from univg_nb.data import boxes, files, formats
+from univg_nb.minimig import export, items
+from univg_nb.minimig.compose import Draft, choose, sample_labels, sample_scene
 from univg_nb.minimig.phrases import QUESTIONS, REASONING
-from univg_nb.minimig.pictograms import COLOURS, KINDS
-from univg_nb.minimig.tasks_pairs import PAIRED
+from univg_nb.minimig.pictograms import KINDS, serves_use
+from univg_nb.minimig.tasks_pairs import CORRESPONDENCES, NEEDS, TOO_SMALL
 
-COUNT = 9  # items of each family and split: three of each level
-FAMILIES = tuple(items.TASKS | items.OTHERS)
+COUNT = 9  # items of each task and split: three of each level
+ALL_TASKS = tuple(items.TASKS | items.OTHER_TASKS)
 IMAGES = {
     "diff": {2}, "view_diff": {2}, "common_object": {3, 4}, "object_tracking": {6},
     "multi_view": {2, 3, 4}, "region": {2, 3}, "refer_grounding": {2},
@@ -27,7 +27,7 @@ def made(task: str, split: str) -> tuple[items.Item, ...]:
     return tuple(items.make(task, 0, split, i) for i in range(COUNT))
 
 
-@pytest.mark.parametrize("task", FAMILIES)
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_same_arguments_same_item(task):
     for index in (0, 2):
         again = items.make(task, 0, "train", index)
@@ -40,21 +40,21 @@ def test_same_arguments_same_item(task):
     assert other.sample != made(task, "train")[0].sample
 
 
-@pytest.mark.parametrize("task", FAMILIES)
+@pytest.mark.parametrize("task", ALL_TASKS)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_items_are_sound(task, split):
     for index, item in enumerate(made(task, split)):
         sample, draft = item.sample, item.draft
-        assert all(scene.split() == split for scene in draft.scenes)
+        assert all(scene.split == split for scene in draft.scenes)
         assert len(item.images) == len(sample.images) in IMAGES[task]
         assert all(i.size == (256, 256) and i.mode == "RGB" for i in item.images)
         assert all(p.startswith(f"images/{split}_{task}_") for p in sample.images)
-        assert items.level_of(sample.id) == item.level
+        assert sample.id.split("-")[3] == item.level
         assert item.level == ("easy", "medium", "hard")[index % 3]
         assert boxes.box_status(sample.answer) == boxes.OK
         assert max(sample.answer) < 1000
         assert "{" not in sample.question
-        scene = draft.scenes[draft.asked - 1]
+        scene = draft.scenes[draft.target_image - 1]
         assert draft.target in scene.things
         assert len({t.name for t in scene.things}) == len(scene.things)
         if task != "correspondence":
@@ -74,7 +74,7 @@ def test_chains_name_the_target_in_known_words(task):
             )
             assert last, chain
             assert last[1] == item.draft.target.name
-            assert int(last[2]) == item.draft.asked
+            assert int(last[2]) == item.draft.target_image
             assert "(" not in chain and "  " not in chain
 
 
@@ -98,7 +98,7 @@ def test_common_object_is_the_only_thing_in_common():
         in_all = set.intersection(*kinds)
         assert in_all == {item.draft.target.kind}
         if not set.intersection(*names):  # one kind in several colours
-            scene = item.draft.scenes[item.draft.asked - 1]
+            scene = item.draft.scenes[item.draft.target_image - 1]
             assert sum(t.kind in in_all for t in scene.things) == 1
         # The chain looks at two images: they settle it.
         shared = names[0] & names[1] or kinds[0] & kinds[1]
@@ -110,7 +110,7 @@ def test_group_phrase_fits_one_thing_in_all_images():
         phrase = re.search(r"start\|>the (.+)<\|object_ref_end", item.sample.question)
         noun = phrase[1].removesuffix(" thing")
         things = [t for s in item.draft.scenes for t in s.things]
-        fits = [t for t in things if noun in (t.name, t.kind, t.colour)]
+        fits = [t for t in things if noun in (t.name, t.kind, t.color)]
         assert fits == [item.draft.target]
 
 
@@ -121,7 +121,7 @@ def test_box_in_words_is_that_of_the_target_in_image_1():
             first = item.draft.scenes[0]
             there = [t for t in first.things if t.box == box]
             assert [t.name for t in there] == [item.draft.target.name]
-            assert f"image {item.draft.asked}" in item.sample.question
+            assert f"image {item.draft.target_image}" in item.sample.question
 
 
 def test_needs_have_one_answer():
@@ -130,7 +130,7 @@ def test_needs_have_one_answer():
         kind = item.draft.target.kind
         context = first.things[0].kind
         need = next(
-            n for n in needs.NEEDS.values()
+            n for n in NEEDS
             if kind in n.answers and n.place == first.place
             and n.kind in (None, context)
         )  # fmt: skip
@@ -139,17 +139,22 @@ def test_needs_have_one_answer():
     for item in made("lisa", "test"):
         fits = [
             t for t in item.draft.scenes[0].things
-            if needs.answers_use(item.draft.target.kind, t.kind)
+            if serves_use(t.kind, item.draft.target.kind)
         ]  # fmt: skip
         assert fits == [item.draft.target]
 
 
 def test_correspondence_pairs_one_part():
-    assert len(PAIRED) >= 4
+    for purpose, parts in CORRESPONDENCES.items():
+        assert all(KINDS[kind].parts[part].purpose == purpose for kind, part in parts)
+        for kind, part in parts:
+            x1, y1, x2, y2 = KINDS[kind].parts[part].box
+            is_small = min(x2 - x1, y2 - y1) < 0.27
+            assert ((kind, part) in TOO_SMALL) == is_small
     for item in made("correspondence", "train"):
         kind = item.draft.target.kind
         assert item.sample.answer in [
-            tuple(min(999, v) for v in item.draft.target.part(p))
+            tuple(min(999, v) for v in item.draft.target.compute_part_box(p))
             for p in KINDS[kind].parts
         ]
         purpose = re.search(r"used to (\w+)\.", item.sample.chain)[1]
@@ -185,8 +190,9 @@ def test_wordings():
     assert all(len(texts) >= 3 for texts in (QUESTIONS | REASONING).values())
     levels = {item.level for item in made("diff", "train")}
     assert levels == {"easy", "medium", "hard"}
-    assert set(needs.SAME_USE) == set(KINDS)
-    assert words.article("orange cup") == "an orange cup" and "orange" in COLOURS
+    assert {need.group for need in NEEDS} == set(REASONING)
+    substitutes = {name for kind in KINDS.values() for name in kind.substitutes}
+    assert substitutes < set(KINDS)
 
 
 SIZES = {
@@ -197,7 +203,7 @@ SIZES = {
 
 def test_drawn_by_several_processes_is_the_same(tmp_path, monkeypatch):
     alone = export.build(tmp_path / "alone", SIZES, seed=4)
-    monkeypatch.setattr(export, "FEW", 1)
+    monkeypatch.setattr(export, "MIN_PARALLEL", 1)
     monkeypatch.setattr(export.os, "cpu_count", lambda: 2)
     together = export.build(tmp_path / "together", SIZES, seed=4)
     for key, path in alone.items():
@@ -208,7 +214,7 @@ def test_drawn_by_several_processes_is_the_same(tmp_path, monkeypatch):
 
 
 def test_validation_items_are_of_their_own_split(tmp_path):
-    read = samples.read(export.validation(tmp_path, 2, seed=3), image_root=tmp_path)
+    read = files.read(export.write_validation(tmp_path, 2, seed=3), image_root=tmp_path)
     assert [s.task for s in read] == [task for task in items.TASKS for _ in range(2)]
     assert all("val_" in path for s in read for path in s.images)
 
@@ -220,7 +226,7 @@ def test_export_round_trip_and_same_bytes(tmp_path):
     counts["video"] = 2
     named = {}
     for key, path in one.items():
-        read = samples.read(path, image_root=path.parent)  # format detected
+        read = files.read(path, image_root=path.parent)  # format detected
         assert len(read) == counts[key]
         named[key] = {p for s in read for p in s.images}
         for sample in read:
@@ -229,26 +235,63 @@ def test_export_round_trip_and_same_bytes(tmp_path):
             folder = f"{path.parent}/"
             relative = tuple(p.removeprefix(folder) for p in sample.images)
             assert relative == item.sample.images
-            assert (sample.question, sample.answer, sample.chain, sample.cot) == (
-                item.sample.question,
-                item.sample.answer,
-                item.sample.chain,
-                item.sample.cot,
-            )
+            kept = ("question", "answer", "chain", "cot", "target_image")
+            for field in kept:
+                assert getattr(sample, field) == getattr(item.sample, field), field
         assert path.read_bytes() == two[key].read_bytes()
     train = named["stage1"] | named["stage2"]
     assert train.isdisjoint(set.union(*(named[k] for k in counts if "stage" not in k)))
     assert named["stage1"].isdisjoint(named["stage2"])
-    files = sorted((tmp_path / "one" / "images").iterdir())
-    assert {str(f) for f in files} == set.union(*named.values())
+    images = sorted((tmp_path / "one" / "images").iterdir())
+    assert {str(f) for f in images} == set.union(*named.values())
     assert all(
         f.read_bytes() == (tmp_path / "two" / "images" / f.name).read_bytes()
-        for f in files
+        for f in images
     )
-    stage2 = samples.read(one["stage2"])
+    stage2 = files.read(one["stage2"])
     assert [s.task == "single" for s in stage2].count(True) == 2
     assert all(s.cot == (s.task != "single") for s in stage2)
-    assert rows.SINGLE_IMAGE_PATH not in stage2[0].images[0]
+    assert formats.SINGLE_IMAGE_PATH not in stage2[0].images[0]
+
+
+def test_the_target_image_is_recorded():
+    for task in ALL_TASKS:
+        for item in made(task, "train") + made(task, "test"):
+            assert item.sample.target_image == item.draft.target_image
+    # Both images of `diff` are asked for: the question alone does not tell which.
+    assert {i.sample.target_image for i in made("diff", "train")} == {1, 2}
+
+
+def draw_largest(rng, level, split):
+    """A new task: one picture, and the question asks for its only large thing."""
+    labels = sample_labels(rng, level)
+    while True:
+        scene = sample_scene(rng, labels, level, split, large=labels[:1])
+        if [t.label for t in scene.things if t.is_large] == labels[:1]:
+            break
+    question = choose(rng, ("Find the largest thing.", "Which thing is the largest?"))
+    chain = f"The {scene.find(labels[0]).name} is larger than all others in image 1."
+    return Draft([scene], question, chain, scene.find(labels[0]))
+
+
+def test_a_new_task_needs_one_entry_and_changes_no_other(tmp_path, monkeypatch):
+    before = {task: items.make(task, 3, "test", 0) for task in ALL_TASKS}
+    free = max(task.stream for task in (items.TASKS | items.OTHER_TASKS).values()) + 1
+    monkeypatch.setitem(items.TASKS, "largest", items.Task(draw_largest, free))
+    files_made = export.build(tmp_path, SIZES | {"stage1": 11}, seed=3)
+    for key in ("stage1", "mig_bench"):
+        read = files.read(files_made[key], image_root=tmp_path)
+        (sample,) = (s for s in read if s.task == "largest")
+        assert "largest" in sample.question and sample.target_image == 1
+    for task, item in before.items():
+        again = items.make(task, 3, "test", 0)
+        assert again.sample == item.sample and again.images == item.images
+
+
+def test_every_task_has_random_numbers_of_its_own():
+    streams = [task.stream for task in (items.TASKS | items.OTHER_TASKS).values()]
+    assert len(set(streams)) == len(streams)
+    assert all(0 <= stream < 16 for stream in streams)
 
 
 def test_clear_errors(tmp_path):
@@ -260,5 +303,3 @@ def test_clear_errors(tmp_path):
         export.build(tmp_path, {"stage3": 1})
     with pytest.raises(ValueError, match="more than the 1 rows of stage2"):
         export.build(tmp_path, {**SIZES, "stage2": 1})
-    with pytest.raises(ValueError, match="not one of MiniMIG's"):
-        items.level_of("case-1")

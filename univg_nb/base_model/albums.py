@@ -5,100 +5,120 @@ chain of reasoning over several images can be learned. As in `lessons`, nothing 
 compares pictures, and no task and no chain occurs.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from univg_nb.base_model.lessons import (
+    Ask,
     Lesson,
     Turn,
-    describe,
-    find,
-    find_part,
-    is_there,
-    knowledge,
-    listing_looks,
-    name_at,
-    pick,
-    related_scenes,
-    scene_for,
-    tell_place,
-    tell_where,
-    which_image,
+    ask_box,
+    ask_description,
+    ask_image,
+    ask_knowledge,
+    ask_name,
+    ask_part_box,
+    ask_position,
+    ask_presence,
+    ask_weather,
+    list_looks,
+    sample_related_scenes,
+    sample_scene,
 )
-from univg_nb.minimig import words
-from univg_nb.minimig.phrases import ORDINALS
+from univg_nb.minimig.compose import choose
+from univg_nb.minimig.phrases import ORDINALS, add_article, describe_scene
 from univg_nb.minimig.scenes import Scene
 
 CLOSE = (0.55, 0.9)  # side of a thing seen from close by, as a share of the picture's
 
-ASKED = (
-    (0.40, describe),
-    (0.28, find),
-    (0.10, name_at),
-    (0.03, find_part),
-    (0.03, tell_place),
-    (0.04, tell_where),
-    (0.02, is_there),
+# Shares of the turns: about one picture, and about all, about which one, about none.
+QUESTION_SHARES: tuple[tuple[float, Ask], ...] = (
+    (0.40, ask_description),
+    (0.28, ask_box),
+    (0.10, ask_name),
+    (0.03, ask_part_box),
+    (0.03, ask_weather),
+    (0.04, ask_position),
+    (0.02, ask_presence),
 )
-ALL, WHICH, KNOWLEDGE = 0.12, 0.03, 0.03  # shares of the turns that are not in ASKED
+ALL_SHARE, IMAGE_SHARE, KNOWLEDGE_SHARE = 0.12, 0.03, 0.03
 
 
-def close_up(rng: np.random.Generator, split: str) -> Scene:
-    """One thing that fills much of the picture."""
+def sample_close_up(rng: np.random.Generator, split: str) -> Scene:
+    """Draw a scene of one thing that fills much of the picture."""
     while True:
-        thing = scene_for(rng, 1, split).things[0]
+        thing = sample_scene(rng, 1, split).things[0]
         size = round(float(rng.uniform(*CLOSE)) * 64) / 64
         x, y = (round(float(v), 3) for v in rng.uniform(size / 2, 1 - size / 2, 2))
         scene = Scene((replace(thing, x=x, y=y, size=size),), "clear")
-        if scene.split() == split:
+        if scene.split == split:
             return scene
 
 
-def describe_all(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn:
-    """Say what each picture shows, in order."""
-    question = pick(rng, ("Describe all images.", "What do the images show?"))
-    reply, looks = "", ()
-    for number, scene in enumerate(scenes, 1):
-        begins = len(reply)
-        reply += f"{words.description(scene, number)} "
-        names = [words.article(t.name) for t in scene.reading_order()]
-        looks += listing_looks(reply, names, scene, number, begins)
-    return Turn(question, reply.rstrip(), looks)
+def ask_all_descriptions(rng: np.random.Generator, scenes: Sequence[Scene]) -> Turn:
+    """Ask what each picture shows, in order."""
+    question = choose(rng, ("Describe all images.", "What do the images show?"))
+    sentences = [describe_scene(scene, number) for number, scene in enumerate(scenes, 1)]
+    reply, looks, start = " ".join(sentences), (), 0
+    for number, (scene, sentence) in enumerate(zip(scenes, sentences, strict=True), 1):
+        names = [add_article(thing.name) for thing in scene.sort_by_position()]
+        looks += list_looks(reply, names, scene, number, start)
+        start += len(sentence) + 1
+    return Turn(question, reply, looks)
 
 
-def with_ordinal(rng: np.random.Generator, turn: Turn, number: int) -> Turn:
-    """The question with "the second image" for "image 2", now and then."""
-    text, said = f"image {number}", f"the {ORDINALS[number - 1]} image"
-    # What the question's phrase looks at is counted in characters before these words.
-    before = max((look.end for look in turn.asks), default=0)
-    if rng.random() < 0.1 and turn.question.find(text) >= before:
-        return turn._replace(question=turn.question.replace(text, said))
+def use_ordinal(rng: np.random.Generator, turn: Turn, number: int) -> Turn:
+    """Write "the second image" for "image 2" in one question of ten.
+
+    Args:
+        rng: source of random numbers.
+        turn: a turn about one picture.
+        number: number of the picture, from 1.
+    """
+    text, ordinal = f"image {number}", f"the {ORDINALS[number - 1]} image"
+    # The question's looks are counted in characters, so these words must follow them.
+    start = max((look.end for look in turn.asks), default=0)
+    if rng.random() < 0.1 and turn.question.find(text) >= start:
+        return turn._replace(question=turn.question.replace(text, ordinal))
     return turn
 
 
-def _turn(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | None:
-    shares = np.array([ALL, WHICH, KNOWLEDGE, *(share for share, _ in ASKED)])
-    choice = int(rng.choice(len(shares), p=shares / shares.sum()))
+def _sample_turn(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | None:
+    shares = [ALL_SHARE, IMAGE_SHARE, KNOWLEDGE_SHARE]
+    shares += [share for share, _ in QUESTION_SHARES]
+    choice = int(rng.choice(len(shares), p=np.array(shares) / np.array(shares).sum()))
     if choice == 0:
-        return describe_all(rng, scenes) if 1 < len(scenes) < 5 else None
+        return ask_all_descriptions(rng, scenes) if 1 < len(scenes) < 5 else None
     if choice == 1:
-        return which_image(rng, scenes) if len(scenes) > 1 else None
+        return ask_image(rng, scenes) if len(scenes) > 1 else None
     if choice == 2:
-        return knowledge(rng)
+        return ask_knowledge(rng)
     number = int(rng.integers(len(scenes))) + 1
-    turn = ASKED[choice - 3][1](rng, scenes[number - 1], number, len(scenes))
-    return turn and with_ordinal(rng, turn, number)
+    turn = QUESTION_SHARES[choice - 3][1](rng, scenes[number - 1], number, len(scenes))
+    return turn and use_ordinal(rng, turn, number)
 
 
-def album(rng: np.random.Generator, split: str = "train", turns: int = 5) -> Lesson:
-    """One lesson on one to six pictures; in a third, the same things stand in all."""
-    of = int(rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 5, 6)))
-    kept = pick(rng, (0.3, 0.5, 1.0))
-    scenes = related_scenes(rng, of, 5 if of < 3 else 4, split, kept)
-    scenes = tuple(close_up(rng, split) if rng.random() < 0.1 else s for s in scenes)
+def sample_album(
+    rng: np.random.Generator, split: str = "train", turns: int = 5
+) -> Lesson:
+    """Draw one lesson on one to six pictures; in a third, all show the same things.
+
+    Args:
+        rng: source of random numbers.
+        split: the split that the scenes must belong to.
+        turns: number of questions.
+    """
+    num_images = int(rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 5, 6)))
+    kept_share = choose(rng, (0.3, 0.5, 1.0))
+    max_things = 5 if num_images < 3 else 4
+    scenes = sample_related_scenes(rng, num_images, max_things, split, kept_share)
+    scenes = tuple(
+        sample_close_up(rng, split) if rng.random() < 0.1 else scene for scene in scenes
+    )
     asked: list[Turn] = []
     while len(asked) < turns:
-        if (turn := _turn(rng, scenes)) is not None:
+        if (turn := _sample_turn(rng, scenes)) is not None:
             asked.append(turn)
     return Lesson(scenes, tuple(asked))

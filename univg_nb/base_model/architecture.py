@@ -150,9 +150,9 @@ def build_model(
 
 def build(out: str | Path, seed: int = 0) -> None:
     """Writes a model with random weights, tokenizer and processor to ``out``."""
-    from univg_nb.base_model.lessons import corpus
+    from univg_nb.base_model.lessons import generate_corpus
 
-    tokenizer = train_tokenizer(corpus())
+    tokenizer = train_tokenizer(generate_corpus())
     build_model(tokenizer, seed).save_pretrained(out)
     build_processor(tokenizer).save_pretrained(out)
 

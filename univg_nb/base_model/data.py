@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Qwen2Tokenizer
 
-from univg_nb.base_model.albums import album
+from univg_nb.base_model.albums import sample_album
 from univg_nb.base_model.dialogue import IMAGE_TOKENS, Dialogue, dialogue
 from univg_nb.base_model.guide import Looks
-from univg_nb.base_model.lessons import Lesson, Turn, lesson, scene_for
+from univg_nb.base_model.lessons import Lesson, Turn, sample_lesson, sample_scene
 from univg_nb.base_model.vision import cell_targets, covered_cells, grid, patchify, seen
 from univg_nb.minimig.scenes import PLACES
 
@@ -61,7 +61,7 @@ class Views(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
         rng = np.random.default_rng([self.plan.seed, 1, i])
-        scene = scene_for(rng, crowding(i / len(self)), "train")
+        scene = sample_scene(rng, crowding(i / len(self)), "train")
         picture = torch.from_numpy(seen(scene, rng).copy())
         return picture, torch.from_numpy(cell_targets(scene)), PLACES.index(scene.place)
 
@@ -103,7 +103,7 @@ class Lessons(Dataset):
     def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
         stage = sum(progress >= border for border in LANGUAGE_BORDERS)
         several = (0.0, 0.0, 0.15, 0.35)[stage]
-        return lesson(rng, (1, 2, 3, 5)[stage], several=several)
+        return sample_lesson(rng, (1, 2, 3, 5)[stage], several=several)
 
     def _make(self, window: int) -> list[dict[str, Tensor]]:
         rng = np.random.default_rng([self.plan.seed, self.STREAM, window])
@@ -142,7 +142,7 @@ class Words(Lessons):
         return self.plan.words_steps
 
     def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
-        taught = lesson(rng, several=0.35, turns=3)
+        taught = sample_lesson(rng, several=0.35, turns=3)
         turns = [*taught.turns, *(self._repeat(rng) for _ in taught.turns)]
         mixed = tuple(turns[k] for k in rng.permutation(len(turns)))
         return Lesson(taught.scenes, mixed)
@@ -168,7 +168,7 @@ class Albums(Words):
         return self.plan.albums_batch
 
     def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
-        taught = album(rng)
+        taught = sample_album(rng)
         if rng.random() < 0.25:  # so that no word is forgotten
             return Lesson(taught.scenes, (*taught.turns, self._repeat(rng)))
         return taught

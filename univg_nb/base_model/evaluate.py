@@ -24,7 +24,7 @@ TESTS = {"single": "pointing in one picture", "mig_bench": "the ten tasks, macro
 def evaluate_base(folder: Path, seed: int = 0) -> dict:
     """Scores of the model in ``folder``: {"tests": {name: {n, acc_05, ci_05}}}."""
     config = {**runs.load_scale("tiny")["model"], "name_or_path": str(folder)}
-    model, processor = models.load(config)
+    model, processor = models.load_for_inference(config)
     tests = {}
     with tempfile.TemporaryDirectory() as place:
         files = export.build(place, NONE | ITEMS, seed)

@@ -1,11 +1,11 @@
-"""What the shipped base model is taught: to see, to name, to describe, to point.
+"""What the base model is taught: to see, to name, to describe, to point.
 
-These lessons play the part of Qwen2-VL's pre-training. They show pictures of the
-MiniMIG world with questions on what stands in them, sometimes several pictures at
-once. They contain none of the ten tasks and no reasoning chain.
+These lessons take the place of Qwen2-VL's pre-training. They show pictures of the
+MiniMIG world with questions on what is in them, sometimes several pictures at once.
+They contain none of the ten tasks and no reasoning chain.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,16 +14,37 @@ import numpy as np
 
 from univg_nb.data.boxes import Box, format_box
 from univg_nb.data.prompts import DIRECT_SUFFIX
-from univg_nb.minimig import words
-from univg_nb.minimig.phrases import FIND
-from univg_nb.minimig.pictograms import COLOURS, KINDS
-from univg_nb.minimig.scenes import PLACES, Scene, Thing, random_names, random_scene
+from univg_nb.minimig.compose import choose
+from univg_nb.minimig.phrases import (
+    FIND,
+    PLACE_WORDS,
+    add_article,
+    describe_position,
+    describe_scene,
+    list_referring_phrases,
+)
+from univg_nb.minimig.pictograms import COLORS, KINDS
+from univg_nb.minimig.scenes import (
+    PLACES,
+    Label,
+    Scene,
+    Thing,
+    place_thing,
+    sample_size,
+)
+
+# Wordings and chains of the tasks, read only to choose the tokenizer's words.
+SENTENCES = Path(__file__).parent.parent / "assets" / "sentences.txt"
 
 
 class Look(NamedTuple):
-    """Where to look for the characters ``start`` to ``end`` of a reply.
+    """Where the characters `start` to `end` of a text look.
 
-    image: index of the picture, from 0; box: what to look at in it, 0..1000.
+    Attributes:
+        start: first character.
+        end: character after the last.
+        image: index of the picture, from 0.
+        box: what to look at in it, 0..1000.
     """
 
     start: int
@@ -33,19 +54,19 @@ class Look(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A question, its reply, and where the parts of the reply are to be seen.
+    """A question and its reply, with where their parts look.
 
-    asks: the same for the phrase in the question that names what is looked for.
+    Attributes:
+        question: what the user asks.
+        reply: what the model should say.
+        looks: for the parts of the reply.
+        asks: for the phrase in the question that names what is looked for.
     """
 
     question: str
     reply: str
     looks: tuple[Look, ...] = ()
     asks: tuple[Look, ...] = ()
-
-
-# Wordings and chains of the tasks, read only to choose the tokenizer's words.
-SENTENCES = Path(__file__).parent.parent / "assets" / "sentences.txt"
 
 
 @dataclass(frozen=True)
@@ -56,47 +77,27 @@ class Lesson:
     turns: tuple[Turn, ...]
 
 
-def pick(rng: np.random.Generator, options):
-    """One of ``options``."""
-    return options[int(rng.integers(len(options)))]
+# A question about one picture: (rng, scene, its number from 1, how many pictures).
+Ask = Callable[[np.random.Generator, Scene, int, int], Turn | None]
 
 
-def spoken_box(box: Box) -> str:
-    """A box as Qwen2-VL writes it, between its box tokens."""
-    return f"<|box_start|>{format_box(box)}<|box_end|>"
-
-
-def _in_image(number: int, of: int, rng: np.random.Generator) -> str:
-    if of > 1:
+def _name_image(number: int, num_images: int, rng: np.random.Generator) -> str:
+    if num_images > 1:
         return f" in image {number}"
     return " in the image" if rng.random() < 0.3 else ""
 
 
-def find(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn | None:
-    """Refer to one thing; the reply is its box."""
-    thing = pick(rng, scene.things)
-    phrases = words.referring_phrases(thing, scene.things)
-    if not phrases:
-        return None
-    # The full name most often; what only position or size tells apart less so.
-    phrase = phrases[0] if rng.random() < 0.75 else pick(rng, phrases)
-    return _pointing(rng, phrase, thing.box, number, of)
-
-
-def _pointing(
-    rng: np.random.Generator, phrase: str, box: Box, number: int, of: int
+def make_turn(
+    question: str, reply: str, number: int, box: Box, phrase: str = ""
 ) -> Turn:
-    place = _in_image(number, of, rng)
-    question = pick(rng, FIND).format(phrase, place)
-    if rng.random() < 0.3:
-        question += DIRECT_SUFFIX
-    return looking(question, spoken_box(box), number, box, phrase)
+    """Return a turn whose whole reply is read off one place of a picture.
 
-
-def looking(question: str, reply: str, number: int, box: Box, phrase: str = "") -> Turn:
-    """A turn whose whole reply is read off one place of image ``number`` (from 1).
-
-    phrase: the words of the question that name what stands there.
+    Args:
+        question: what the user asks.
+        reply: what the model should say.
+        number: number of the picture, from 1.
+        box: the place in it.
+        phrase: the words of the question that name what is there.
     """
     looks = (Look(0, len(reply), number - 1, box),)
     if not phrase:
@@ -106,213 +107,296 @@ def looking(question: str, reply: str, number: int, box: Box, phrase: str = "") 
     return Turn(question, reply, looks, (asked,))
 
 
-def listing_looks(
-    reply: str, names: list[str], scene: Scene, number: int, at: int = 0
+def _make_pointing_turn(
+    rng: np.random.Generator, phrase: str, box: Box, number: int, num_images: int
+) -> Turn:
+    """Return a turn that asks for a box in one of several wordings."""
+    image = _name_image(number, num_images, rng)
+    question = choose(rng, FIND).format(phrase, image)
+    if rng.random() < 0.3:
+        question += DIRECT_SUFFIX
+    reply = f"<|box_start|>{format_box(box)}<|box_end|>"
+    return make_turn(question, reply, number, box, phrase)
+
+
+def list_looks(
+    reply: str, names: Sequence[str], scene: Scene, number: int, start: int = 0
 ) -> tuple[Look, ...]:
-    """Looks for a reply that, from ``at`` on, names the things from left to right."""
+    """Return the looks of a reply that names the things from left to right.
+
+    Args:
+        reply: the reply.
+        names: the names in it, in order.
+        scene: what picture `number` shows.
+        number: number of the picture, from 1.
+        start: character of the reply at which the list begins.
+    """
     looks = []
-    for name, thing in zip(names, scene.reading_order(), strict=True):
-        start = reply.index(name, at)
-        at = start + len(name)
-        looks.append(Look(start, at, number - 1, thing.box))
+    for name, thing in zip(names, scene.sort_by_position(), strict=True):
+        begin = reply.index(name, start)
+        start = begin + len(name)
+        looks.append(Look(begin, start, number - 1, thing.box))
     return tuple(looks)
 
 
-def find_part(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
+def ask_box(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn | None:
+    """Refer to one thing; the reply is its box."""
+    thing = choose(rng, scene.things)
+    phrases = list_referring_phrases(thing, scene.things)
+    if not phrases:
+        return None
+    # The full name most often; phrases by position or size alone are rarer.
+    phrase = phrases[0] if rng.random() < 0.75 else choose(rng, phrases)
+    return _make_pointing_turn(rng, phrase, thing.box, number, num_images)
+
+
+def ask_part_box(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
     """Refer to a part of a thing; the reply is the part's box."""
-    thing = pick(rng, scene.things)
-    part = pick(rng, list(KINDS[thing.kind].parts))
-    phrase = f"{part} of the {thing.name}"
-    return _pointing(rng, phrase, thing.part(part), number, of)
+    thing = choose(rng, scene.things)
+    part = choose(rng, list(KINDS[thing.kind].parts))
+    phrase, box = f"{part} of the {thing.name}", thing.compute_part_box(part)
+    return _make_pointing_turn(rng, phrase, box, number, num_images)
 
 
-def name_at(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """The reverse: a box in words, the reply names the thing in it."""
-    thing = pick(rng, scene.things)
-    place = _in_image(number, of, rng)
-    question = pick(rng, ("What is at {}{}?", "Name the thing at {}{}."))
-    reply = words.article(thing.name) + "."
-    question = question.format(format_box(thing.box), place)
-    return looking(question, reply, number, thing.box)
+def ask_name(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Give a box as text; the reply names the thing in it."""
+    thing = choose(rng, scene.things)
+    image = _name_image(number, num_images, rng)
+    question = choose(rng, ("What is at {}{}?", "Name the thing at {}{}."))
+    question = question.format(format_box(thing.box), image)
+    return make_turn(question, add_article(thing.name) + ".", number, thing.box)
 
 
-def describe(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """Say what a picture shows."""
-    place = f"image {number}" if of > 1 or rng.random() < 0.5 else "the image"
-    question = pick(rng, ("Describe {}.", "What is in {}?", "What does {} show?"))
-    reply = words.description(scene, number)
-    names = [words.article(t.name) for t in scene.reading_order()]
-    looks = listing_looks(reply, names, scene, number)
-    return Turn(question.format(place), reply, looks)
+def ask_description(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Ask what a picture shows."""
+    image = f"image {number}" if num_images > 1 or rng.random() < 0.5 else "the image"
+    question = choose(rng, ("Describe {}.", "What is in {}?", "What does {} show?"))
+    reply = describe_scene(scene, number)
+    names = [add_article(thing.name) for thing in scene.sort_by_position()]
+    looks = list_looks(reply, names, scene, number)
+    return Turn(question.format(image), reply, looks)
 
 
-def list_boxes(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """Name every thing with its box, from left to right."""
-    place = f"image {number}" if of > 1 else "the image"
-    parts = [f"{t.name} {format_box(t.box)}" for t in scene.reading_order()]
+def ask_all_boxes(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Ask for every thing with its box, from left to right."""
+    image = f"image {number}" if num_images > 1 else "the image"
+    parts = [f"{t.name} {format_box(t.box)}" for t in scene.sort_by_position()]
     reply = "; ".join(parts) + "."
-    looks = listing_looks(reply, parts, scene, number)
-    return Turn(f"List all things in {place} with their boxes.", reply, looks)
+    looks = list_looks(reply, parts, scene, number)
+    return Turn(f"List all things in {image} with their boxes.", reply, looks)
 
 
-def tell_place(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """Say how the weather is, or where the picture plays."""
-    place = _in_image(number, of, rng)
-    return Turn(f"How is the weather{place}?", words.PLACE_WORDS[scene.place] + ".")
+def ask_weather(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Ask for the weather or the place of a picture."""
+    image = _name_image(number, num_images, rng)
+    return Turn(f"How is the weather{image}?", PLACE_WORDS[scene.place] + ".")
 
 
-def tell_where(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """Say in words where a thing stands."""
-    thing = pick(rng, scene.things)
-    place = _in_image(number, of, rng)
-    question = f"In which part{place.replace(' in ', ' of ')} is the {thing.name}?"
-    return looking(question, words.where(thing) + ".", number, thing.box, thing.name)
+def ask_position(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Ask in words where a thing is."""
+    thing = choose(rng, scene.things)
+    image = _name_image(number, num_images, rng).replace(" in ", " of ")
+    question = f"In which part{image} is the {thing.name}?"
+    reply = describe_position(thing.x, thing.y) + "."
+    return make_turn(question, reply, number, thing.box, thing.name)
 
 
-def is_there(rng: np.random.Generator, scene: Scene, number: int, of: int) -> Turn:
-    """Yes or no: does a picture show this?"""
-    present = {(t.kind, t.colour) for t in scene.things}
+def ask_presence(
+    rng: np.random.Generator, scene: Scene, number: int, num_images: int
+) -> Turn:
+    """Ask whether a picture shows a thing."""
+    present = {thing.label for thing in scene.things}
     if rng.random() < 0.5:
-        kind, colour = pick(rng, sorted(present))
+        kind, color = choose(rng, sorted(present))
     else:  # share an attribute with something that is there
-        kind, colour = pick(rng, sorted(present))
+        kind, color = choose(rng, sorted(present))
         if rng.random() < 0.5:
-            kind = pick(rng, list(KINDS))
+            kind = choose(rng, list(KINDS))
         else:
-            colour = pick(rng, list(COLOURS))
-    place = _in_image(number, of, rng) or " in the image"
-    question = f"Is there {words.article(f'{colour} {kind}')}{place}?"
+            color = choose(rng, list(COLORS))
+    image = _name_image(number, num_images, rng) or " in the image"
+    question = f"Is there {add_article(f'{color} {kind}')}{image}?"
     for thing in scene.things:
-        if (thing.kind, thing.colour) == (kind, colour):
-            return looking(question, "yes.", number, thing.box, thing.name)
+        if thing.label == (kind, color):
+            return make_turn(question, "yes.", number, thing.box, thing.name)
     return Turn(question, "no.")
 
 
-def knowledge(rng: np.random.Generator) -> Turn:
-    """What things are for; no picture is needed."""
-    kind = pick(rng, list(KINDS))
-    about = KINDS[kind]
-    part = pick(rng, list(about.parts))
+def ask_knowledge(rng: np.random.Generator) -> Turn:
+    """Ask what things are for; no picture is needed."""
+    kind = choose(rng, list(KINDS))
+    about, named = KINDS[kind], add_article(kind)
+    part = choose(rng, list(about.parts))
+    purpose = about.parts[part].purpose
     options = (
-        (f"What {about.use}?", words.article(kind) + "."),
-        (f"I want to {about.need}. What do I need?", words.article(kind) + "."),
-        (f"What is {words.article(kind)} for?", f"it {about.use}."),
-        (f"Which parts has {words.article(kind)}?", " and ".join(about.parts) + "."),
-        (
-            f"What is the {part} of {words.article(kind)} for?",
-            f"to {about.parts[part].purpose}.",
-        ),
-        (
-            f"Which part of {words.article(kind)} is made to "
-            f"{about.parts[part].purpose}?",
-            f"the {part}.",
-        ),
+        (f"What {about.use}?", f"{named}."),
+        (f"I want to {about.need}. What do I need?", f"{named}."),
+        (f"What is {named} for?", f"it {about.use}."),
+        (f"Which parts has {named}?", " and ".join(about.parts) + "."),
+        (f"What is the {part} of {named} for?", f"to {purpose}."),
+        (f"Which part of {named} is made to {purpose}?", f"the {part}."),
     )
-    return Turn(*pick(rng, options))
+    return Turn(*choose(rng, options))
 
 
-def which_image(rng: np.random.Generator, scenes: tuple[Scene, ...]) -> Turn | None:
-    """Name the only picture that shows a thing."""
+def ask_image(rng: np.random.Generator, scenes: Sequence[Scene]) -> Turn | None:
+    """Ask for the only picture that shows a thing; None if several show it."""
     number = int(rng.integers(len(scenes)))
-    thing = pick(rng, scenes[number].things)
+    thing = choose(rng, scenes[number].things)
     shown = [any(t.name == thing.name for t in s.things) for s in scenes]
     if sum(shown) != 1:
         return None
-    question = f"Which image shows {words.article(thing.name)}?"
-    return looking(question, f"image {number + 1}.", number + 1, thing.box, thing.name)
+    question, reply = f"Which image shows {add_article(thing.name)}?", number + 1
+    return make_turn(question, f"image {reply}.", reply, thing.box, thing.name)
 
 
-ABOUT_ONE: tuple[tuple[float, Callable], ...] = (
-    (0.52, find),
-    (0.07, find_part),
-    (0.11, name_at),
-    (0.10, describe),
-    (0.07, list_boxes),
-    (0.03, tell_place),
-    (0.05, tell_where),
-    (0.05, is_there),
+# Shares of the questions about one picture.
+QUESTION_SHARES: tuple[tuple[float, Ask], ...] = (
+    (0.52, ask_box),
+    (0.07, ask_part_box),
+    (0.11, ask_name),
+    (0.10, ask_description),
+    (0.07, ask_all_boxes),
+    (0.03, ask_weather),
+    (0.05, ask_position),
+    (0.05, ask_presence),
 )
 
 
-def scene_for(
-    rng: np.random.Generator, most: int, split: str, names=None, least: int = 1
-) -> Scene:
-    """A scene of ``least`` to ``most`` things, a third of the time not at "clear"."""
-    n = len(names) if names else int(rng.integers(least, most + 1))
-    place = pick(rng, PLACES) if rng.random() < 0.33 else "clear"
-    overlap = 0.12 if rng.random() < 0.8 else 0.3
-    return random_scene(rng, n, split, names, place, overlap)
+def sample_labels(
+    rng: np.random.Generator, n: int, taken: Collection[Label] = ()
+) -> list[Label]:
+    """Draw `n` different labels not in `taken`; half share something with another."""
+    kinds, colors = list(KINDS), list(COLORS)
+    labels: list[Label] = []
+    while len(labels) < n:
+        kind, color = str(rng.choice(kinds)), str(rng.choice(colors))
+        if labels and rng.random() < 0.5:
+            other = labels[int(rng.integers(len(labels)))]
+            if rng.random() < 0.5:
+                kind = other[0]
+            else:
+                color = other[1]
+        if (kind, color) not in labels and (kind, color) not in taken:
+            labels.append((kind, color))
+    return labels
 
 
-def lesson(
+def sample_scene(
     rng: np.random.Generator,
-    most: int = 5,
+    max_things: int,
+    split: str,
+    labels: Sequence[Label] | None = None,
+) -> Scene:
+    """Draw a scene, a third of the time not at "clear".
+
+    Args:
+        rng: source of random numbers.
+        max_things: largest number of things.
+        split: the split that the scene must belong to.
+        labels: kind and color of the things; drawn if None.
+    """
+    n = len(labels) if labels else int(rng.integers(1, max_things + 1))
+    place = choose(rng, PLACES) if rng.random() < 0.33 else "clear"
+    max_iou = 0.12 if rng.random() < 0.8 else 0.3
+    large_share = (0.6, 0.5, 0.45, 0.35, 0.2)[n - 1]
+    while True:
+        things: list[Thing] = []
+        for kind, color in labels or sample_labels(rng, n):
+            size = sample_size(rng, bool(rng.random() < large_share))
+            thing = Thing(kind, color, 0.5, 0.5, size, bool(rng.random() < 0.5))
+            things.append(place_thing(rng, thing, things, max_iou))
+        scene = Scene(tuple(things), place, int(rng.integers(4)))
+        if scene.split == split:
+            return scene
+
+
+def sample_related_scenes(
+    rng: np.random.Generator,
+    num_images: int,
+    max_things: int,
+    split: str,
+    kept_share: float = 0.5,
+) -> tuple[Scene, ...]:
+    """Draw scenes that share things, so that the image named must be looked at.
+
+    Args:
+        rng: source of random numbers.
+        num_images: how many scenes.
+        max_things: largest number of things in a scene.
+        split: the split that the scenes must belong to.
+        kept_share: share of an earlier scene's things that a scene shows again.
+    """
+    scenes = [sample_scene(rng, max_things, split)]
+    for _ in range(num_images - 1):
+        earlier = choose(rng, scenes)
+        kept = [t.label for t in earlier.things if rng.random() < kept_share]
+        fresh = int(rng.integers(0 if kept else 1, max(2, max_things - len(kept))))
+        fresh = min(fresh, max_things - len(kept))
+        labels = kept + sample_labels(rng, fresh, set(kept))
+        scenes.append(sample_scene(rng, max_things, split, labels))
+    return tuple(scenes)
+
+
+def sample_lesson(
+    rng: np.random.Generator,
+    max_things: int = 5,
     split: str = "train",
     several: float = 0.35,
     turns: int = 6,
 ) -> Lesson:
-    """One lesson on scenes of up to ``most`` things.
+    """Draw one lesson.
 
-    ``several`` is the share of lessons with two to six pictures; ``turns`` the
-    number of questions asked about them.
+    Args:
+        rng: source of random numbers.
+        max_things: largest number of things in a scene.
+        split: the split that the scenes must belong to.
+        several: share of lessons with two to six pictures.
+        turns: number of questions.
     """
-    of = int(rng.choice((2, 2, 3, 3, 4, 5, 6))) if rng.random() < several else 1
-    scenes = related_scenes(rng, of, most, split)
-    return Lesson(scenes, tuple(_turns(rng, scenes, turns)))
-
-
-def related_scenes(
-    rng: np.random.Generator, of: int, most: int, split: str, kept_share: float = 0.5
-) -> tuple[Scene, ...]:
-    """``of`` scenes that share things, so that the image named must be looked at.
-
-    ``kept_share`` of an earlier scene's things stand in the next one again.
-    """
-    scenes = [scene_for(rng, most, split)]
-    for _ in range(of - 1):
-        earlier = pick(rng, scenes)
-        kept = [(t.kind, t.colour) for t in earlier.things if rng.random() < kept_share]
-        fresh = int(rng.integers(0 if kept else 1, max(2, most - len(kept))))
-        names = kept + random_names(rng, min(fresh, most - len(kept)), set(kept))
-        scenes.append(scene_for(rng, most, split, names))
-    return tuple(scenes)
-
-
-def _turns(
-    rng: np.random.Generator, scenes: tuple[Scene, ...], turns: int
-) -> Iterator[Turn]:
-    shares = np.array([share for share, _ in ABOUT_ONE])
-    asked = 0
-    while asked < turns:
+    many = rng.random() < several
+    num_images = int(rng.choice((2, 2, 3, 3, 4, 5, 6))) if many else 1
+    scenes = sample_related_scenes(rng, num_images, max_things, split)
+    shares = np.array([share for share, _ in QUESTION_SHARES])
+    asked: list[Turn] = []
+    while len(asked) < turns:
         chance = rng.random()
+        turn: Turn | None
         if chance < 0.06:
-            turn = knowledge(rng)
+            turn = ask_knowledge(rng)
         elif chance < 0.12 and len(scenes) > 1:
-            turn = which_image(rng, scenes)
+            turn = ask_image(rng, scenes)
         else:
-            ask = ABOUT_ONE[int(rng.choice(len(shares), p=shares / shares.sum()))][1]
+            choice = int(rng.choice(len(shares), p=shares / shares.sum()))
             number = int(rng.integers(len(scenes)))
+            ask = QUESTION_SHARES[choice][1]
             turn = ask(rng, scenes[number], number + 1, len(scenes))
         if turn is not None:
-            asked += 1
-            yield turn
+            asked.append(turn)
+    return Lesson(scenes, tuple(asked))
 
 
-def corpus(n: int = 4000) -> Iterator[str]:
-    """Sentences for the tokenizer: lessons, task wordings and chains."""
+def generate_corpus(num_lessons: int = 4000) -> Iterator[str]:
+    """Yield sentences for the tokenizer: lessons, wordings and chains of the tasks."""
     rng = np.random.default_rng(0)
-    for _ in range(n):
-        for turn in lesson(rng).turns:
+    for _ in range(num_lessons):
+        for turn in sample_lesson(rng).turns:
             yield turn.question
             yield turn.reply
     sentences = SENTENCES.read_text(encoding="utf-8").splitlines()
     for _ in range(60):
         yield from sentences
-
-
-def thing_names() -> list[tuple[str, str]]:
-    """All (kind, colour) pairs of the world."""
-    return [(kind, colour) for kind in KINDS for colour in COLOURS]
-
-
-__all__ = ["Lesson", "Thing", "corpus", "lesson", "spoken_box", "thing_names"]

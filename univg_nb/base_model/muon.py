@@ -17,7 +17,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, steepest at 0
 ROUNDS = 5
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """``matrix`` (m, n), its singular values moved to 0.7..1.2 by Newton-Schulz."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         update = torch.cat(
             [
                 # 0.2 sqrt(longer side): the root mean square of AdamW's updates
-                orthogonalised(block) * (0.2 * sqrt(max(block.shape)))
+                orthogonalize(block) * (0.2 * sqrt(max(block.shape)))
                 for block in blocks(ahead)
             ]
         )

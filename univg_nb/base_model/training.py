@@ -29,11 +29,11 @@ from univg_nb.base_model.architecture import (
 )
 from univg_nb.base_model.data import Albums, Lessons, Plan, Views, Words
 from univg_nb.base_model.guide import AttentionGuide
-from univg_nb.base_model.lessons import corpus
+from univg_nb.base_model.lessons import generate_corpus
 from univg_nb.base_model.muon import Muon
 from univg_nb.base_model.vision import CellHeads, grid, patchify
 from univg_nb.io import append_jsonl
-from univg_nb.minimig.pictograms import COLOURS, KINDS
+from univg_nb.minimig.pictograms import COLORS, KINDS
 
 TOWER_FROZEN_UNTIL = 0.4  # share of the language stage
 WORDS_SHARE = 0.4  # learning rates of the third stage, as a share of the second's
@@ -165,7 +165,7 @@ def train_vision(plan: Plan, out: Path, visual: nn.Module) -> None:
 def align_words(
     model: nn.Module, heads: dict[str, Tensor], tokenizer: Qwen2Tokenizer
 ) -> None:
-    """Starts the words for kinds and colours from what the vision stage learned.
+    """Starts the words for kinds and colors from what the vision stage learned.
 
     A token of a cup then points the way of the word " cup": pictures and words share
     a space, as in a real vision tower trained with captions.
@@ -173,7 +173,7 @@ def align_words(
     embeddings = model.get_input_embeddings().weight
     for words, rows in (
         (KINDS, heads["kind.weight"]),
-        (COLOURS, heads["colour.weight"]),
+        (COLORS, heads["color.weight"]),
     ):
         for number, word in enumerate(words, start=1):
             ids = tokenizer(f" {word}").input_ids
@@ -195,7 +195,7 @@ def shrink_unused(model: nn.Module, tokenizer: Qwen2Tokenizer) -> None:
     Weight decay does this over a long pre-training.
     """
     used = {*tokenizer.all_special_ids}
-    for text in corpus():
+    for text in generate_corpus():
         used.update(tokenizer(text).input_ids)
     embeddings = model.get_input_embeddings().weight  # (V, H), the head's too
     unused = [i for i in range(len(embeddings)) if i not in used]
@@ -252,7 +252,7 @@ def main() -> None:
     out, only = args.pop("out"), args.pop("only")
     plan = Plan(**args)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(corpus())
+    tokenizer = train_tokenizer(generate_corpus())
     model = build_model(tokenizer, plan.seed)
     if only != "language":
         train_vision(plan, out, model.model.visual)

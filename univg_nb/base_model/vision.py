@@ -2,7 +2,7 @@
 
 The real Qwen2-VL starts from a vision tower that was trained before. Ours gets the
 same head start: every merged image token has to tell what stands on its patch of
-the picture (kind, colour, and the box with the digits of its coordinates). The
+the picture (kind, color, and the box with the digits of its coordinates). The
 heads that read this off are thrown away afterwards.
 """
 
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from univg_nb.base_model.architecture import MAX_PIXELS, MERGE, PATCH
 from univg_nb.data.boxes import Box
-from univg_nb.minimig.pictograms import COLOURS, KINDS
+from univg_nb.minimig.pictograms import COLORS, KINDS
 from univg_nb.minimig.scenes import CANVAS, PLACES, Scene, render
 
 SIDE = round(MAX_PIXELS**0.5)  # pixels a side as the model sees a picture
 CELLS = SIDE // (PATCH * MERGE)  # merged tokens a side
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # the processor's normalisation
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # the processor's normalization
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -74,28 +74,28 @@ def covered_cells(box: Box) -> np.ndarray:
 def cell_targets(scene: Scene) -> np.ndarray:
     """What each merged token should tell: (cells * cells, 6) ints.
 
-    Columns: kind and colour (0 = ground), then the box x1, y1, x2, y2 in 0..999.
+    Columns: kind and color (0 = ground), then the box x1, y1, x2, y2 in 0..999.
     A cell belongs to the thing whose box covers most of it.
     """
-    kinds, colours = list(KINDS), list(COLOURS)
+    kinds, colors = list(KINDS), list(COLORS)
     targets = np.zeros((CELLS, CELLS, 6), dtype=np.int64)
     most = np.full((CELLS, CELLS), 0.15)
     for thing in scene.things:
         covered = cell_cover(thing.box)
         better = covered > most
         most[better] = covered[better]
-        row = [kinds.index(thing.kind) + 1, colours.index(thing.colour) + 1]
+        row = [kinds.index(thing.kind) + 1, colors.index(thing.color) + 1]
         targets[better] = [*row, *(min(v, 999) for v in thing.box)]
     return targets.reshape(-1, 6)
 
 
 class CellHeads(nn.Module):
-    """Reads kind, colour, place and box digits off the merged tokens."""
+    """Reads kind, color, place and box digits off the merged tokens."""
 
     def __init__(self, width: int):
         super().__init__()
         self.kind = nn.Linear(width, len(KINDS) + 1)
-        self.colour = nn.Linear(width, len(COLOURS) + 1)
+        self.color = nn.Linear(width, len(COLORS) + 1)
         self.place = nn.Linear(width, len(PLACES))
         self.box = nn.Linear(width, 4)
         self.digits = nn.Linear(width, 4 * 20)  # hundreds and tens of each edge
@@ -111,8 +111,8 @@ class CellHeads(nn.Module):
             "kind": F.cross_entropy(
                 self.kind(tokens).flatten(0, 1), targets[..., 0].flatten()
             ),
-            "colour": F.cross_entropy(
-                self.colour(tokens).flatten(0, 1), targets[..., 1].flatten()
+            "color": F.cross_entropy(
+                self.color(tokens).flatten(0, 1), targets[..., 1].flatten()
             ),
             "place": 0.2 * F.cross_entropy(self.place(tokens.mean(1)), place),
             "box": 4 * F.l1_loss(self.box(on), box / 1000),

@@ -24,7 +24,7 @@ from univg_nb.data.prompts import reply_text
 from univg_nb.data.sample import GroundingSample, image_numbers
 from univg_nb.minimig.compose import Draft
 from univg_nb.minimig.items import make
-from univg_nb.minimig.pictograms import COLOURS, KINDS
+from univg_nb.minimig.pictograms import COLORS, KINDS
 
 # ---------------------------------------------------------------- what goes wrong
 
@@ -81,7 +81,7 @@ def _draft(sample: GroundingSample, seed: int) -> Draft:
 def _wrong_thing(sample: GroundingSample, seed: int) -> str:
     """The conclusion names another thing of the same picture."""
     draft = _draft(sample, seed)
-    scene = next(s for s in draft.scenes if draft.target in s.things)
+    scene = draft.scenes[draft.target_image - 1]
     others = [t.name for t in scene.things if t.name != draft.target.name]
     before, so, after = sample.chain.rpartition("So the target is ")
     other = others[0] if others else f"pale {draft.target.kind}"
@@ -90,9 +90,9 @@ def _wrong_thing(sample: GroundingSample, seed: int) -> str:
 
 def _invented(sample: GroundingSample, seed: int) -> str:
     """A thing is seen that stands in none of the pictures."""
-    there = {(t.kind, t.colour) for s in _draft(sample, seed).scenes for t in s.things}
-    kind, colour = next((k, c) for k in KINDS for c in COLOURS if (k, c) not in there)
-    return _said(sample, f"There is one {colour} {kind} as well. {sample.chain}")
+    there = {(t.kind, t.color) for s in _draft(sample, seed).scenes for t in s.things}
+    kind, color = next((k, c) for k in KINDS for c in COLORS if (k, c) not in there)
+    return _said(sample, f"There is one {color} {kind} as well. {sample.chain}")
 
 
 # Each takes the sample and the seed of the data; the first eight are errors of form.

@@ -1,108 +1,167 @@
-"""Builds the scenes of a task: distractors, occlusion, other views, moving things.
+"""Building blocks of the tasks: labels, layouts, occlusion, other views, drafts.
 
-Every scene that leaves this module belongs to the split asked for (`Scene.split`):
-things are nudged by a few thousandths of the picture until it does.
+Every scene of a draft belongs to the split that was asked for (`Scene.split`): its
+things are moved by a few thousandths of the picture until it does.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from univg_nb.data.boxes import Box
-from univg_nb.minimig.pictograms import COLOURS, KINDS
-from univg_nb.minimig.scenes import Scene, Thing, place_thing, random_size
+from univg_nb.minimig.phrases import ORDINALS, QUESTIONS
+from univg_nb.minimig.pictograms import COLORS, KINDS
+from univg_nb.minimig.scenes import (
+    Label,
+    Scene,
+    Thing,
+    compute_intersection,
+    place_thing,
+    render,
+    sample_size,
+)
 
 LEVELS = ("easy", "medium", "hard")
-# Largest overlap of two boxes (IoU) and largest hidden share of a thing, by level.
-OVERLAP = {"easy": 0.02, "medium": 0.08, "hard": 0.2}
-HIDDEN = {"easy": 0.06, "medium": 0.15, "hard": 0.4}
-NUDGE = 0.015  # in shares of the picture's side
+# Largest IoU of two boxes and largest occluded share of a thing, by level.
+MAX_IOU = {"easy": 0.02, "medium": 0.08, "hard": 0.2}
+MAX_OCCLUSION = {"easy": 0.06, "medium": 0.15, "hard": 0.4}
+JITTER = 0.015  # in shares of the picture's side
 
-Name = tuple[str, str]  # (kind, colour), as in random_names
+Option = TypeVar("Option")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draft:
-    """What a task makes: pictures, question, answer, chain, before it is filed.
+    """What a task makes of random numbers.
 
-    ``target`` is the thing whose box, or whose part's box, is the answer, and
-    ``asked`` the number of the image it stands in, counted from 1.
+    Attributes:
+        scenes: the scenes behind the images.
+        question: text of the question.
+        chain: the reasoning chain; None for tasks without one.
+        target: the thing that is asked for.
+        target_image: number of the image that holds it, counted from 1.
+        images: what is shown; by default the rendered scenes.
+        part: the part of the target that is asked for; "" for the whole.
     """
 
-    scenes: tuple[Scene, ...]
-    images: tuple[Image.Image, ...]
+    scenes: Sequence[Scene]
     question: str
-    answer: Box
     chain: str | None
     target: Thing
-    asked: int = 1
+    target_image: int = 1
+    images: Sequence[Image.Image] = ()
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        self.images = self.images or [render(scene) for scene in self.scenes]
+
+    @property
+    def answer(self) -> Box:
+        """The target box."""
+        if self.part:
+            return self.target.compute_part_box(self.part)
+        return self.target.box
 
 
-def pick(rng: np.random.Generator, options: Sequence):
-    """One of ``options``."""
+def choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    """Return one of `options`, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
-def count(rng: np.random.Generator, level: str, most: int = 5) -> int:
-    """Things in a picture: 2 easy, 3 medium, 4 or 5 hard, never above ``most``."""
+def choose_question(rng: np.random.Generator, task: str, **fields: object) -> str:
+    """Return one of the task's wordings with its fields filled in.
+
+    "image 2" is far more frequent than "the second image".
+
+    Args:
+        rng: source of random numbers.
+        task: a key of `QUESTIONS`.
+        fields: values of the fields in braces.
+    """
+    text = choose(rng, QUESTIONS[task])
+    if "{ordinal}" in text and rng.random() < 0.5:
+        text = QUESTIONS[task][0]
+    if isinstance(number := fields.get("k"), int):
+        fields["ordinal"] = ORDINALS[number - 1]
+    return text.format(**fields)
+
+
+def sample_label(
+    rng: np.random.Generator,
+    kinds: Sequence[str] = tuple(KINDS),
+    colors: Sequence[str] = tuple(COLORS),
+) -> Label:
+    """Draw a kind and a color."""
+    return choose(rng, kinds), choose(rng, colors)
+
+
+def sample_num_things(rng: np.random.Generator, level: str, most: int = 5) -> int:
+    """Draw the number of things in a picture: 2 easy, 3 medium, 4 or 5 hard."""
     n = {"easy": 2, "medium": 3, "hard": 4}[level]
     if level == "hard" and rng.random() < 0.35:
         n = 5
     return min(n, most)
 
 
-def any_name(
+def sample_distractors(
     rng: np.random.Generator,
-    kinds: Sequence[str] = tuple(KINDS),
-    colours: Sequence[str] = tuple(COLOURS),
-) -> Name:
-    """A random (kind, colour)."""
-    return pick(rng, kinds), pick(rng, colours)
-
-
-def distractors(
-    rng: np.random.Generator,
-    target: Name,
+    target: Label,
     n: int,
     level: str,
     kinds: Sequence[str] = tuple(KINDS),
-    taken: Collection[Name] = (),
-    colours: Sequence[str] = tuple(COLOURS),
-) -> list[Name]:
-    """``n`` names beside ``target``, different from it, ``taken`` and each other.
+    taken: Collection[Label] = (),
+    colors: Sequence[str] = tuple(COLORS),
+) -> list[Label]:
+    """Draw `n` labels that differ from the target's, from `taken` and from each other.
 
-    easy: none shares its kind or colour; medium: one shares either; hard: one shares
-    its kind, one its colour. Kinds and colours come from ``kinds`` and ``colours``
-    alone, which need not hold the target's.
+    On level easy none shares its kind or color, on medium one shares either, on hard
+    one shares its kind and one its color.
+
+    Args:
+        rng: source of random numbers.
+        target: label of the target.
+        n: how many labels.
+        level: one of `LEVELS`.
+        kinds: kinds to choose from; the target's need not be among them.
+        taken: labels that may not occur.
+        colors: colors to choose from; the target's need not be among them.
     """
     plan = {
         "easy": [],
-        "medium": [pick(rng, ("kind", "colour"))],
-        "hard": ["kind", "colour"],
+        "medium": [choose(rng, ("kind", "color"))],
+        "hard": ["kind", "color"],
     }[level]
-    names: list[Name] = []
+    labels: list[Label] = []
     for i in range(n):
         shared = plan[i] if i < len(plan) else ""
         if shared == "kind" and target[0] not in kinds:
-            shared = "colour"
-        elif shared == "colour" and target[1] not in colours:
+            shared = "color"
+        elif shared == "color" and target[1] not in colors:
             shared = "kind"
         while True:
-            kind, colour = any_name(rng, kinds, colours)
+            kind, color = sample_label(rng, kinds, colors)
             kind = target[0] if shared == "kind" else kind
-            colour = target[1] if shared == "colour" else colour
-            if level == "easy" and (kind == target[0] or colour == target[1]):
+            color = target[1] if shared == "color" else color
+            if level == "easy" and (kind == target[0] or color == target[1]):
                 continue
-            if (kind, colour) not in {target, *names, *taken}:
-                names.append((kind, colour))
+            if (kind, color) not in {target, *labels, *taken}:
+                labels.append((kind, color))
                 break
-    return names
+    return labels
 
 
-def nudged(rng: np.random.Generator, scene: Scene, by: float = NUDGE) -> Scene:
-    """The scene with every thing moved by up to ``by``, none out of the picture."""
+def sample_labels(rng: np.random.Generator, level: str, most: int = 5) -> list[Label]:
+    """Draw the labels of a picture, at most `most`; the first is the target's."""
+    target = sample_label(rng)
+    n = sample_num_things(rng, level, most)
+    return [target, *sample_distractors(rng, target, n - 1, level)]
+
+
+def jitter(rng: np.random.Generator, scene: Scene, by: float = JITTER) -> Scene:
+    """Move every thing by up to `by` (a share of the side), none out of the picture."""
     things = []
     for t in scene.things:
         half = t.size / 2
@@ -114,71 +173,66 @@ def nudged(rng: np.random.Generator, scene: Scene, by: float = NUDGE) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def settle(rng: np.random.Generator, scene: Scene, split: str) -> Scene:
-    """The scene, nudged until it is in ``split``, more and more if need be."""
-    settled, by = scene, NUDGE
-    while settled.split() != split:
-        settled = nudged(rng, scene, by)
-        by *= 1.02  # one thing alone has few places within the first nudge
-    return settled
+def move_to_split(rng: np.random.Generator, scene: Scene, split: str) -> Scene:
+    """Jitter the scene until it belongs to `split`, by more and more if needed."""
+    moved, by = scene, JITTER
+    while moved.split != split:
+        moved = jitter(rng, scene, by)
+        by *= 1.02  # a single thing has few positions within the first jitter
+    return moved
 
 
-def hidden_share(scene: Scene, index: int) -> float:
-    """Share of the box of thing ``index`` behind later things' boxes, at most 1."""
-    x1, y1, x2, y2 = scene.things[index].box
-    covered = 0
-    for other in scene.things[index + 1 :]:
-        a1, b1, a2, b2 = other.box
-        width, height = min(x2, a2) - max(x1, a1), min(y2, b2) - max(y1, b1)
-        covered += max(0, width) * max(0, height)
-    return min(1.0, covered / ((x2 - x1) * (y2 - y1)))
+def compute_occlusion(scene: Scene, index: int) -> float:
+    """Return the share (0..1) of thing `index`'s box behind later things' boxes."""
+    box = scene.things[index].box
+    covered = sum(compute_intersection(box, t.box) for t in scene.things[index + 1 :])
+    return min(1.0, covered / ((box[2] - box[0]) * (box[3] - box[1])))
 
 
-def well_visible(scene: Scene, level: str) -> bool:
-    """Whether no thing is hidden more than the level allows."""
-    shares = (hidden_share(scene, i) for i in range(len(scene.things)))
-    return all(share <= HIDDEN[level] for share in shares)
+def is_visible(scene: Scene, level: str) -> bool:
+    """Return whether no thing is occluded by more than the level allows."""
+    shares = (compute_occlusion(scene, i) for i in range(len(scene.things)))
+    return all(share <= MAX_OCCLUSION[level] for share in shares)
 
 
-def lay(
+def sample_scene(
     rng: np.random.Generator,
-    names: Sequence[Name],
+    labels: Sequence[Label],
     level: str,
+    split: str | None = None,
     place: str = "clear",
-    large: Collection[Name] = (),
+    large: Collection[Label] = (),
 ) -> Scene:
-    """Things of these names at random places, not yet settled; ``large`` ones large."""
-    share = (0.6, 0.5, 0.45, 0.3, 0.15)[len(names) - 1]
+    """Place things with these labels at random, all of them visible.
+
+    Args:
+        rng: source of random numbers.
+        labels: kind and color of each thing.
+        level: one of `LEVELS`; limits overlap and occlusion.
+        split: the split that the scene must belong to; None for a scene that is
+            changed before it is moved to its split.
+        place: one of `PLACES`.
+        large: labels whose things are large in any case.
+    """
+    large_share = (0.6, 0.5, 0.45, 0.3, 0.15)[len(labels) - 1]
     while True:
         things: list[Thing] = []
-        for i in rng.permutation(len(names)):
-            kind, colour = names[i]
-            big = names[i] in large or rng.random() < share
+        for i in rng.permutation(len(labels)):
+            kind, color = labels[i]
+            is_large = labels[i] in large or rng.random() < large_share
             flip = bool(rng.random() < 0.5)
-            thing = Thing(kind, colour, 0.5, 0.5, random_size(rng, big), flip)
-            things.append(place_thing(rng, thing, things, OVERLAP[level]))
+            thing = Thing(kind, color, 0.5, 0.5, sample_size(rng, is_large), flip)
+            things.append(place_thing(rng, thing, things, MAX_IOU[level]))
         scene = Scene(tuple(things), place, int(rng.integers(4)))
-        if well_visible(scene, level):
-            return scene
+        if is_visible(scene, level):
+            if split is not None:
+                scene = move_to_split(rng, scene, split)
+            if is_visible(scene, level):
+                return scene
 
 
-def compose(
-    rng: np.random.Generator,
-    names: Sequence[Name],
-    level: str,
-    split: str,
-    place: str = "clear",
-    large: Collection[Name] = (),
-) -> Scene:
-    """`lay`, settled in ``split`` and still well visible."""
-    while True:
-        scene = settle(rng, lay(rng, names, level, place, large), split)
-        if well_visible(scene, level):
-            return scene
-
-
-def another_view(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The scene from elsewhere: mirrored, zoomed and shifted; nothing leaves it."""
+def change_view(rng: np.random.Generator, scene: Scene) -> Scene:
+    """Mirror, zoom and shift the scene at random; everything stays in the picture."""
     while True:
         mirror = bool(rng.random() < 0.5)
         zoom = float(rng.uniform(0.84, 1.16))
@@ -202,10 +256,3 @@ def another_view(rng: np.random.Generator, scene: Scene) -> Scene:
             for t, x, y, size in zip(scene.things, *moved, sizes, strict=True)
         )
         return Scene(things, scene.place, int(rng.integers(4)))
-
-
-def the_thing(scene: Scene, name: Name) -> Thing:
-    """The one thing of this name; more or fewer are a mistake of the task."""
-    found = [t for t in scene.things if (t.kind, t.colour) == name]
-    assert len(found) == 1, (name, scene)
-    return found[0]

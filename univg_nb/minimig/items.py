@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -9,34 +10,55 @@ from PIL import Image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.minimig import tasks_groups, tasks_pairs, tasks_zero_shot
 from univg_nb.minimig.compose import LEVELS, Draft
-from univg_nb.minimig.scenes import rng_for
+from univg_nb.minimig.scenes import make_rng
 
-TASKS: dict[str, Callable[[np.random.Generator, str, str], Draft]] = {
-    "diff": tasks_pairs.diff,
-    "view_diff": tasks_pairs.view_diff,
-    "common_object": tasks_groups.common_object,
-    "object_tracking": tasks_groups.object_tracking,
-    "multi_view": tasks_groups.multi_view,
-    "region": tasks_groups.region,
-    "refer_grounding": tasks_pairs.refer_grounding,
-    "group_grounding": tasks_groups.group_grounding,
-    "reasoning": tasks_pairs.reasoning,
-    "correspondence": tasks_pairs.correspondence,
+
+class Task(NamedTuple):
+    """A task: the function that draws its items, and their stream of random numbers.
+
+    Attributes:
+        draw: function of (rng, level, split).
+        stream: 0..15, different for every task. It fixes the task's items: a new task
+            takes the next free number, and none is ever changed or used again.
+        cot: whether a chain is asked for.
+    """
+
+    draw: Callable[[np.random.Generator, str, str], Draft]
+    stream: int
+    cot: bool = True
+
+
+# The tasks of both training stages and of the benchmark file; a new task is added here.
+TASKS: dict[str, Task] = {
+    "diff": Task(tasks_pairs.draw_diff, 0),
+    "view_diff": Task(tasks_pairs.draw_view_diff, 1),
+    "common_object": Task(tasks_groups.draw_common_object, 2),
+    "object_tracking": Task(tasks_groups.draw_object_tracking, 3),
+    "multi_view": Task(tasks_groups.draw_multi_view, 4),
+    "region": Task(tasks_groups.draw_region, 5),
+    "refer_grounding": Task(tasks_pairs.draw_refer_grounding, 6),
+    "group_grounding": Task(tasks_groups.draw_group_grounding, 7),
+    "reasoning": Task(tasks_pairs.draw_reasoning, 8),
+    "correspondence": Task(tasks_pairs.draw_correspondence, 9),
 }
-OTHERS: dict[str, Callable[[np.random.Generator, str, str], Draft]] = {
-    "single": tasks_zero_shot.single,
-    "lisa": tasks_zero_shot.lisa,
-    "video": tasks_zero_shot.video,
+# Tasks with files of their own.
+OTHER_TASKS: dict[str, Task] = {
+    "single": Task(tasks_zero_shot.draw_single, 10, cot=False),
+    "lisa": Task(tasks_zero_shot.draw_lisa, 11),
+    "video": Task(tasks_zero_shot.draw_video, 12),
 }
-_NUMBERS = {task: number for number, task in enumerate((*TASKS, *OTHERS))}
-_STRIDE = 16  # more than there are tasks: (index, task) pairs never meet
+_NUM_STREAMS = 16
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sample (image paths relative to the data folder) with its pictures.
+    """A sample with its images.
 
-    ``level`` is easy, medium or hard, ``draft`` holds the scenes behind the pictures.
+    Attributes:
+        sample: the sample; its image paths are relative to the data folder.
+        images: the images at these paths.
+        level: easy, medium or hard.
+        draft: the scenes behind the images, and the target.
     """
 
     sample: GroundingSample
@@ -46,37 +68,33 @@ class Item:
 
 
 def make(task: str, seed: int, split: str, index: int) -> Item:
-    """The item: same arguments, same question, pictures and box.
+    """Return an item: same arguments, same question, images and box.
 
-    ``split`` is train, val or test; all scenes of the item belong to it. The levels
-    take turns with ``index``. Raises ValueError for an unknown task or split.
+    Args:
+        task: a key of `TASKS` or `OTHER_TASKS`.
+        seed: seed of the data.
+        split: train, val or test; all scenes of the item belong to it.
+        index: number of the item; the levels alternate with it.
+
+    Raises:
+        ValueError: if task or split is unknown.
     """
-    families = TASKS | OTHERS
-    if task not in families:
-        raise ValueError(f"task {task!r} is unknown; use one of {', '.join(families)}")
-    rng = rng_for(seed, split, index * _STRIDE + _NUMBERS[task])
+    known = TASKS | OTHER_TASKS
+    if task not in known:
+        raise ValueError(f"task {task!r} is unknown; use one of {', '.join(known)}")
+    rng = make_rng(seed, split, index * _NUM_STREAMS + known[task].stream)
     level = LEVELS[index % len(LEVELS)]
-    draft = families[task](rng, level, split)
-    name = f"{split}_{task}_{index:06d}"
+    draft = known[task].draw(rng, level, split)
+    name = f"images/{split}_{task}_{index:06d}"
     x1, y1, x2, y2 = (min(999, v) for v in draft.answer)
     sample = GroundingSample(
         id=f"minimig-{task}-{split}-{level}-{index:06d}",
         task=task,
-        images=tuple(f"images/{name}_{i}.png" for i in range(1, len(draft.images) + 1)),
+        images=tuple(f"{name}_{i}.png" for i in range(1, len(draft.images) + 1)),
         question=draft.question,
         answer=(x1, y1, x2, y2),
-        cot=task in TASKS or task in ("lisa", "video"),
+        cot=known[task].cot,
         chain=draft.chain,
+        target_image=draft.target_image,
     )
-    return Item(sample, draft.images, level, draft)
-
-
-def level_of(sample_id: str) -> str:
-    """easy, medium or hard, read from a MiniMIG sample's id.
-
-    Raises ValueError for an id of another origin.
-    """
-    parts = sample_id.split("-")
-    if parts[0] != "minimig" or len(parts) != 5 or parts[3] not in LEVELS:
-        raise ValueError(f"sample id {sample_id!r} is not one of MiniMIG's")
-    return parts[3]
+    return Item(sample, tuple(draft.images), level, draft)

@@ -1,11 +1,23 @@
-"""The questions of MiniMIG in their several wordings, in plain short words.
+"""The words of MiniMIG: wordings of the questions, and the sentences of the chains.
 
-Single-image referring grounding uses the wordings of `lessons.FIND`.
-
-Fields in braces are filled by the task modules: ``k`` is an image's number, ``box`` a
-box in words, ``phrase`` a noun phrase.
+A chain is made of what the base model can already do (say what a picture shows, find a
+named thing), so the lessons of the base model use the same sentences.
 """
 
+from collections.abc import Sequence
+
+from univg_nb.minimig.scenes import Scene, Thing
+
+PLACE_WORDS = {
+    "clear": "the weather is clear",
+    "rain": "it is raining",
+    "night": "it is night",
+    "water": "there is water",
+    "sun": "the sun is hot",
+}
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+# Referring grounding in one picture. The fields are a noun phrase and the place.
 FIND = (
     "Find the {}{}.",
     "Locate the {}{}.",
@@ -13,7 +25,8 @@ FIND = (
     "Point to the {}{}.",
     "Give the box of the {}{}.",
 )
-
+# Fields in braces: `k` is an image's number, `ordinal` the same as a word, `box` a box
+# as text, `phrase` a noun phrase.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "diff": (
         "Compare image 1 and image 2. Give the box of the difference.",
@@ -97,8 +110,8 @@ REASONING: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Zero-shot: wordings no training question uses. The released sentence around them
-# adds the full stop.
+# Wordings of the zero-shot families, which no training question uses. The released
+# sentence around them adds the full stop.
 IMPLICIT_USE: tuple[str, ...] = (
     "the thing that {use}",
     "something that {use}",
@@ -121,4 +134,79 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "up": (0, -1),
     "down": (0, 1),
 }
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+
+def add_article(name: str) -> str:
+    """Return the name with "a" or "an" before it."""
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def describe_scene(scene: Scene, number: int) -> str:
+    """Return a sentence such as "Image 2 shows a red cup and a blue key.".
+
+    Args:
+        scene: what image `number` shows; its things are named from left to right.
+        number: number of the image, counted from 1.
+    """
+    *names, last = (add_article(t.name) for t in scene.sort_by_position())
+    listing = f"{', '.join(names)} and {last}" if names else last
+    place = "" if scene.place == "clear" else f" and {PLACE_WORDS[scene.place]}"
+    return f"Image {number} shows {listing}{place}."
+
+
+def describe_position(x: float, y: float) -> str:
+    """Return the part of the picture a point is in, such as "at the top left"."""
+    row = "top" if y < 0.36 else "bottom" if y > 0.64 else ""
+    side = "left" if x < 0.36 else "right" if x > 0.64 else ""
+    if not row and not side:
+        return "in the middle"
+    return "at the " + " ".join(word for word in (row, side) if word)
+
+
+def describe_target(
+    thing: Thing,
+    image: int,
+    part: str = "",
+    center: tuple[float, float] | None = None,
+) -> str:
+    """Return a chain's last sentence: what the target is, in which image, and where.
+
+    Args:
+        thing: the target, or the thing that the target is a part of.
+        image: number of the image that holds it, counted from 1.
+        part: name of the part, if one is asked for.
+        center: center of the part (x, y), 0..1.
+    """
+    name = f"{part} of the {thing.name}" if part else thing.name
+    position = describe_position(*(center or (thing.x, thing.y)))
+    return f"So the target is the {name} in image {image}, {position}."
+
+
+def list_referring_phrases(thing: Thing, things: Sequence[Thing]) -> list[str]:
+    """Return the noun phrases that fit `thing` and nothing else among `things`.
+
+    The fullest name comes first, as in ["red cup", "cup", "red thing", "large cup"].
+    """
+    others = [t for t in things if t is not thing]
+    phrases = []
+    if all(t.label != thing.label for t in others):
+        phrases.append(thing.name)
+    if all(t.kind != thing.kind for t in others):
+        phrases.append(thing.kind)
+    if all(t.color != thing.color for t in others):
+        phrases.append(f"{thing.color} thing")
+    same_kind = [t for t in others if t.kind == thing.kind]
+    if same_kind and all(t.is_large != thing.is_large for t in same_kind):
+        phrases.append(f"{'large' if thing.is_large else 'small'} {thing.kind}")
+    for group, noun in ((same_kind, thing.kind), (others, "thing")):
+        if not group:
+            continue
+        if all(thing.x < t.x - 0.12 for t in group):
+            phrases.append(f"{noun} furthest to the left")
+        if all(thing.x > t.x + 0.12 for t in group):
+            phrases.append(f"{noun} furthest to the right")
+        if all(thing.y < t.y - 0.12 for t in group):
+            phrases.append(f"{noun} at the very top")
+        if all(thing.y > t.y + 0.12 for t in group):
+            phrases.append(f"{noun} at the very bottom")
+    return phrases

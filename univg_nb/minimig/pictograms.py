@@ -1,17 +1,21 @@
-"""The things of the MiniMIG world: pictograms with parts and uses.
+"""The kinds of things in MiniMIG's scenes: how each is drawn, its parts, its use.
 
-Every thing is drawn by code in a unit square (x to the right, y down, both 0..1)
-and scaled afterwards. Each has named parts with boxes in the same units, and a
-use, so that an instruction may name the thing, its part, or only what one needs.
+Every kind is drawn by code in a unit square (x to the right, y down, both 0..1) and
+scaled afterwards. Each has named parts with boxes in the same units, and a use, so
+that a question can name the thing, one of its parts, or only its purpose.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageOps
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+RGB = tuple[int, ...]
+Point = tuple[float, float]
+UnitBox = tuple[float, float, float, float]
+
+COLORS: dict[str, RGB] = {
     "red": (222, 48, 48),
     "blue": (48, 96, 224),
     "green": (44, 158, 66),
@@ -19,193 +23,196 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 62, 190),
     "orange": (245, 134, 28),
 }
-SUPERSAMPLE = 3  # drawn this much larger, then reduced: smooth edges
+SUPERSAMPLE = 3  # sprites are drawn this much larger, then reduced: smooth edges
 
 
 class Pen:
-    """Draws shapes given in unit coordinates on a square RGBA picture."""
+    """Draw shapes given in unit coordinates on a transparent square image.
 
-    def __init__(self, pixels: int, colour: str):
+    Shapes are filled with ``fill`` (the main color if it is None) and outlined in the
+    dark shade. The three shades are ``main``, ``dark`` and ``light``.
+
+    Args:
+        pixels: side of the image.
+        color: a key of `COLORS`.
+    """
+
+    def __init__(self, pixels: int, color: str) -> None:
         self.image = Image.new("RGBA", (pixels, pixels), (0, 0, 0, 0))
         self._draw = ImageDraw.Draw(self.image)
         self._pixels = pixels
-        main = COLOURS[colour]
-        self.main = main
-        self.dark = tuple(int(c * 0.45) for c in main)
-        self.light = tuple(int(c + (255 - c) * 0.62) for c in main)
-        self.width = max(1, round(pixels * 0.035))
+        self.main = COLORS[color]
+        self.dark = tuple(int(c * 0.45) for c in self.main)
+        self.light = tuple(int(c + (255 - c) * 0.62) for c in self.main)
+        self._outline = max(1, round(pixels * 0.035))
 
-    def _scaled(self, points):
+    def _scale(self, *points: Point) -> list[Point]:
         return [(x * self._pixels, y * self._pixels) for x, y in points]
 
-    def polygon(self, points, fill=None):
-        """A filled outline through ``points`` [(x, y), ...]."""
-        scaled = self._scaled(points)
+    def _corners(self, box: UnitBox) -> list[Point]:
+        return self._scale(box[:2], box[2:])
+
+    def polygon(self, points: list[Point], fill: RGB | None = None) -> None:
+        """Draw a closed outline through ``points``."""
+        scaled = self._scale(*points)
         self._draw.polygon(scaled, fill=fill or self.main)
-        self._draw.line([*scaled, scaled[0]], self.dark, self.width, joint="curve")
+        self._draw.line([*scaled, scaled[0]], self.dark, self._outline, joint="curve")
 
-    def box(self, x1, y1, x2, y2, fill=None, radius=0.0):
-        """A rectangle, its corners rounded by ``radius``."""
-        (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
-        self._draw.rounded_rectangle(
-            (a, b, c, d), radius * self._pixels, fill or self.main, self.dark,
-            self.width,
-        )  # fmt: skip
+    def rectangle(
+        self, box: UnitBox, fill: RGB | None = None, radius: float = 0.0
+    ) -> None:
+        """Draw a rectangle with its corners rounded by ``radius``."""
+        style = (radius * self._pixels, fill or self.main, self.dark, self._outline)
+        self._draw.rounded_rectangle(self._corners(box), *style)
 
-    def oval(self, x1, y1, x2, y2, fill=None):
-        """An ellipse inside the given box."""
-        (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
-        self._draw.ellipse((a, b, c, d), fill or self.main, self.dark, self.width)
+    def ellipse(self, box: UnitBox, fill: RGB | None = None) -> None:
+        """Draw an ellipse inside ``box``."""
+        style = (fill or self.main, self.dark, self._outline)
+        self._draw.ellipse(self._corners(box), *style)
 
-    def union(self, *ovals):
-        """Ellipses that overlap, as one shape: no outline where they meet."""
-        for oval in ovals:
-            self.oval(*oval)
-        inset = self.width / self._pixels
-        for x1, y1, x2, y2 in ovals:
-            inside = [(x1 + inset, y1 + inset), (x2 - inset, y2 - inset)]
-            self._draw.ellipse(
-                [c for point in self._scaled(inside) for c in point], self.main
-            )
+    def union(self, *boxes: UnitBox) -> None:
+        """Draw overlapping ellipses as one shape, without outlines where they meet."""
+        for box in boxes:
+            self.ellipse(box)
+        inset = self._outline / self._pixels
+        for x1, y1, x2, y2 in boxes:
+            inside = (x1 + inset, y1 + inset, x2 - inset, y2 - inset)
+            self._draw.ellipse(self._corners(inside), self.main)
 
-    def pie(self, x1, y1, x2, y2, start, end, fill=None):
-        """A piece of an ellipse, angles in degrees clockwise from the right."""
-        (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
-        self._draw.pieslice(
-            (a, b, c, d), start, end, fill or self.main, self.dark, self.width
-        )
+    def pie(self, box: UnitBox, start: int, end: int, fill: RGB | None = None) -> None:
+        """Draw a slice of an ellipse; angles in degrees clockwise from the right."""
+        style = (fill or self.main, self.dark, self._outline)
+        self._draw.pieslice(self._corners(box), start, end, *style)
 
-    def line(self, points, width=0.08, fill=None):
-        """A thick line through ``points``, ``width`` as a share of the square."""
+    def arc(self, box: UnitBox, start: int, end: int, width: float = 0.08) -> None:
+        """Draw a part of an ellipse's edge; the angles as for `pie`."""
         pixels = max(1, round(width * self._pixels))
-        self._draw.line(self._scaled(points), fill or self.dark, pixels, joint="curve")
+        self._draw.arc(self._corners(box), start, end, self.dark, pixels)
 
-    def arc(self, x1, y1, x2, y2, start, end, width=0.08, fill=None):
-        """A thick piece of an ellipse's edge, angles as in :meth:`pie`."""
-        (a, b), (c, d) = self._scaled([(x1, y1), (x2, y2)])
+    def line(
+        self, points: list[Point], width: float = 0.08, fill: RGB | None = None
+    ) -> None:
+        """Draw a line through ``points``, ``width`` as a share of the square's side."""
         pixels = max(1, round(width * self._pixels))
-        self._draw.arc((a, b, c, d), start, end, fill or self.dark, pixels)
+        self._draw.line(self._scale(*points), fill or self.dark, pixels, joint="curve")
 
 
-def _umbrella(p: Pen):
+def _umbrella(p: Pen) -> None:
     p.line([(0.5, 0.1), (0.5, 0.86)], 0.07)
-    p.arc(0.5, 0.74, 0.74, 0.98, 0, 180, 0.08)
-    p.pie(0.02, 0.06, 0.98, 1.02, 180, 360)
+    p.arc((0.5, 0.74, 0.74, 0.98), 0, 180, 0.08)
+    p.pie((0.02, 0.06, 0.98, 1.02), 180, 360)
     for x in (0.02, 0.34, 0.66):
-        p.pie(x, 0.44, x + 0.32, 0.64, 180, 360, p.light)
+        p.pie((x, 0.44, x + 0.32, 0.64), 180, 360, p.light)
 
 
-def _key(p: Pen):
+def _key(p: Pen) -> None:
     p.line([(0.5, 0.4), (0.5, 0.96)], 0.16, p.main)
-    p.box(0.5, 0.64, 0.8, 0.75)
-    p.box(0.5, 0.85, 0.8, 0.96)
-    p.oval(0.24, 0.03, 0.76, 0.5)
-    p.oval(0.4, 0.16, 0.6, 0.36, p.light)
+    p.rectangle((0.5, 0.64, 0.8, 0.75))
+    p.rectangle((0.5, 0.85, 0.8, 0.96))
+    p.ellipse((0.24, 0.03, 0.76, 0.5))
+    p.ellipse((0.4, 0.16, 0.6, 0.36), p.light)
 
 
-def _lock(p: Pen):
-    p.arc(0.24, 0.04, 0.76, 0.72, 180, 360, 0.12)
+def _lock(p: Pen) -> None:
+    p.arc((0.24, 0.04, 0.76, 0.72), 180, 360, 0.12)
     p.line([(0.3, 0.36), (0.3, 0.5)], 0.12)
     p.line([(0.7, 0.36), (0.7, 0.5)], 0.12)
-    p.box(0.1, 0.44, 0.9, 0.97, radius=0.08)
-    p.oval(0.42, 0.56, 0.58, 0.72, p.dark)
+    p.rectangle((0.1, 0.44, 0.9, 0.97), radius=0.08)
+    p.ellipse((0.42, 0.56, 0.58, 0.72), p.dark)
     p.line([(0.5, 0.66), (0.5, 0.85)], 0.08)
 
 
-def _cup(p: Pen):
-    p.arc(0.56, 0.3, 0.98, 0.74, 270, 90, 0.11, p.dark)
+def _cup(p: Pen) -> None:
+    p.arc((0.56, 0.3, 0.98, 0.74), 270, 90, 0.11)
     p.polygon([(0.06, 0.2), (0.74, 0.2), (0.66, 0.9), (0.14, 0.9)])
-    p.oval(0.06, 0.1, 0.74, 0.3, p.light)
+    p.ellipse((0.06, 0.1, 0.74, 0.3), p.light)
 
 
-def _fish(p: Pen):
+def _fish(p: Pen) -> None:
     p.polygon([(0.68, 0.5), (0.98, 0.2), (0.98, 0.8)], p.light)
-    p.oval(0.02, 0.22, 0.78, 0.78)
-    p.oval(0.15, 0.38, 0.26, 0.49, (255, 255, 255))
-    p.arc(0.2, 0.3, 0.46, 0.7, 300, 60, 0.05)
+    p.ellipse((0.02, 0.22, 0.78, 0.78))
+    p.ellipse((0.15, 0.38, 0.26, 0.49), (255, 255, 255))
+    p.arc((0.2, 0.3, 0.46, 0.7), 300, 60, 0.05)
 
 
-def _boat(p: Pen):
+def _boat(p: Pen) -> None:
     p.line([(0.46, 0.04), (0.46, 0.7)], 0.06)
     p.polygon([(0.5, 0.06), (0.94, 0.6), (0.5, 0.6)], p.light)
     p.polygon([(0.42, 0.16), (0.42, 0.6), (0.14, 0.6)], p.light)
     p.polygon([(0.02, 0.66), (0.98, 0.66), (0.8, 0.96), (0.2, 0.96)])
 
 
-def _tree(p: Pen):
-    p.box(0.41, 0.62, 0.59, 0.98, (134, 92, 54))
+def _tree(p: Pen) -> None:
+    p.rectangle((0.41, 0.62, 0.59, 0.98), (134, 92, 54))
     p.polygon([(0.5, 0.02), (0.82, 0.36), (0.18, 0.36)])
     p.polygon([(0.5, 0.2), (0.96, 0.72), (0.04, 0.72)])
 
 
-def _house(p: Pen):
-    p.box(0.12, 0.42, 0.88, 0.97, p.light)
+def _house(p: Pen) -> None:
+    p.rectangle((0.12, 0.42, 0.88, 0.97), p.light)
     p.polygon([(0.5, 0.03), (0.99, 0.47), (0.01, 0.47)])
-    p.box(0.38, 0.6, 0.62, 0.97, p.dark)
+    p.rectangle((0.38, 0.6, 0.62, 0.97), p.dark)
 
 
-def _lamp(p: Pen):
+def _lamp(p: Pen) -> None:
     p.line([(0.5, 0.4), (0.5, 0.9)], 0.09)
-    p.oval(0.4, 0.36, 0.6, 0.58, (255, 246, 170))
+    p.ellipse((0.4, 0.36, 0.6, 0.58), (255, 246, 170))
     p.polygon([(0.32, 0.04), (0.68, 0.04), (0.94, 0.46), (0.06, 0.46)])
-    p.box(0.24, 0.86, 0.76, 0.97, p.dark, radius=0.05)
+    p.rectangle((0.24, 0.86, 0.76, 0.97), p.dark, radius=0.05)
 
 
-def _clock(p: Pen):
+def _clock(p: Pen) -> None:
     p.line([(0.26, 0.8), (0.16, 0.96)], 0.09)
     p.line([(0.74, 0.8), (0.84, 0.96)], 0.09)
-    p.oval(0.06, 0.02, 0.38, 0.3, p.dark)
-    p.oval(0.62, 0.02, 0.94, 0.3, p.dark)
-    p.oval(0.06, 0.1, 0.94, 0.94)
-    p.oval(0.19, 0.22, 0.81, 0.82, (255, 255, 255))
+    p.ellipse((0.06, 0.02, 0.38, 0.3), p.dark)
+    p.ellipse((0.62, 0.02, 0.94, 0.3), p.dark)
+    p.ellipse((0.06, 0.1, 0.94, 0.94))
+    p.ellipse((0.19, 0.22, 0.81, 0.82), (255, 255, 255))
     p.line([(0.5, 0.3), (0.5, 0.53), (0.68, 0.62)], 0.06)
 
 
-def _car(p: Pen):
+def _car(p: Pen) -> None:
     p.polygon([(0.2, 0.48), (0.32, 0.22), (0.7, 0.22), (0.82, 0.48)], p.light)
-    p.box(0.01, 0.46, 0.99, 0.74, radius=0.08)
+    p.rectangle((0.01, 0.46, 0.99, 0.74), radius=0.08)
     for x in (0.12, 0.62):
-        p.oval(x, 0.58, x + 0.27, 0.84, (50, 50, 56))
-        p.oval(x + 0.08, 0.66, x + 0.19, 0.76, (210, 210, 215))
+        p.ellipse((x, 0.58, x + 0.27, 0.84), (50, 50, 56))
+        p.ellipse((x + 0.08, 0.66, x + 0.19, 0.76), (210, 210, 215))
 
 
-def _hammer(p: Pen):
-    p.box(0.42, 0.26, 0.58, 0.98, (168, 118, 70))
+def _hammer(p: Pen) -> None:
+    p.rectangle((0.42, 0.26, 0.58, 0.98), (168, 118, 70))
     p.polygon([(0.62, 0.08), (0.98, 0.03), (0.84, 0.2), (0.98, 0.4), (0.62, 0.34)])
-    p.box(0.08, 0.04, 0.66, 0.38, radius=0.04)
+    p.rectangle((0.08, 0.04, 0.66, 0.38), radius=0.04)
 
 
-def _apple(p: Pen):
+def _apple(p: Pen) -> None:
     p.line([(0.5, 0.26), (0.54, 0.06)], 0.07)
     p.polygon([(0.54, 0.16), (0.68, 0.03), (0.86, 0.06), (0.74, 0.19)], (70, 160, 70))
     p.union((0.06, 0.2, 0.6, 0.94), (0.4, 0.2, 0.94, 0.94))
 
 
-def _chair(p: Pen):
-    p.box(0.14, 0.02, 0.34, 0.6, p.light)
-    p.box(0.12, 0.5, 0.9, 0.66)
+def _chair(p: Pen) -> None:
+    p.rectangle((0.14, 0.02, 0.34, 0.6), p.light)
+    p.rectangle((0.12, 0.5, 0.9, 0.66))
     p.line([(0.2, 0.64), (0.2, 0.98)], 0.1)
     p.line([(0.82, 0.64), (0.82, 0.98)], 0.1)
 
 
-def _candle(p: Pen):
+def _candle(p: Pen) -> None:
     p.polygon(
         [(0.5, 0.02), (0.64, 0.22), (0.58, 0.36), (0.42, 0.36), (0.36, 0.22)],
         (255, 190, 60),
     )
-    p.box(0.36, 0.36, 0.64, 0.88)
+    p.rectangle((0.36, 0.36, 0.64, 0.88))
     p.polygon([(0.1, 0.82), (0.9, 0.82), (0.74, 0.97), (0.26, 0.97)], p.light)
 
 
-def _cart(p: Pen):
+def _cart(p: Pen) -> None:
     p.line([(0.02, 0.12), (0.2, 0.16), (0.34, 0.66)], 0.08)
     p.polygon([(0.2, 0.26), (0.98, 0.26), (0.86, 0.64), (0.32, 0.64)])
     for x in (0.3, 0.64):
-        p.oval(x, 0.7, x + 0.26, 0.96, (50, 50, 56))
-        p.oval(x + 0.08, 0.78, x + 0.18, 0.88, (210, 210, 215))
-
-
-UnitBox = tuple[float, float, float, float]
+        p.ellipse((x, 0.7, x + 0.26, 0.96), (50, 50, 56))
+        p.ellipse((x + 0.08, 0.78, x + 0.18, 0.88), (210, 210, 215))
 
 
 @dataclass(frozen=True)
@@ -218,51 +225,57 @@ class Part:
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of thing: how it is drawn, what it is for, which parts it has.
+    """One kind of thing.
 
-    ``use`` completes "something that ..."; ``need`` completes "I need to ...".
+    Attributes:
+        draw: function that draws it with a `Pen`.
+        use: completes "something that ...".
+        need: completes "I need to ...".
+        parts: named parts.
+        substitutes: other kinds that a person might accept for the same use or need.
     """
 
     draw: Callable[[Pen], None]
     use: str
     need: str
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part]
+    substitutes: tuple[str, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
     "umbrella": Kind(_umbrella, "keeps you dry", "stay dry in the rain", {
         "roof": Part((0.02, 0.06, 0.98, 0.62), "cover"),
-        "handle": Part((0.44, 0.58, 0.76, 0.98), "hold")}),
+        "handle": Part((0.44, 0.58, 0.76, 0.98), "hold")}, ("house", "tree", "car")),
     "key": Kind(_key, "opens a lock", "open a door", {
         "ring": Part((0.24, 0.03, 0.76, 0.5), "hold"),
-        "blade": Part((0.42, 0.5, 0.8, 0.97), "turn")}),
+        "blade": Part((0.42, 0.5, 0.8, 0.97), "turn")}, ("lock", "hammer")),
     "lock": Kind(_lock, "keeps a door shut", "keep a door shut", {
         "hook": Part((0.22, 0.04, 0.78, 0.46), "hang"),
-        "body": Part((0.1, 0.44, 0.9, 0.97), "store")}),
+        "body": Part((0.1, 0.44, 0.9, 0.97), "store")}, ("key",)),
     "cup": Kind(_cup, "holds a drink", "drink some tea", {
         "handle": Part((0.68, 0.28, 0.98, 0.76), "hold"),
         "bowl": Part((0.06, 0.1, 0.74, 0.9), "store")}),
     "fish": Kind(_fish, "swims", "see something that swims", {
         "tail": Part((0.68, 0.2, 0.98, 0.8), "push"),
-        "body": Part((0.02, 0.22, 0.78, 0.78), "store")}),
+        "body": Part((0.02, 0.22, 0.78, 0.78), "store")}, ("boat",)),
     "boat": Kind(_boat, "floats", "cross the water", {
         "sail": Part((0.14, 0.04, 0.94, 0.64), "push"),
-        "hull": Part((0.02, 0.64, 0.98, 0.96), "store")}),
+        "hull": Part((0.02, 0.64, 0.98, 0.96), "store")}, ("fish",)),
     "tree": Kind(_tree, "gives shade", "rest in the shade", {
         "crown": Part((0.04, 0.02, 0.96, 0.72), "cover"),
-        "trunk": Part((0.39, 0.68, 0.61, 0.98), "stand")}),
+        "trunk": Part((0.39, 0.68, 0.61, 0.98), "stand")}, ("umbrella", "house")),
     "house": Kind(_house, "is lived in", "go home and sleep", {
         "roof": Part((0.01, 0.03, 0.99, 0.47), "cover"),
-        "door": Part((0.36, 0.58, 0.64, 0.97), "enter")}),
+        "door": Part((0.36, 0.58, 0.64, 0.97), "enter")}, ("car", "boat")),
     "lamp": Kind(_lamp, "gives light", "see in the dark", {
         "shade": Part((0.06, 0.04, 0.94, 0.48), "cover"),
-        "foot": Part((0.24, 0.6, 0.76, 0.97), "stand")}),
+        "foot": Part((0.24, 0.6, 0.76, 0.97), "stand")}, ("candle",)),
     "clock": Kind(_clock, "tells the time", "know the time", {
         "face": Part((0.17, 0.2, 0.83, 0.84), "show"),
         "legs": Part((0.12, 0.76, 0.88, 0.98), "stand")}),
     "car": Kind(_car, "drives on a road", "drive to town", {
         "wheel": Part((0.1, 0.56, 0.41, 0.86), "roll"),
-        "window": Part((0.2, 0.2, 0.82, 0.48), "look")}),
+        "window": Part((0.2, 0.2, 0.82, 0.48), "look")}, ("cart",)),
     "hammer": Kind(_hammer, "drives in a nail", "hit a nail", {
         "handle": Part((0.4, 0.38, 0.6, 0.98), "hold"),
         "head": Part((0.08, 0.03, 0.98, 0.4), "push")}),
@@ -274,32 +287,44 @@ KINDS: dict[str, Kind] = {
         "legs": Part((0.12, 0.64, 0.9, 0.98), "stand")}),
     "candle": Kind(_candle, "burns with a flame", "light a fire", {
         "flame": Part((0.34, 0.02, 0.66, 0.38), "show"),
-        "foot": Part((0.1, 0.8, 0.9, 0.98), "stand")}),
+        "foot": Part((0.1, 0.8, 0.9, 0.98), "stand")}, ("lamp",)),
     "cart": Kind(_cart, "carries heavy loads", "move a heavy load", {
         "wheel": Part((0.28, 0.68, 0.58, 0.98), "roll"),
-        "basket": Part((0.18, 0.24, 0.98, 0.66), "store")}),
+        "basket": Part((0.18, 0.24, 0.98, 0.66), "store")}, ("car", "boat")),
 }  # fmt: skip
 
 
 @lru_cache(maxsize=8192)
-def sprite(kind: str, colour: str, pixels: int, flip: bool) -> Image.Image:
-    """The pictogram as an RGBA square of ``pixels`` a side, mirrored if ``flip``."""
-    pen = Pen(pixels * SUPERSAMPLE, colour)
+def draw_sprite(kind: str, color: str, pixels: int, flip: bool) -> Image.Image:
+    """Return the pictogram as an RGBA square of ``pixels`` a side.
+
+    Args:
+        kind: a key of `KINDS`.
+        color: a key of `COLORS`.
+        pixels: side of the image.
+        flip: whether left and right are exchanged.
+    """
+    pen = Pen(pixels * SUPERSAMPLE, color)
     KINDS[kind].draw(pen)
     image = pen.image.reduce(SUPERSAMPLE)
     return ImageOps.mirror(image) if flip else image
 
 
 @lru_cache(maxsize=64)
-def extent(kind: str, flip: bool) -> UnitBox:
-    """The tight box around the drawn thing, in unit coordinates."""
-    box = sprite(kind, "red", 200, flip).getbbox()
+def compute_extent(kind: str, flip: bool) -> UnitBox:
+    """Return the tight box around the drawn thing, in unit coordinates."""
+    box = draw_sprite(kind, "red", 200, flip).getbbox()
     assert box is not None, kind
     x1, y1, x2, y2 = (v / 200 for v in box)
     return (x1, y1, x2, y2)
 
 
-def part_box(kind: str, part: str, flip: bool) -> UnitBox:
-    """The box of a part in unit coordinates, mirrored if ``flip``."""
+def compute_part_box(kind: str, part: str, flip: bool) -> UnitBox:
+    """Return the box of a part in unit coordinates."""
     x1, y1, x2, y2 = KINDS[kind].parts[part].box
     return (1 - x2, y1, 1 - x1, y2) if flip else (x1, y1, x2, y2)
+
+
+def serves_use(shown: str, asked: str) -> bool:
+    """Return whether a thing of kind ``shown`` could do what ``asked`` is used for."""
+    return shown == asked or shown in KINDS[asked].substitutes

@@ -1,95 +1,100 @@
-"""Tasks on groups of images: common_object, object_tracking, multi_view, region,
-group_grounding. Each takes (rng, level, split) and returns a `Draft`."""
+"""Tasks on groups of images, from two views to six frames.
 
+Here: common_object, object_tracking, multi_view, region and group_grounding. Each is a
+function of (rng, level, split) that returns a `Draft`.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from univg_nb.data.boxes import format_box, iou
-from univg_nb.minimig import words
 from univg_nb.minimig.compose import (
     Draft,
-    Name,
-    another_view,
-    any_name,
-    compose,
-    count,
-    distractors,
-    hidden_share,
-    lay,
-    pick,
-    settle,
-    the_thing,
-    well_visible,
+    change_view,
+    choose,
+    choose_question,
+    compute_occlusion,
+    is_visible,
+    move_to_split,
+    sample_distractors,
+    sample_label,
+    sample_labels,
+    sample_num_things,
+    sample_scene,
 )
-from univg_nb.minimig.phrases import ORDINALS, QUESTIONS
-from univg_nb.minimig.pictograms import COLOURS, KINDS
-from univg_nb.minimig.scenes import CANVAS, Scene, Thing, place_thing, render
-from univg_nb.minimig.tasks_pairs import conclusion
+from univg_nb.minimig.phrases import (
+    add_article,
+    describe_position,
+    describe_scene,
+    describe_target,
+)
+from univg_nb.minimig.pictograms import COLORS, KINDS, UnitBox
+from univg_nb.minimig.scenes import (
+    CANVAS,
+    Label,
+    Scene,
+    Thing,
+    compute_intersection,
+    place_thing,
+    render,
+)
 
 FRAMES = 6
 
 
-def _question(rng: np.random.Generator, task: str, **fields) -> str:
-    """One wording, filled; "image 2" is far more frequent than "the second image"."""
-    texts = QUESTIONS[task]
-    text = pick(rng, texts)
-    if "{ordinal}" in text and rng.random() < 0.5:
-        text = texts[0]
-    if "k" in fields:
-        fields["ordinal"] = ORDINALS[fields["k"] - 1]
-    return text.format(**fields)
+def draw_common_object(rng: np.random.Generator, level: str, split: str) -> Draft:
+    """Draw three or four images with one thing in common.
 
-
-def common_object(rng: np.random.Generator, level: str, split: str) -> Draft:
-    """Three or four pictures share one thing; harder: one kind in several colours."""
+    On harder levels the thing may have another color in each, or every image may hold a
+    second thing of its kind.
+    """
     images = 4 if level != "easy" and rng.random() < 0.4 else 3
-    n = count(rng, level, most=2 if images == 4 else 3)
-    target = any_name(rng)
+    n = sample_num_things(rng, level, most=2 if images == 4 else 3)
+    kind, color = sample_label(rng)
     by_kind = level != "easy" and rng.random() < 0.4
-    colours = [target[1]] * images
+    colors = [color] * images
     if by_kind:
-        colours = [str(c) for c in rng.permutation(list(COLOURS))[:images]]
-    others = tuple(k for k in KINDS if k != target[0])
-    shared_kind = level != "easy" and not by_kind  # a second one in another colour
+        colors = [str(c) for c in rng.permutation(list(COLORS))[:images]]
+    second_of_kind = level != "easy" and not by_kind
     scenes: list[Scene] = []
-    used: set[Name] = {(target[0], c) for c in colours}
-    kinds_used: set[str] = set()
-    for colour in colours:
-        name = (target[0], colour)
-        kinds = tuple(k for k in others if k not in kinds_used)
-        if shared_kind and rng.random() < 0.5:
-            kinds = (*kinds, target[0])
-        beside = distractors(rng, name, n - 1, level, kinds, taken=used)
-        used.update(beside)
-        kinds_used.update(k for k, _ in beside if k != target[0])
-        scenes.append(compose(rng, [name, *beside], level, split))
+    used: set[Label] = {(kind, c) for c in colors}
+    kinds_used = {kind}
+    for color in colors:
+        kinds = tuple(k for k in KINDS if k not in kinds_used)
+        if second_of_kind and rng.random() < 0.5:
+            kinds = (*kinds, kind)
+        label = (kind, color)
+        others = sample_distractors(rng, label, n - 1, level, kinds, taken=used)
+        used.update(others)
+        kinds_used.update(k for k, _ in others)
+        scenes.append(sample_scene(rng, [label, *others], level, split))
     k = int(rng.integers(images)) + 1
-    thing = the_thing(scenes[k - 1], (target[0], colours[k - 1]))
-    shared = words.article(target[0]) if by_kind else f"the {thing.name}"
+    thing = scenes[k - 1].find((kind, colors[k - 1]))
+    shared = add_article(kind) if by_kind else f"the {thing.name}"
     chain = (
-        f"{words.description(scenes[0], 1)} {words.description(scenes[1], 2)} "
-        f"All images share {shared}. {conclusion(thing, k)}"
+        f"{describe_scene(scenes[0], 1)} {describe_scene(scenes[1], 2)} "
+        f"All images share {shared}. {describe_target(thing, k)}"
     )
-    pictures = tuple(render(s) for s in scenes)
-    question = _question(rng, "common_object", k=k)
-    return Draft(tuple(scenes), pictures, question, thing.box, chain, thing, k)
+    question = choose_question(rng, "common_object", k=k)
+    return Draft(scenes, question, chain, thing, k)
 
 
-def _moving(
+def _sample_frames(
     rng: np.random.Generator, level: str, split: str
-) -> tuple[list[Scene], Name]:
-    """Frames of things that each move along a line, and the thing to follow."""
+) -> tuple[list[Scene], Label]:
+    """Draw frames of things that each move along a line, and the one to track."""
     while True:
-        target = any_name(rng)
-        names = [target, *distractors(rng, target, count(rng, level, 4) - 1, level)]
-        start = lay(rng, names, level)
+        labels = sample_labels(rng, level, most=4)
+        start = sample_scene(rng, labels, level)
         ends: list[Thing] = []
         for thing in start.things:
             ends.append(place_thing(rng, thing, ends, 0.2))
-        a, b = the_thing(start, target), ends[_index(start, target)]
-        if abs(a.x - b.x) + abs(a.y - b.y) < 0.3:
+        first = start.find(labels[0])
+        last = ends[start.things.index(first)]
+        if abs(first.x - last.x) + abs(first.y - last.y) < 0.3:
             continue
         frames = []
         for step in np.linspace(0, 1, FRAMES):
@@ -101,66 +106,60 @@ def _moving(
                 )
                 for s, e in zip(start.things, ends, strict=True)
             )
-            frames.append(settle(rng, replace(start, things=things), split))
-        if well_visible(frames[0], level):
-            return frames, target
+            frames.append(move_to_split(rng, replace(start, things=things), split))
+        if is_visible(frames[0], level):
+            return frames, labels[0]
 
 
-def _index(scene: Scene, name: Name) -> int:
-    """Where the thing of this name stands in the drawing order."""
-    return scene.things.index(the_thing(scene, name))
-
-
-def _boxed_well(scene: Scene, name: Name) -> bool:
-    """Whether the thing's box cannot be taken for another's."""
-    thing = the_thing(scene, name)
+def _has_clear_box(scene: Scene, label: Label) -> bool:
+    """Return whether the thing's box cannot be taken for another's."""
+    thing = scene.find(label)
     return all(iou(thing.box, t.box) < 0.25 for t in scene.things if t is not thing)
 
 
-def _follow(
-    rng: np.random.Generator, task: str, scenes: list[Scene], name: Name, k: int
+def _make_tracking_draft(
+    rng: np.random.Generator, task: str, scenes: Sequence[Scene], label: Label, k: int
 ) -> Draft:
-    """A question with a box of image 1 in words; the same thing in image ``k``."""
-    boxed, thing = the_thing(scenes[0], name), the_thing(scenes[k - 1], name)
+    """Give the box of a thing in image 1 as text; ask for the thing in image `k`."""
+    boxed, thing = scenes[0].find(label), scenes[k - 1].find(label)
     chain = (
-        f"{words.description(scenes[0], 1)} The box {words.where(boxed)} is around "
-        f"the {thing.name}. {conclusion(thing, k)}"
+        f"{describe_scene(scenes[0], 1)} The box {describe_position(boxed.x, boxed.y)} "
+        f"is around the {thing.name}. {describe_target(thing, k)}"
     )
-    question = _question(rng, task, k=k, box=format_box(boxed.box))
-    pictures = tuple(render(s) for s in scenes)
-    return Draft(tuple(scenes), pictures, question, thing.box, chain, thing, k)
+    question = choose_question(rng, task, k=k, box=format_box(boxed.box))
+    return Draft(scenes, question, chain, thing, k)
 
 
-def object_tracking(rng: np.random.Generator, level: str, split: str) -> Draft:
-    """Six frames of moving things; the one boxed in frame 1 is asked in frame k."""
+def draw_object_tracking(rng: np.random.Generator, level: str, split: str) -> Draft:
+    """Draw six frames; frame k is asked for the thing that is boxed in frame 1."""
     while True:
-        frames, name = _moving(rng, level, split)
+        frames, label = _sample_frames(rng, level, split)
         k = int(rng.integers(2, FRAMES + 1))
-        index = _index(frames[k - 1], name)
-        # Things pass behind each other, but the one asked for stays visible.
-        if _boxed_well(frames[0], name) and hidden_share(frames[k - 1], index) <= 0.35:
-            return _follow(rng, "object_tracking", frames, name, k)
+        index = frames[k - 1].things.index(frames[k - 1].find(label))
+        # Things pass behind each other, but the target stays visible.
+        visible = compute_occlusion(frames[k - 1], index) <= 0.35
+        if visible and _has_clear_box(frames[0], label):
+            return _make_tracking_draft(rng, "object_tracking", frames, label, k)
 
 
-def multi_view(rng: np.random.Generator, level: str, split: str) -> Draft:
-    """Two to four views of a scene; the thing boxed in view 1 is asked in view k."""
+def draw_multi_view(rng: np.random.Generator, level: str, split: str) -> Draft:
+    """Draw two to four views of a scene; view k is asked for the thing boxed in 1."""
     views = {"easy": 2, "medium": 3, "hard": 4}[level]
     while True:
-        target = any_name(rng)
-        names = [target, *distractors(rng, target, count(rng, level) - 1, level)]
-        scene = lay(rng, names, level)
-        scenes = [settle(rng, scene, split)]
-        scenes += [
-            settle(rng, another_view(rng, scene), split) for _ in range(views - 1)
+        labels = sample_labels(rng, level)
+        scene = sample_scene(rng, labels, level)
+        scenes = [
+            move_to_split(rng, change_view(rng, scene) if view else scene, split)
+            for view in range(views)
         ]
-        clear = all(well_visible(s, level) for s in scenes)
-        if clear and _boxed_well(scenes[0], target):
+        visible = all(is_visible(s, level) for s in scenes)
+        if visible and _has_clear_box(scenes[0], labels[0]):
             k = int(rng.integers(2, views + 1))
-            return _follow(rng, "multi_view", scenes, target, k)
+            return _make_tracking_draft(rng, "multi_view", scenes, labels[0], k)
 
 
-def _cut(scene: Scene, thing: Thing) -> tuple[float, float, float, float]:
-    """A square around the thing inside the picture, in shares: x1, y1, x2, y2."""
+def _compute_crop(thing: Thing) -> UnitBox:
+    """Return a square around the thing inside the picture, in shares of its side."""
     x1, y1, x2, y2 = (v / 1000 for v in thing.box)
     side = 1.2 * max(x2 - x1, y2 - y1)
     left = min(1 - side, max(0.0, (x1 + x2 - side) / 2))
@@ -168,75 +167,66 @@ def _cut(scene: Scene, thing: Thing) -> tuple[float, float, float, float]:
     return (left, top, left + side, top + side)
 
 
-def _crops_well(scene: Scene, thing: Thing) -> bool:
-    """Whether a cut around the thing shows little of any other."""
-    x1, y1, x2, y2 = cut = _cut(scene, thing)
-    area = (x2 - x1) * (y2 - y1)
-    for other in scene.things:
-        if other is thing:
-            continue
-        a1, b1, a2, b2 = (v / 1000 for v in other.box)
-        width, height = min(x2, a2) - max(x1, a1), min(y2, b2) - max(y1, b1)
-        if max(0.0, width) * max(0.0, height) > 0.2 * area:
-            return False
-    return cut[0] >= 0
+def _has_clear_crop(scene: Scene, thing: Thing) -> bool:
+    """Return whether a crop around the thing shows little of any other."""
+    crop = _compute_crop(thing)
+    max_area = 0.2 * ((crop[2] - crop[0]) * (crop[3] - crop[1]))
+    boxes = ([v / 1000 for v in t.box] for t in scene.things if t is not thing)
+    return crop[0] >= 0 and all(
+        compute_intersection(crop, box) <= max_area for box in boxes
+    )
 
 
-def region(rng: np.random.Generator, level: str, split: str) -> Draft:
-    """A source image and one or two crops of things in it; find crop k's thing."""
+def draw_region(rng: np.random.Generator, level: str, split: str) -> Draft:
+    """Draw an image and one or two crops of it; image 1 is asked for crop k's thing."""
     crops = 1 if level == "easy" else 2
     while True:
-        target = any_name(rng)
-        names = [target, *distractors(rng, target, count(rng, level) - 1, level)]
-        scene = compose(rng, names, level, split)
-        order = [scene.things[int(i)] for i in rng.permutation(len(names))][:crops]
-        if all(_crops_well(scene, t) for t in order):
+        labels = sample_labels(rng, level)
+        scene = sample_scene(rng, labels, level, split)
+        cropped = [scene.things[int(i)] for i in rng.permutation(len(labels))][:crops]
+        if all(_has_clear_crop(scene, thing) for thing in cropped):
             break
-    source = render(scene)
-    pictures = [source]
-    for thing in order:
-        box = tuple(v * CANVAS for v in _cut(scene, thing))
-        pictures.append(
-            source.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC, box=box)
-        )
+    images = [render(scene)]
+    for thing in cropped:
+        x1, y1, x2, y2 = (v * CANVAS for v in _compute_crop(thing))
+        size, box = (CANVAS, CANVAS), (x1, y1, x2, y2)
+        images.append(images[0].resize(size, Image.Resampling.BICUBIC, box=box))
     k = int(rng.integers(crops)) + 2
-    thing = order[k - 2]
-    shown = Scene((thing,))
+    thing = cropped[k - 2]
     chain = (
-        f"{words.description(scene, 1)} {words.description(shown, k)} "
-        f"{conclusion(thing, 1)}"
+        f"{describe_scene(scene, 1)} {describe_scene(Scene((thing,)), k)} "
+        f"{describe_target(thing, 1)}"
     )
-    question = _question(rng, "region", k=k)
-    return Draft((scene,), tuple(pictures), question, thing.box, chain, thing, 1)
+    question = choose_question(rng, "region", k=k)
+    return Draft([scene], question, chain, thing, 1, images)
 
 
-def group_grounding(rng: np.random.Generator, level: str, split: str) -> Draft:
-    """A phrase that fits one thing in one of three or four pictures."""
-    target = any_name(rng)
-    form = pick(rng, ("name", "name", "kind", "colour"))
-    # The chain lists what the pictures show: not all may be many at once.
+def draw_group_grounding(rng: np.random.Generator, level: str, split: str) -> Draft:
+    """Draw three or four images and a phrase that fits one thing in one of them."""
+    target = sample_label(rng)
+    form = choose(rng, ("name", "name", "kind", "color"))
+    # The chain lists what the images show: not all of them can hold many things.
     many = level != "easy" and form == "name" and rng.random() < 0.4
     images = 4 if many else 3
-    n = count(rng, level, most=3 if images == 3 and form == "name" else 2)
+    n = sample_num_things(rng, level, most=3 if images == 3 and form == "name" else 2)
     k = int(rng.integers(images)) + 1
-    # Nothing else may fit the phrase, in any of the pictures.
+    # Nothing else may fit the phrase, in any of the images.
     kinds = tuple(x for x in KINDS if form != "kind" or x != target[0])
-    colours = tuple(x for x in COLOURS if form != "colour" or x != target[1])
+    colors = tuple(x for x in COLORS if form != "color" or x != target[1])
     scenes = []
     for image in range(1, images + 1):
-        names = distractors(
-            rng, target, n - (image == k), level, kinds, (), colours
-        )  # fmt: skip
-        names = [target, *names] if image == k else names
-        scenes.append(compose(rng, names, level, split))
-    thing = the_thing(scenes[k - 1], target)
-    noun = {
-        "name": thing.name, "kind": thing.kind, "colour": f"{thing.colour} thing"
-    }[form]  # fmt: skip
-    seen = " ".join(words.description(s, i) for i, s in enumerate(scenes[:k], 1))
+        present = [target] if image == k else []
+        labels = sample_distractors(
+            rng, target, n - len(present), level, kinds, colors=colors
+        )
+        scenes.append(sample_scene(rng, [*present, *labels], level, split))
+    thing = scenes[k - 1].find(target)
+    noun = {"name": thing.name, "kind": thing.kind, "color": f"{thing.color} thing"}[
+        form
+    ]
+    chain = " ".join(describe_scene(s, i) for i, s in enumerate(scenes[:k], 1))
     if form != "name":
-        seen += f" Image {k} has {words.article(noun)}."
-    chain = f"{seen} {conclusion(thing, k)}"
-    question = _question(rng, "group_grounding", phrase=f"the {noun}")
-    pictures = tuple(render(s) for s in scenes)
-    return Draft(tuple(scenes), pictures, question, thing.box, chain, thing, k)
+        chain += f" Image {k} has {add_article(noun)}."
+    chain += f" {describe_target(thing, k)}"
+    question = choose_question(rng, "group_grounding", phrase=f"the {noun}")
+    return Draft(scenes, question, chain, thing, k)
