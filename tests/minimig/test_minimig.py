@@ -7,7 +7,7 @@ import pytest
 
 from univg_nb.data import boxes, files, formats
 from univg_nb.minimig import export, items
-from univg_nb.minimig.compose import Draft, choose, sample_labels, sample_scene
+from univg_nb.minimig.compose import Draft
 from univg_nb.minimig.phrases import QUESTIONS, REASONING
 from univg_nb.minimig.pictograms import KINDS, serves_use
 from univg_nb.minimig.tasks_pairs import CORRESPONDENCES, NEEDS, TOO_SMALL
@@ -213,10 +213,14 @@ def test_drawn_by_several_processes_is_the_same(tmp_path, monkeypatch):
         assert picture.read_bytes() == other.read_bytes()
 
 
-def test_validation_items_are_of_their_own_split(tmp_path):
-    read = files.read(export.write_validation(tmp_path, 2, seed=3), image_root=tmp_path)
-    assert [s.task for s in read] == [task for task in items.TASKS for _ in range(2)]
-    assert all("val_" in path for s in read for path in s.images)
+def test_test_files_can_be_of_the_validation_split(tmp_path):
+    made_files = export.build(tmp_path, SIZES, seed=3, test_split="val")
+    for key, path in made_files.items():
+        read = files.read(path, image_root=tmp_path)
+        split = "train" if key.startswith("stage") else "val"
+        assert all(f"/{split}_" in name for s in read for name in s.images)
+    bench = files.read(made_files["mig_bench"], image_root=tmp_path)
+    assert [s.task for s in bench] == list(items.TASKS)
 
 
 def test_export_round_trip_and_same_bytes(tmp_path):
@@ -262,27 +266,31 @@ def test_the_target_image_is_recorded():
     assert {i.sample.target_image for i in made("diff", "train")} == {1, 2}
 
 
-def draw_largest(rng, level, split):
+def draw_largest(sampler):
     """A new task: one picture, and the question asks for its only large thing."""
-    labels = sample_labels(rng, level)
+    labels = sampler.sample_labels()
     while True:
-        scene = sample_scene(rng, labels, level, split, large=labels[:1])
+        scene = sampler.sample_scene(labels, large=labels[:1])
         if [t.label for t in scene.things if t.is_large] == labels[:1]:
             break
-    question = choose(rng, ("Find the largest thing.", "Which thing is the largest?"))
-    chain = f"The {scene.find(labels[0]).name} is larger than all others in image 1."
-    return Draft([scene], question, chain, scene.find(labels[0]))
+    question = sampler.choose(("Find the largest thing.", "What is the largest?"))
+    steps = "All things in image 1 but one are small."
+    return Draft([scene], question, steps, scene.find(labels[0]))
 
 
 def test_a_new_task_needs_one_entry_and_changes_no_other(tmp_path, monkeypatch):
     before = {task: items.make(task, 3, "test", 0) for task in ALL_TASKS}
     free = max(task.stream for task in (items.TASKS | items.OTHER_TASKS).values()) + 1
     monkeypatch.setitem(items.TASKS, "largest", items.Task(draw_largest, free))
-    files_made = export.build(tmp_path, SIZES | {"stage1": 11}, seed=3)
+    made_files = export.build(tmp_path, SIZES | {"stage1": 11}, seed=3)
     for key in ("stage1", "mig_bench"):
-        read = files.read(files_made[key], image_root=tmp_path)
+        read = files.read(made_files[key], image_root=tmp_path)
         (sample,) = (s for s in read if s.task == "largest")
         assert "largest" in sample.question and sample.target_image == 1
+    item = items.make("largest", 3, "train", 0)
+    assert f"So the target is the {item.draft.target.name} in image 1" in (
+        item.sample.chain
+    )
     for task, item in before.items():
         again = items.make(task, 3, "test", 0)
         assert again.sample == item.sample and again.images == item.images

@@ -1,7 +1,7 @@
 """Write MiniMIG as files in the released formats, with the images beside them."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -22,30 +22,33 @@ SIZES = {
     "zero_shot": 100,
     "single_test": 500,
 }
+FILES = {  # name and format
+    "stage1": ("stage1_cotsft.json", "stage1_cotsft"),
+    "stage2": ("stage2_rl.json", "stage2_rl"),
+    "mig_bench": ("mig_bench.json", "mig_bench"),
+    "single": ("refcoco_val.json", "stage2_rl"),
+    "lisa": ("lisa_eval.json", "lisa"),
+    "video": ("reasonvos_eval.json", "reasonvos"),
+}
 STAGE2_START = 100_000  # index of stage 2's first item: no item is in both stages
 MIN_PARALLEL = 200  # fewer items are made before further processes would have started
 
 Spec = tuple[str, int, str, int]  # (task, seed, split, index), the arguments of `make`
 
 
-def _list_specs(task: str, n: int, seed: int, split: str, first: int = 0) -> list[Spec]:
-    return [(task, seed, split, first + i) for i in range(n)]
+def _list_specs(task: str, n: int, seed: int, split: str, start: int = 0) -> list[Spec]:
+    return [(task, seed, split, start + i) for i in range(n)]
 
 
-def _alternate_tasks(n: int, seed: int, first: int = 0) -> list[Spec]:
+def _alternate_tasks(n: int, seed: int, start: int = 0) -> list[Spec]:
     """Return `n` training items, the tasks taking turns."""
     tasks = list(TASKS)
     turns = (divmod(i, len(tasks)) for i in range(n))
-    return [(tasks[number], seed, "train", first + turn) for turn, number in turns]
+    return [(tasks[number], seed, "train", start + turn) for turn, number in turns]
 
 
-def _list_stage2(total: int, single: int, seed: int) -> Iterator[Spec]:
+def _mix_stage2(total: int, single: int, seed: int) -> Iterator[Spec]:
     """Yield the tasks' items with the single-image ones spread evenly among them."""
-    if single > total:
-        raise ValueError(
-            f"single is {single}, more than the {total} rows of stage2 it is part of; "
-            "lower data.single or raise data.stage2"
-        )
     multi = iter(_alternate_tasks(total - single, seed, STAGE2_START))
     alone = iter(_list_specs("single", single, seed, "train", STAGE2_START))
     for i in range(total):
@@ -75,6 +78,7 @@ def build(
     out_dir: str | os.PathLike[str],
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
+    test_split: str = "test",
 ) -> dict[str, Path]:
     """Write all files of MiniMIG.
 
@@ -84,9 +88,10 @@ def build(
             which `single` are single-image; test_per_task; zero_shot, for each of
             the two families; single_test. Missing names are taken from `SIZES`.
         seed: same seed, same bytes.
+        test_split: "val" for files that settings may be chosen on.
 
     Returns:
-        Paths by name: stage1, stage2, mig_bench, single, lisa, video.
+        Paths by the names of `FILES`; stage1 and stage2 are for training.
 
     Raises:
         ValueError: if a size is unknown or negative.
@@ -98,69 +103,35 @@ def build(
                 f"size {name}={n!r}: give a whole number of rows for any of "
                 f"{', '.join(SIZES)}"
             )
-    per_task, zero_shot = wanted["test_per_task"], wanted["zero_shot"]
-    bench = [s for task in TASKS for s in _list_specs(task, per_task, seed, "test")]
-    plan: dict[str, tuple[str, str, Iterable[Spec]]] = {
-        "stage1": (
-            "stage1_cotsft.json",
-            "stage1_cotsft",
-            _alternate_tasks(wanted["stage1"], seed),
-        ),
-        "stage2": (
-            "stage2_rl.json",
-            "stage2_rl",
-            _list_stage2(wanted["stage2"], wanted["single"], seed),
-        ),
-        "mig_bench": ("mig_bench.json", "mig_bench", bench),
-        "single": (
-            "refcoco_val.json",
-            "stage2_rl",
-            _list_specs("single", wanted["single_test"], seed, "test"),
-        ),
-        "lisa": (
-            "lisa_eval.json",
-            "lisa",
-            _list_specs("lisa", zero_shot, seed, "test"),
-        ),
-        "video": (
-            "reasonvos_eval.json",
-            "reasonvos",
-            _list_specs("video", zero_shot, seed, "test"),
-        ),
+    total, single = wanted["stage2"], wanted["single"]
+    if single > total:
+        raise ValueError(
+            f"single is {single}, more than the {total} rows of stage2 it is part of; "
+            "lower data.single or raise data.stage2"
+        )
+
+    def list_test(task: str, size: str) -> list[Spec]:
+        return _list_specs(task, wanted[size], seed, test_split)
+
+    specs = {
+        "stage1": _alternate_tasks(wanted["stage1"], seed),
+        "stage2": list(_mix_stage2(total, single, seed)),
+        "mig_bench": [s for task in TASKS for s in list_test(task, "test_per_task")],
+        "single": list_test("single", "single_test"),
+        "lisa": list_test("lisa", "zero_shot"),
+        "video": list_test("video", "zero_shot"),
     }
-    return _write_files(Path(out_dir), plan)
-
-
-def write_validation(
-    out_dir: str | os.PathLike[str], per_task: int, seed: int = 0
-) -> Path:
-    """Write validation items as a MIG-Bench file, to choose settings on.
-
-    Args:
-        out_dir: folder for the file; image paths in it are relative to it.
-        per_task: items of each task.
-        seed: same seed, same bytes.
-    """
-    specs = [s for task in TASKS for s in _list_specs(task, per_task, seed, "val")]
-    plan = {"validation": ("validation.json", "mig_bench", specs)}
-    return _write_files(Path(out_dir), plan)["validation"]
-
-
-def _write_files(
-    out: Path, plan: Mapping[str, tuple[str, str, Iterable[Spec]]]
-) -> dict[str, Path]:
-    """Write, by name, a file of this name in this format with these items."""
-    specs = {name: list(items) for name, (_, _, items) in plan.items()}
+    out = Path(out_dir)
     cores = min(os.cpu_count() or 1, 8)
     parallel = cores > 1 and sum(map(len, specs.values())) >= MIN_PARALLEL
     # Not forked: the parent may hold threads, of torch for one.
     pool = ProcessPoolExecutor(cores, get_context("spawn")) if parallel else None
     draw = partial(_make_and_save, out)
     with pool or nullcontext():
-        for name, (file_name, format, _) in plan.items():
-            items = specs[name]
+        for key, items in specs.items():
             samples = pool.map(draw, items, chunksize=32) if pool else map(draw, items)
+            name, format = FILES[key]
             # Image paths stay relative in the file; the zero-shot writers open the
             # images for their size, and find them under image_root.
-            files.write(samples, out / file_name, format, image_root=out)
-    return {name: out / file_name for name, (file_name, _, _) in plan.items()}
+            files.write(samples, out / name, format, image_root=out)
+    return {key: out / name for key, (name, _) in FILES.items()}

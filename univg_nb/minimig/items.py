@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from univg_nb.data.sample import GroundingSample
 from univg_nb.minimig import tasks_groups, tasks_pairs, tasks_zero_shot
-from univg_nb.minimig.compose import LEVELS, Draft
+from univg_nb.minimig.compose import LEVELS, Draft, Sampler
 from univg_nb.minimig.scenes import make_rng
 
 
@@ -17,13 +16,13 @@ class Task(NamedTuple):
     """A task: the function that draws its items, and their stream of random numbers.
 
     Attributes:
-        draw: function of (rng, level, split).
+        draw: function of a `Sampler`.
         stream: 0..15, different for every task. It fixes the task's items: a new task
             takes the next free number, and none is ever changed or used again.
         cot: whether a chain is asked for.
     """
 
-    draw: Callable[[np.random.Generator, str, str], Draft]
+    draw: Callable[[Sampler], Draft]
     stream: int
     cot: bool = True
 
@@ -84,7 +83,7 @@ def make(task: str, seed: int, split: str, index: int) -> Item:
         raise ValueError(f"task {task!r} is unknown; use one of {', '.join(known)}")
     rng = make_rng(seed, split, index * _NUM_STREAMS + known[task].stream)
     level = LEVELS[index % len(LEVELS)]
-    draft = known[task].draw(rng, level, split)
+    draft = known[task].draw(Sampler(rng, level, split))
     name = f"images/{split}_{task}_{index:06d}"
     x1, y1, x2, y2 = (min(999, v) for v in draft.answer)
     sample = GroundingSample(

@@ -154,6 +154,11 @@ def describe_scene(scene: Scene, number: int) -> str:
     return f"Image {number} shows {listing}{place}."
 
 
+def describe_scenes(scenes: Sequence[Scene]) -> str:
+    """Return a sentence on each image, in order."""
+    return " ".join(describe_scene(s, number) for number, s in enumerate(scenes, 1))
+
+
 def describe_position(x: float, y: float) -> str:
     """Return the part of the picture a point is in, such as "at the top left"."""
     row = "top" if y < 0.36 else "bottom" if y > 0.64 else ""
@@ -163,23 +168,12 @@ def describe_position(x: float, y: float) -> str:
     return "at the " + " ".join(word for word in (row, side) if word)
 
 
-def describe_target(
-    thing: Thing,
-    image: int,
-    part: str = "",
-    center: tuple[float, float] | None = None,
-) -> str:
-    """Return a chain's last sentence: what the target is, in which image, and where.
-
-    Args:
-        thing: the target, or the thing that the target is a part of.
-        image: number of the image that holds it, counted from 1.
-        part: name of the part, if one is asked for.
-        center: center of the part (x, y), 0..1.
-    """
-    name = f"{part} of the {thing.name}" if part else thing.name
-    position = describe_position(*(center or (thing.x, thing.y)))
-    return f"So the target is the {name} in image {image}, {position}."
+_EXTREMES = (
+    ("x", -1, "furthest to the left"),
+    ("x", 1, "furthest to the right"),
+    ("y", -1, "at the very top"),
+    ("y", 1, "at the very bottom"),
+)
 
 
 def list_referring_phrases(thing: Thing, things: Sequence[Thing]) -> list[str]:
@@ -199,14 +193,8 @@ def list_referring_phrases(thing: Thing, things: Sequence[Thing]) -> list[str]:
     if same_kind and all(t.is_large != thing.is_large for t in same_kind):
         phrases.append(f"{'large' if thing.is_large else 'small'} {thing.kind}")
     for group, noun in ((same_kind, thing.kind), (others, "thing")):
-        if not group:
-            continue
-        if all(thing.x < t.x - 0.12 for t in group):
-            phrases.append(f"{noun} furthest to the left")
-        if all(thing.x > t.x + 0.12 for t in group):
-            phrases.append(f"{noun} furthest to the right")
-        if all(thing.y < t.y - 0.12 for t in group):
-            phrases.append(f"{noun} at the very top")
-        if all(thing.y > t.y + 0.12 for t in group):
-            phrases.append(f"{noun} at the very bottom")
+        for axis, sign, position in _EXTREMES:
+            at = sign * getattr(thing, axis)
+            if group and all(at > sign * getattr(t, axis) + 0.12 for t in group):
+                phrases.append(f"{noun} {position}")
     return phrases

@@ -5,7 +5,7 @@ leave this module are integers 0..1000, the convention of the whole project.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -109,6 +109,26 @@ class Scene:
         """Return the one thing with this label; a task must not have more or fewer."""
         (thing,) = (t for t in self.things if t.label == label)
         return thing
+
+    def move(self, points: Iterable[tuple[float, float]]) -> "Scene":
+        """Return the scene with the centers of its things at these points."""
+        things = tuple(
+            replace(thing, x=round(x, 3), y=round(y, 3))
+            for thing, (x, y) in zip(self.things, points, strict=True)
+        )
+        return replace(self, things=things)
+
+    def compute_occlusion(self, thing: Thing) -> float:
+        """Return the share (0..1) of the thing's box behind later things' boxes."""
+        x1, y1, x2, y2 = thing.box
+        later = self.things[self.things.index(thing) + 1 :]
+        covered = sum(compute_intersection(thing.box, other.box) for other in later)
+        return min(1.0, covered / ((x2 - x1) * (y2 - y1)))
+
+    @property
+    def max_occlusion(self) -> float:
+        """The largest share of a thing that is occluded."""
+        return max(map(self.compute_occlusion, self.things), default=0.0)
 
 
 def make_rng(seed: int, split: str, index: int) -> np.random.Generator:

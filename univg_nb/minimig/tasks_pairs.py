@@ -1,124 +1,94 @@
 """Tasks on two images: diff, view_diff, refer_grounding, reasoning, correspondence.
 
-Each is a function of (rng, level, split) that returns a `Draft`.
+Each is a function of a `Sampler` that returns a `Draft`.
 """
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from univg_nb.data.boxes import Box, to_pixels
-from univg_nb.minimig.compose import (
-    Draft,
-    change_view,
-    choose,
-    choose_question,
-    is_visible,
-    jitter,
-    move_to_split,
-    sample_distractors,
-    sample_label,
-    sample_labels,
-    sample_num_things,
-    sample_scene,
-)
-from univg_nb.minimig.phrases import (
-    REASONING,
-    add_article,
-    describe_scene,
-    describe_target,
-)
+from univg_nb.minimig import phrases
+from univg_nb.minimig.compose import Draft, Sampler
 from univg_nb.minimig.pictograms import COLORS, KINDS
-from univg_nb.minimig.scenes import CANVAS, Label, Scene, Thing, render
+from univg_nb.minimig.scenes import CANVAS, Label, Scene, render
 
 
 def _replace_target(scene: Scene, target: Label, old: Label | None) -> Scene:
     """Return the scene with `old`, or nothing, in the place of `target`."""
-    things: list[Thing] = []
-    for thing in scene.things:
-        if thing.label != target:
-            things.append(thing)
-        elif old is not None:
-            things.append(replace(thing, kind=old[0], color=old[1]))
+    if old is None:
+        things = [t for t in scene.things if t.label != target]
+    else:
+        thing = scene.find(target)
+        new = replace(thing, kind=old[0], color=old[1])
+        things = [new if t is thing else t for t in scene.things]
     return replace(scene, things=tuple(things))
 
 
-def _sample_change(
-    rng: np.random.Generator, level: str
-) -> tuple[Scene, Label, Label | None]:
+def _sample_change(sampler: Sampler) -> tuple[Scene, Label, Label | None]:
     """Draw a scene, the label that is new in it, and the one before, if any.
 
     On harder levels the one before may share the new thing's kind or color.
     """
     while True:
-        labels = sample_labels(rng, level, most=4)
+        labels = sampler.sample_labels(most=4)
         old = None
-        if rng.random() < 0.5:
-            old = sample_distractors(rng, labels[0], 1, level, taken=labels)[0]
-        scene = sample_scene(rng, labels, level)
-        if is_visible(_replace_target(scene, labels[0], old), level):
+        if sampler.is_true(0.5):
+            old = sampler.sample_distractors(labels[0], 1, taken=labels)[0]
+        scene = sampler.sample_scene(labels, any_split=True)
+        if sampler.is_visible(_replace_target(scene, labels[0], old)):
             return scene, labels[0], old
 
 
-def draw_diff(rng: np.random.Generator, level: str, split: str) -> Draft:
+def draw_diff(sampler: Sampler) -> Draft:
     """Draw two images that differ in one thing: added, removed, or replaced."""
     before = after = None
     while before is None or after is None:
-        scene, target, old = _sample_change(rng, level)
+        scene, target, old = _sample_change(sampler)
         # Bounded: a thing that is barely visible may be so wherever it moves.
         for _ in range(300):
-            moved = jitter(rng, scene)
+            moved = sampler.jitter(scene)
             both = (_replace_target(moved, target, old), moved)
-            if all(s.split == split and is_visible(s, level) for s in both):
+            if all(s.split == sampler.split and sampler.is_visible(s) for s in both):
                 before, after = both
                 break
     # A thing that was removed is asked for where it still is, in image 1.
-    removed = old is None and rng.random() < 0.5
+    removed = old is None and sampler.is_true(0.5)
     scenes = (after, before) if removed else (before, after)
     target_image, other = (1, 2) if removed else (2, 1)
     thing = after.find(target)
-    chain = (
-        f"{describe_scene(scenes[0], 1)} {describe_scene(scenes[1], 2)} "
-        f"Image {other} has no {thing.name}. {describe_target(thing, target_image)}"
-    )
-    question = choose_question(rng, "diff")
-    return Draft(scenes, question, chain, thing, target_image)
+    steps = f"{phrases.describe_scenes(scenes)} Image {other} has no {thing.name}."
+    question = sampler.choose_question("diff")
+    return Draft(scenes, question, steps, thing, target_image)
 
 
-def draw_view_diff(rng: np.random.Generator, level: str, split: str) -> Draft:
+def draw_view_diff(sampler: Sampler) -> Draft:
     """Draw a scene and another view of it in which one thing is new or replaced."""
     while True:
-        scene, target, old = _sample_change(rng, level)
-        before = move_to_split(rng, _replace_target(scene, target, old), split)
-        after = move_to_split(rng, change_view(rng, scene), split)
-        if is_visible(after, level) and is_visible(before, level):
+        scene, target, old = _sample_change(sampler)
+        before = sampler.move_to_split(_replace_target(scene, target, old))
+        after = sampler.move_to_split(sampler.change_view(scene))
+        if sampler.is_visible(after) and sampler.is_visible(before):
             break
     thing = after.find(target)
-    chain = (
-        f"{describe_scene(before, 1)} {describe_scene(after, 2)} "
-        f"Image 1 has no {thing.name}. {describe_target(thing, 2)}"
-    )
-    question = choose_question(rng, "view_diff")
-    return Draft((before, after), question, chain, thing, 2)
+    scenes = (before, after)
+    steps = f"{phrases.describe_scenes(scenes)} Image 1 has no {thing.name}."
+    question = sampler.choose_question("view_diff")
+    return Draft(scenes, question, steps, thing, 2)
 
 
-def draw_refer_grounding(rng: np.random.Generator, level: str, split: str) -> Draft:
+def draw_refer_grounding(sampler: Sampler) -> Draft:
     """Draw a thing alone and again, in another size, among others in image 2."""
-    target = sample_label(rng)
+    target = sampler.sample_label()
     places = ("clear", "rain", "night", "sun")
-    place = choose(rng, places) if level != "easy" else "clear"
-    alone = sample_scene(rng, [target], level, split, place, large={target})
-    n = sample_num_things(rng, level)
-    labels = [target, *sample_distractors(rng, target, n - 1, level)]
-    scene = sample_scene(rng, labels, level, split)
+    place = sampler.choose(places) if sampler.level != "easy" else "clear"
+    alone = sampler.sample_scene([target], place, large={target})
+    scene = sampler.sample_scene(sampler.sample_labels(target=target))
     thing = scene.find(target)
-    chain = (
-        f"{describe_scene(alone, 1)} {describe_scene(scene, 2)} "
-        f"Both images have the {thing.name}. {describe_target(thing, 2)}"
-    )
-    question = choose_question(rng, "refer_grounding")
-    return Draft((alone, scene), question, chain, thing, 2)
+    scenes = (alone, scene)
+    steps = f"{phrases.describe_scenes(scenes)} Both images have the {thing.name}."
+    question = sampler.choose_question("refer_grounding")
+    return Draft(scenes, question, steps, thing, 2)
 
 
 @dataclass(frozen=True)
@@ -165,24 +135,22 @@ NEEDS = (
 )  # fmt: skip
 
 
-def draw_reasoning(rng: np.random.Generator, level: str, split: str) -> Draft:
+def draw_reasoning(sampler: Sampler) -> Draft:
     """Draw a place or a thing, and in image 2 the one thing that it calls for."""
-    need = choose(rng, NEEDS)
-    target = sample_label(rng, need.answers)
+    need = sampler.choose(NEEDS)
+    target = sampler.sample_label(need.answers)
     excluded = {*need.answers, *need.rivals, need.kind}
     neutral = tuple(kind for kind in KINDS if kind not in excluded)
-    context = sample_label(rng, (need.kind,) if need.kind else neutral)
-    first = sample_scene(rng, [context], level, split, need.place)
-    n = sample_num_things(rng, level)
-    others = sample_distractors(rng, target, n - 1, level, neutral, taken=[context])
-    scene = sample_scene(rng, [target, *others], level, split)
+    context = sampler.sample_label((need.kind,) if need.kind else neutral)
+    first = sampler.sample_scene([context], need.place)
+    labels = sampler.sample_labels(5, target, neutral, taken=[context])
+    scene = sampler.sample_scene(labels)
     thing = scene.find(target)
-    chain = (
-        f"{describe_scene(first, 1)} {need.reason.format(add_article(thing.kind))} "
-        f"{describe_scene(scene, 2)} {describe_target(thing, 2)}"
-    )
-    question = choose(rng, REASONING[need.group])
-    return Draft((first, scene), question, chain, thing, 2)
+    reason = need.reason.format(phrases.add_article(thing.kind))
+    first_image, second_image = map(phrases.describe_scene, (first, scene), (1, 2))
+    steps = f"{first_image} {reason} {second_image}"
+    question = sampler.choose(phrases.REASONING[need.group])
+    return Draft((first, scene), question, steps, thing, 2)
 
 
 # By purpose, the (kind, part) pairs of one correspondence question. Left out are parts
@@ -215,37 +183,35 @@ def _outline(image: Image.Image, box: Box, width: int = 6) -> Image.Image:
     return image
 
 
-def draw_correspondence(rng: np.random.Generator, level: str, split: str) -> Draft:
+def draw_correspondence(sampler: Sampler) -> Draft:
     """Draw a part outlined in red, and in image 2 the part of the same purpose."""
-    purpose = choose(rng, tuple(CORRESPONDENCES))
+    purpose = sampler.choose(tuple(CORRESPONDENCES))
     parts = CORRESPONDENCES[purpose]
-    kind, part = choose(rng, [pair for pair in parts if pair not in TOO_SMALL])
-    source_kind, source_part = choose(rng, [p for p in parts if p[0] != kind])
+    kind, part = sampler.choose([pair for pair in parts if pair not in TOO_SMALL])
+    source_kind, source_part = sampler.choose([p for p in parts if p[0] != kind])
     # A red outline is hard to see on red and orange.
     colors = [color for color in COLORS if color not in ("red", "orange")]
-    source = sample_label(rng, (source_kind,), colors)
+    source = sampler.sample_label((source_kind,), colors)
     # Kinds without any part of this purpose, paired or not.
     neutral = tuple(
         name
         for name, about in KINDS.items()
         if all(p.purpose != purpose for p in about.parts.values())
     )
-    first = sample_scene(rng, [source], level, split, large={source})
-    target = sample_label(rng, (kind,))
-    n = sample_num_things(rng, level, most=4)
-    others = sample_distractors(rng, target, n - 1, level, neutral)
-    scene = sample_scene(rng, [target, *others], level, split, large={target})
-    thing, outlined = scene.find(target), first.things[0]
-    x1, y1, x2, y2 = thing.compute_part_box(part)
-    center = ((x1 + x2) / 2000, (y1 + y2) / 2000)
+    first = sampler.sample_scene([source], large={source})
+    target = sampler.sample_label((kind,))
+    labels = sampler.sample_labels(4, target, neutral)
+    scene = sampler.sample_scene(labels, large={target})
+    marked = first.things[0]
+    marked_name = phrases.add_article(marked.name)
     verb = "are" if part.endswith("s") else "is"
-    chain = (
-        f"The red box is around the {source_part} of {add_article(outlined.name)}, "
-        f"used to {purpose}. {describe_scene(scene, 2)} "
-        f"The {part} of {add_article(kind)} {verb} used to {purpose} too. "
-        f"{describe_target(thing, 2, part, center)}"
+    steps = (
+        f"The red box is around the {source_part} of {marked_name}, "
+        f"used to {purpose}. {phrases.describe_scene(scene, 2)} "
+        f"The {part} of {phrases.add_article(kind)} {verb} used to {purpose} too."
     )
-    marked_box = outlined.compute_part_box(source_part)
-    images = (_outline(render(first), marked_box), render(scene))
-    question = choose_question(rng, "correspondence")
-    return Draft((first, scene), question, chain, thing, 2, images, part)
+    outlined = _outline(render(first), marked.compute_part_box(source_part))
+    images = (outlined, render(scene))
+    question = sampler.choose_question("correspondence")
+    scenes, thing = (first, scene), scene.find(target)
+    return Draft(scenes, question, steps, thing, 2, images, part)
