@@ -12,7 +12,7 @@ from univg_nb.cot.stand_in import StandIn
 from univg_nb.cot.teacher import Teacher, client_of, summary, with_chains
 from univg_nb.cot.teacher import write_chains as write
 from univg_nb.data import files
-from univg_nb.data.images import image_url
+from univg_nb.data.images import load_data_url
 from univg_nb.minimig.export import save_images
 from univg_nb.minimig.items import TASKS, make
 
@@ -160,4 +160,4 @@ def test_wrong_settings_and_samples(rows, tmp_path):
 
 def test_large_images_are_sent_smaller(rows):
     path = rows[0].images[0]
-    assert len(image_url(path, max_pixels=64 * 64)) < len(image_url(path)) / 2
+    assert len(load_data_url(path, max_pixels=64 * 64)) < len(load_data_url(path)) / 2

@@ -1,10 +1,19 @@
-"""Opening images: orientation, colour, size limits, damaged files, defect T5."""
+"""Opening images: orientation, color, size limits, damaged files, defect T5."""
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image, features
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from univg_nb.data import images
-from univg_nb.data.images import image_size, image_tokens, open_image
+from univg_nb.data.images import (
+    MAX_RATIO,
+    MIN_PIXELS,
+    estimate_image_tokens,
+    image_size,
+    open_image,
+)
 
 
 def save(path, size, mode="RGB", color=None, **options):
@@ -88,12 +97,12 @@ def test_too_long(tmp_path):
         open_image(save(tmp_path / "a.png", (402, 2)))
 
 
-def test_image_tokens_as_the_processor_counts():
-    """Against the processor's own rounding rule (transformers)."""
-    module = pytest.importorskip(
-        "transformers.models.qwen2_vl.image_processing_qwen2_vl"
-    )
-    for width, height in [(640, 480), (28, 28), (30, 900), (1920, 1080), (41, 43)]:
-        h, w = module.smart_resize(height, width, 28, 3136, 401_408)
-        assert image_tokens(width, height) == (h // 28) * (w // 28)
-    assert image_tokens(64, 64, 256, 4096, 16) == 16
+sides = st.integers(1, 4000)
+
+
+@settings(max_examples=500, deadline=None)
+@given(sides, sides, st.sampled_from([12_544, 401_408, 640_000, 12_845_056]))
+def test_image_tokens_as_the_processor_counts(width, height, max_pixels):
+    assume(max(width, height) <= MAX_RATIO * min(width, height))
+    h, w = smart_resize(height, width, 28, MIN_PIXELS, max_pixels)
+    assert estimate_image_tokens(width, height, max_pixels) == (h // 28) * (w // 28)

@@ -1,18 +1,18 @@
-"""Chains from a teacher behind any OpenAI-compatible endpoint (PF sec. 2.1).
+"""Chains from a teacher behind any OpenAI-compatible endpoint.
 
 A vLLM server, Qwen-VL-Max and `univg_nb.cot.stand_in` all speak this protocol. For each
-sample the teacher writes candidates, `cot.check_chain` drops the unsound, and of what
-is left the teacher selects one. One JSON line a sample: a run that was cut off goes on
-where it stopped and has lost no more than the requests in flight.
+sample the teacher writes candidates, `checks.check_chain` drops the unsound, and of
+what is left the teacher selects one (docs/paper_facts.md#chains). The file of results
+has one JSON line for each sample, so an interrupted run continues where it stopped and
+repeats only the requests that were in flight.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from univg_nb import io
 from univg_nb.cot import checks
-from univg_nb.data.images import image_url
+from univg_nb.data.images import load_data_url
 from univg_nb.data.sample import GroundingSample
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_MOST_REFUSED = 5  # in a row: then it is the request that is wrong, not a sample
+_MAX_REFUSED = 5  # in a row: then the request is wrong, not a sample
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Teacher:
     Attributes:
         base_url: as the openai client takes it, such as "http://127.0.0.1:8000/v1".
         model: name of the model at the endpoint.
-        key_variable: environment variable that holds the key. A server on this machine
-            may have none.
-        candidates: replies drawn for each sample (paper: 3).
-        concurrency: requests in flight at once.
+        key_variable: environment variable with the key. A server on this machine needs
+            none.
+        candidates: replies drawn for each sample (3 in the paper).
+        concurrency: samples at work at once.
         temperature: of the candidates; the selection is greedy.
         max_tokens: limit on new tokens of a reply.
         retries: of a request that met a busy or failing server; the waits grow to 8 s,
             or are what the server asks for.
-        timeout: seconds a request may take.
+        timeout: seconds that a request may take.
         max_pixels: larger images are sent smaller.
         price: of a million prompt tokens and of a million new tokens, any currency.
     """
@@ -68,24 +68,26 @@ class Teacher:
                     f"Teacher: {name} is {getattr(self, name)}; give 1 or more"
                 )
 
-    def made_with(self) -> str:
-        """Changes with whatever changes the replies: model, sampling, prompts."""
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that changes the replies: model, sampling, prompts."""
         sampling = (self.model, self.candidates, self.temperature, self.max_tokens)
         prompts = (checks.TEACHER, checks.STEPS, checks.SELECTOR)
         return io.config_hash([sampling, self.max_pixels, prompts])
 
-    def cost(self, tokens: Sequence[int]) -> float:
-        """Of (prompt, new) tokens."""
+    def compute_cost(self, tokens: Sequence[int]) -> float:
+        """Return the cost of (prompt, new) tokens."""
         return sum(n * p for n, p in zip(tokens, self.price, strict=True)) / 1e6
 
 
-def client_of(teacher: Teacher) -> openai.OpenAI:
-    """The openai client, its key from the environment alone.
+def make_client(teacher: Teacher) -> openai.OpenAI:
+    """Return the openai client, with its key from the environment.
 
-    Raises ValueError if there is none and the endpoint is not on this machine.
+    Raises:
+        ValueError: if there is no key and the endpoint is not on this machine.
     """
-    here = urlsplit(teacher.base_url).hostname in _LOOPBACK
-    key = os.environ.get(teacher.key_variable) or ("none" if here else "")
+    is_local = urlsplit(teacher.base_url).hostname in _LOOPBACK
+    key = os.environ.get(teacher.key_variable) or ("none" if is_local else "")
     if not key:
         raise ValueError(
             f"the environment variable {teacher.key_variable} holds no key for "
@@ -96,78 +98,62 @@ def client_of(teacher: Teacher) -> openai.OpenAI:
         api_key=key,
         max_retries=teacher.retries,
         timeout=teacher.timeout,
-        # a proxy of the environment does not lead to this machine
-        http_client=openai.DefaultHttpxClient(trust_env=False) if here else None,
+        # A proxy of the environment does not lead to this machine.
+        http_client=openai.DefaultHttpxClient(trust_env=False) if is_local else None,
     )
 
 
-@dataclass
-class _Talk:
-    """Questions about one sample's images, and the tokens they took."""
+def _write_chain(
+    client: openai.OpenAI, teacher: Teacher, sample: GroundingSample, others: str
+) -> dict[str, Any]:
+    """Return the row of one sample, as `write_chains` describes it.
 
-    client: openai.OpenAI
-    teacher: Teacher
-    sample: GroundingSample
-    prompt_tokens: int = 0
-    new_tokens: int = 0
+    What fails the checks is never selected, so the selector is asked only where it has
+    a choice; if it names none of the replies, the first is taken.
+    """
+    urls = [load_data_url(p, sample.id, teacher.max_pixels) for p in sample.images]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    tokens = [0, 0]
+    row: dict[str, Any] = {"id": sample.id, "made_with": teacher.fingerprint}
+    row |= {"candidates": [], "selector": "", "chosen": None, "refused": ""}
 
-    def __post_init__(self) -> None:
-        urls = [
-            image_url(path, self.sample.id, self.teacher.max_pixels)
-            for path in self.sample.images
-        ]
-        self.parts = [{"type": "image_url", "image_url": {"url": u}} for u in urls]
-
-    def ask(self, text: str, temperature: float, seed: int) -> str:
-        """The reply; "" for one without text."""
-        content = [*self.parts, {"type": "text", "text": text}]
-        answer = self.client.chat.completions.create(
-            model=self.teacher.model,
+    def ask(text: str, temperature: float, seed: int) -> str:
+        content: Any = [*images, {"type": "text", "text": text}]
+        answer = client.chat.completions.create(
+            model=teacher.model,
             messages=[{"role": "user", "content": content}],
             temperature=temperature,
-            max_tokens=self.teacher.max_tokens,
+            max_tokens=teacher.max_tokens,
             seed=seed,
         )
         if answer.usage is not None:
-            self.prompt_tokens += answer.usage.prompt_tokens
-            self.new_tokens += answer.usage.completion_tokens
+            tokens[0] += answer.usage.prompt_tokens
+            tokens[1] += answer.usage.completion_tokens
         return answer.choices[0].message.content or ""
 
-
-def _one(
-    client: openai.OpenAI, teacher: Teacher, sample: GroundingSample, others: str
-) -> dict[str, Any]:
-    """The row of one sample: candidates, their problems, and which was chosen.
-
-    What fails the checks is never selected, so the selector is asked only where it
-    has a choice. A sample the endpoint refuses to answer gets a row that says why.
-    """
-    talk = _Talk(client, teacher, sample)
-    row: dict[str, Any] = {"id": sample.id, "made_with": teacher.made_with()}
-    row |= {"candidates": [], "selector": "", "chosen": None, "refused": ""}
     try:
-        prompt = checks.teacher_prompt(sample, others)
+        prompt = checks.make_teacher_prompt(sample, others)
         for number in range(teacher.candidates):
-            text = talk.ask(prompt, teacher.temperature, number)
-            problems = [p.kind for p in checks.check_chain(sample, text)]
+            text = ask(prompt, teacher.temperature, number)
+            problems = [problem.kind for problem in checks.check_chain(sample, text)]
             row["candidates"].append({"text": text, "problems": problems})
         sound = [n for n, c in enumerate(row["candidates"]) if not c["problems"]]
         if len(sound) > 1:
             texts = [row["candidates"][n]["text"] for n in sound]
-            prompt = checks.selector_prompt(sample, texts)
-            row["selector"] = talk.ask(prompt, 0.0, 0)
-        if sound:  # a selector that names none leaves it at the first
-            row["chosen"] = sound[checks.selected(row["selector"], len(sound)) or 0]
+            row["selector"] = ask(checks.make_selector_prompt(sample, texts), 0.0, 0)
+        if sound:
+            selection = checks.parse_selection(row["selector"], len(sound))
+            row["chosen"] = sound[selection or 0]
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         row["refused"] = str(error)[:300]
-    return row | {"tokens": [talk.prompt_tokens, talk.new_tokens]}
+    return row | {"tokens": tokens}
 
 
-def _recorded(path: Path, teacher: Teacher) -> dict[str, dict[str, Any]]:
-    """Rows by sample id. Raises ValueError if they were made with other settings."""
+def _read_rows(path: Path, teacher: Teacher) -> dict[str, dict[str, Any]]:
+    """Return rows by sample id; ValueError if they were made with other settings."""
     rows = io.read_jsonl(path) if path.is_file() else []
     for number, row in enumerate(rows, start=1):
-        if row.get("made_with") != teacher.made_with():
+        if row.get("made_with") != teacher.fingerprint:
             raise ValueError(
                 f"{path}, line {number}: made with another model, sampling or prompt "
                 "than is asked for now; use another file name or delete the file"
@@ -175,24 +161,19 @@ def _recorded(path: Path, teacher: Teacher) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
-def _rows(
+def _generate_rows(
     samples: Sequence[GroundingSample], teacher: Teacher, others: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Rows in the order they are finished, `concurrency` samples at work at once."""
-    waiting = iter(samples)
-    running: set[Future[dict[str, Any]]] = set()
+    """Yield rows in the order in which they are finished."""
     pool = ThreadPoolExecutor(teacher.concurrency)
     try:
-        with client_of(teacher) as client:
-            while True:
-                for sample in islice(waiting, teacher.concurrency - len(running)):
-                    about = others.get(sample.id, "")
-                    running.add(pool.submit(_one, client, teacher, sample, about))
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
+        with make_client(teacher) as client:
+            futures = [
+                pool.submit(_write_chain, client, teacher, s, others.get(s.id, ""))
+                for s in samples
+            ]
+            for future in as_completed(futures):
+                yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -203,35 +184,41 @@ def write_chains(
     teacher: Teacher,
     others: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask the teacher about every sample that `out` (JSONL) has no row of yet.
+    """Ask the teacher about every sample that the file has no row of yet.
 
-    others: further turns by sample id, as from `cot.other_turns`. Shows progress, time
-    left, the share kept and the cost. Returns one row a sample, in their order: id,
-    candidates (text, problems), selector (its reply), chosen (index or None), refused
-    (why the endpoint would not answer), tokens (prompt, new), made_with.
+    A progress bar shows time left, the samples that kept a chain, and the cost.
 
-    Raises ValueError for a sample that takes no chain, an image that cannot be opened,
-    rows made with other settings, a missing key, an endpoint that cannot be reached or
-    stays busy, and one that refuses several samples in a row.
+    Args:
+        samples: samples that take a chain.
+        out: JSONL file of the rows.
+        teacher: where to ask.
+        others: other turns by sample id, as from `checks.collect_other_turns`.
+
+    Returns:
+        One row for each sample, in their order: id, candidates (text, problems),
+        selector (its reply), chosen (index or None), refused (why the endpoint would
+        not answer), tokens (prompt, new), made_with.
+
+    Raises:
+        ValueError: for a sample that takes no chain, an image that cannot be opened,
+            rows made with other settings, a missing key, an endpoint that cannot be
+            reached or stays busy, and one that refuses several samples in a row.
     """
     out = Path(out)
     for sample in samples:
-        if not sample.cot:
-            raise ValueError(
-                f"sample {sample.id} is single-image (cot=False) and takes no chain; "
-                "leave it out"
-            )
-    found = _recorded(out, teacher)
+        checks.require_chain(sample)
+    found = _read_rows(out, teacher)
     missing = [sample for sample in samples if sample.id not in found]
-    facts = summary(list(found.values()), teacher)
-    kept, cost, refused = facts["kept"], facts["cost"], 0
+    totals = summarize(list(found.values()), teacher)
+    kept, cost, refused = totals["kept"], totals["cost"], 0
     bar = tqdm(total=len(samples), initial=len(samples) - len(missing), unit="sample")
     try:
         with bar:
-            # no client, and so no key, for a file that is finished
-            for row in _rows(missing, teacher, others or {}) if missing else ():
+            # No client, and so no key, for a file that is finished.
+            rows = _generate_rows(missing, teacher, others or {}) if missing else ()
+            for row in rows:
                 refused = refused + 1 if row["refused"] else 0
-                if refused == _MOST_REFUSED:
+                if refused == _MAX_REFUSED:
                     raise ValueError(
                         f"{teacher.base_url} refused {refused} samples in a row: "
                         f"{row['refused']}; check model {teacher.model!r} and settings"
@@ -239,7 +226,7 @@ def write_chains(
                 io.append_jsonl(out, row)
                 found[row["id"]] = row
                 kept += row["chosen"] is not None
-                cost += teacher.cost(row["tokens"])
+                cost += teacher.compute_cost(row["tokens"])
                 bar.set_postfix(kept=kept, cost=f"{cost:.2f}")
                 bar.update()
     except openai.APIError as error:
@@ -250,8 +237,8 @@ def write_chains(
     return [found[sample.id] for sample in samples]
 
 
-def summary(rows: Sequence[Mapping[str, Any]], teacher: Teacher) -> dict[str, Any]:
-    """Counts over rows: samples, kept, refused, prompt_tokens, new_tokens, cost."""
+def summarize(rows: Sequence[Mapping[str, Any]], teacher: Teacher) -> dict[str, Any]:
+    """Return counts over rows: samples, kept, refused, tokens, and the cost."""
     tokens = [sum(row["tokens"][i] for row in rows) for i in (0, 1)]
     return {
         "samples": len(rows),
@@ -259,17 +246,22 @@ def summary(rows: Sequence[Mapping[str, Any]], teacher: Teacher) -> dict[str, An
         "refused": sum(bool(row["refused"]) for row in rows),
         "prompt_tokens": tokens[0],
         "new_tokens": tokens[1],
-        "cost": teacher.cost(tokens),
+        "cost": teacher.compute_cost(tokens),
     }
 
 
-def with_chains(
+def insert_chains(
     samples: Sequence[GroundingSample], rows: Sequence[Mapping[str, Any]]
 ) -> list[GroundingSample]:
-    """The samples something was chosen for, with the chosen chain in place."""
+    """Return the samples that have a chosen chain, with that chain.
+
+    Args:
+        samples: the samples.
+        rows: the row of each, from `write_chains`.
+    """
     kept = []
     for sample, row in zip(samples, rows, strict=True):
         if row["chosen"] is not None:
             text = row["candidates"][row["chosen"]]["text"]
-            kept.append(replace(sample, chain=checks.thinking_of(text)))
+            kept.append(replace(sample, chain=checks.extract_thinking(text)))
     return kept

@@ -1,12 +1,8 @@
-"""What is in a data file, and what in it would break or bias training or evaluation.
-
-python -m univg_nb audit FILE --image-root DIR
-"""
+"""What is in a data file, and what in it would break or bias training or evaluation."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from univg_nb import io
 from univg_nb.data.files import detect_format, iter_rows
-from univg_nb.data.images import image_tokens, open_image
+from univg_nb.data.formats import RowContext, RowError
+from univg_nb.data.images import estimate_image_tokens, open_image
 from univg_nb.data.prompts import user_text
-from univg_nb.data.rows import Place, RowError
-from univg_nb.data.sample import IMAGE_MARKER, GroundingSample
+from univg_nb.data.sample import IMAGE_MARKER, GroundingSample, find_target_image
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
 _BOX_KINDS = ("box_out_of_range", "box_inverted", "box_degenerate")
@@ -32,132 +29,123 @@ _CHARS_PER_TOKEN = 3  # low on purpose: English has about four in Qwen2's tokeni
 
 
 @dataclass
-class _State:
+class _FileScan:
     """What is gathered while the rows of one file go by."""
 
-    place: Place
+    context: RowContext
     format: str
     decode: bool
     max_pixels: int
+    max_tokens: int
     tasks: Counter[str] = field(default_factory=Counter)
-    per_item: Counter[int] = field(default_factory=Counter)
+    images_per_item: Counter[int] = field(default_factory=Counter)
+    target_images: Counter[str] = field(default_factory=Counter)
     problems: list[dict[str, Any]] = field(default_factory=list)
     seen: dict[int, tuple[int, str]] = field(default_factory=dict)
     images: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     hashes: dict[str, np.ndarray] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
-    samples: int = 0
-    no_sample: int = 0
+    rows_without_sample: int = 0
 
     def add(self, kind: str, severity: str, sample_id: str, detail: str) -> None:
-        row = self.place.row
-        self.problems.append(
-            {
-                "kind": kind,
-                "severity": severity,
-                "row": row,
-                "id": sample_id,
-                "detail": detail,
-            }
-        )
+        problem = {"kind": kind, "severity": severity, "row": self.context.row}
+        self.problems.append(problem | {"id": sample_id, "detail": detail})
+
+    def read_row(self, row: dict[str, Any]) -> list[GroundingSample]:
+        """Return the samples of a row, and note every problem of reading it.
+
+        A bad box of a benchmark is noted, and the row then read as evaluation reads it.
+        """
+        entry, context = ALL_FORMATS[self.format], self.context
+        for context.strict in (True, False):
+            try:
+                return list(entry.read(row, context))
+            except RowError as error:
+                clipped = error.kind == "box_out_of_range" and not entry.training
+                severity = "warning" if clipped else "error"
+                place = f"{context.file}, row {context.row}: "
+                problem = str(error).removeprefix(place)
+                self.add(error.kind, severity, str(row.get("id", "")), problem)
+                if entry.training or error.kind not in _BOX_KINDS:
+                    break
+        return []
+
+    def check_sample(self, sample: GroundingSample) -> None:
+        self.tasks[sample.task or "(none)"] += 1
+        self.images_per_item[len(sample.images)] += 1
+        target = "unknown" if find_target_image(sample) is None else "inferred"
+        self.target_images["given" if sample.target_image else target] += 1
+        key = hash((sample.images, sample.question))
+        if key in self.seen:
+            row, name = self.seen[key]
+            detail = f"same images and question as row {row} ({name})"
+            self.add("duplicate", "warning", sample.id, detail)
+        self.seen.setdefault(key, (self.context.row, sample.id))
+        tokens = -(-len(user_text(sample)) // _CHARS_PER_TOKEN)
+        side = int(self.max_pixels**0.5)
+        for path in sample.images:
+            if path not in self.images:
+                self.images[path] = self.check_image(path, sample.id)
+            # an image of unknown size takes the most that an image can take
+            width, height = self.images[path] or (side, side)
+            tokens += estimate_image_tokens(width, height, self.max_pixels)
+        self.tokens.append(tokens)
+        if tokens > self.max_tokens:
+            detail = f"about {tokens} prompt tokens, more than {self.max_tokens}"
+            self.add("over_token_budget", "error", sample.id, detail)
+
+    def check_image(self, path: str, sample_id: str) -> tuple[int, int] | None:
+        """Return the size of an image and keep its hash; None if it is not read."""
+        if not self.decode:
+            return None
+        try:
+            image = open_image(path, sample_id)
+        except ValueError as error:
+            kind = "image_corrupt" if Path(path).is_file() else "image_missing"
+            self.add(kind, "error", sample_id, str(error))
+            return None
+        self.hashes[path] = _compute_hash(image)
+        return image.size
 
 
-def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """Difference hash: 256 bits as 4 uint64; copies of a picture differ in few bits."""
+def _compute_hash(image: Image.Image) -> np.ndarray:
+    """Return a difference hash: 256 bits as 4 uint64, of which copies differ in few."""
     gray = image.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE))
     pixels = np.asarray(gray, dtype=np.int16)  # (16, 17)
     bits = pixels[:, 1:] > pixels[:, :-1]  # (16, 16)
     return np.packbits(bits).view(np.uint64)  # (4,)
 
 
-def _read_row(row: dict[str, Any], state: _State) -> list[GroundingSample]:
-    """Samples of a row; every problem of reading it noted on the way.
-
-    A bad box of a benchmark is noted, and the row then read as evaluation reads it.
-    """
-    entry, place = ALL_FORMATS[state.format], state.place
-    for place.strict in (True, False):
-        try:
-            return list(entry.read(row, place))
-        except RowError as error:
-            clipped = error.kind == "box_out_of_range" and not entry.training
-            severity = "warning" if clipped else "error"
-            problem = str(error).removeprefix(f"{place.file}, row {place.row}: ")
-            state.add(error.kind, severity, str(row.get("id", "")), problem)
-            if entry.training or error.kind not in _BOX_KINDS:
-                break
-    return []
-
-
-def _check_image(path: str, sample: GroundingSample, state: _State) -> None:
-    if path in state.images:
-        return
-    state.images[path] = None
-    try:
-        image = open_image(path, sample.id)
-    except ValueError as error:
-        kind = "image_corrupt" if os.path.isfile(path) else "image_missing"
-        state.add(kind, "error", sample.id, str(error))
-        return
-    state.images[path] = image.size
-    state.hashes[path] = perceptual_hash(image)
-
-
-def _check_sample(sample: GroundingSample, state: _State, max_tokens: int) -> None:
-    state.samples += 1
-    state.tasks[sample.task or "(none)"] += 1
-    state.per_item[len(sample.images)] += 1
-    key = hash((sample.images, sample.question))
-    if key in state.seen:
-        row, name = state.seen[key]
-        detail = f"same images and question as row {row} ({name})"
-        state.add("duplicate", "warning", sample.id, detail)
-    state.seen.setdefault(key, (state.place.row, sample.id))
-    tokens = -(-len(user_text(sample)) // _CHARS_PER_TOKEN)
-    for path in sample.images:
-        if state.decode:
-            _check_image(path, sample, state)
-        size = state.images.setdefault(path, None)
-        # unknown size: the most an image can take
-        side = int(state.max_pixels**0.5)
-        width, height = size or (side, side)
-        tokens += image_tokens(width, height, max_pixels=state.max_pixels)
-    state.tokens.append(tokens)
-    if tokens > max_tokens:
-        detail = f"about {tokens} prompt tokens, more than {max_tokens}"
-        state.add("over_token_budget", "error", sample.id, detail)
-
-
-def _gather(
+def _scan_file(
     path: Path, format: str | None, root: str | None, max_pixels: int, max_tokens: int
-) -> _State:
-    place = Place(os.fspath(path), image_root=root, strict=True)
-    state = _State(place, format or "", root is not None, max_pixels)
+) -> _FileScan:
+    context = RowContext(os.fspath(path), image_root=root, strict=True)
+    scan = _FileScan(context, format or "", root is not None, max_pixels, max_tokens)
     try:
-        for place.row, row in enumerate(iter_rows(path)):
-            if not state.format:
-                state.format = detect_format(row, f"{place.file}, row {place.row}")
+        for context.row, row in enumerate(iter_rows(path)):
+            if not scan.format:
+                scan.format = detect_format(row, f"{context.file}, row {context.row}")
             markers = str(row.get("question", "")).count(IMAGE_MARKER)
             named = row.get("images")
             if markers and isinstance(named, list) and markers != len(named):
                 detail = f"{markers} {IMAGE_MARKER} markers for {len(named)} images"
-                state.add("marker_mismatch", "warning", str(row.get("id", "")), detail)
-            found = _read_row(row, state)
-            state.no_sample += not found
-            for sample in found:
-                _check_sample(sample, state, max_tokens)
+                scan.add("marker_mismatch", "warning", str(row.get("id", "")), detail)
+            samples = scan.read_row(row)
+            scan.rows_without_sample += not samples
+            for sample in samples:
+                scan.check_sample(sample)
     except RowError as error:  # the file itself is broken from here on
-        state.add(error.kind, "error", "", str(error))
-    return state
+        scan.add(error.kind, "error", "", str(error))
+    return scan
 
 
-def _name(path: str) -> str:
-    """Last two parts of a path: enough to tell datasets' images apart."""
+def _shorten(path: str) -> str:
+    """Return the last two parts of a path: enough to tell datasets' images apart."""
     return "/".join(path.split("/")[-2:])
 
 
-def _near(ours: _State, theirs: _State) -> Iterator[tuple[str, str, int]]:
-    """(our image, their image, differing bits) of near-identical pictures."""
+def _find_twins(ours: _FileScan, theirs: _FileScan) -> Iterator[tuple[str, str, int]]:
+    """Yield (our image, their image, differing bits) of near-identical pictures."""
     if not ours.hashes or not theirs.hashes:
         return
     names = list(theirs.hashes)
@@ -171,14 +159,15 @@ def _near(ours: _State, theirs: _State) -> Iterator[tuple[str, str, int]]:
             yield path, names[best], int(distance[best])
 
 
-def _leakage(ours: _State, theirs: _State) -> None:
-    other = {_name(p) for p in theirs.images}
+def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
+    other = {_shorten(path) for path in theirs.images}
+    file = theirs.context.file
     for path in ours.images:
-        if _name(path) in other:
-            detail = f"{path} is named in {theirs.place.file} too"
+        if _shorten(path) in other:
+            detail = f"{path} is named in {file} too"
             ours.add("leak_by_name", "warning", "", detail)
-    for path, twin, bits in _near(ours, theirs):
-        detail = f"{path} looks like {twin} of {theirs.place.file} ({bits}/256 bits)"
+    for path, twin, bits in _find_twins(ours, theirs):
+        detail = f"{path} looks like {twin} of {file} ({bits}/256 bits)"
         ours.add("leak_by_picture", "warning", "", detail)
 
 
@@ -193,55 +182,72 @@ def audit(
 ) -> dict[str, Any]:
     """Go through a file and list everything wrong with it, without raising on rows.
 
+    A box without area is an error in a benchmark too, though its item is read: no
+    answer can hit it, and trained on it would teach nothing. A benchmark's box that
+    leaves the image is clipped: a warning.
+
     Args:
-        image_root: where the images lie; None checks everything but the images.
-        against: other files (the test set) to look for shared images in, by name and,
-            where the images are at hand, by perceptual hash.
-        max_tokens: budget of a prompt, image tokens included (PF sec. 3: 6000).
+        path: the file.
+        format: one of `ALL_FORMATS`; None detects it from the first row.
+        image_root: folder of the images; None checks everything but the images.
+        against: other files (the test set) in which to look for shared images, by name
+            and, where the images are at hand, by perceptual hash.
+        max_tokens: budget of a prompt, image tokens included
+            (docs/paper_facts.md#training-configuration).
         max_pixels: the processor's limit, for the image tokens.
 
-    Returns a JSON-ready report: rows, samples, rows_without_sample, tasks,
-    images_per_item, prompt_tokens, images, counts (by kind), problems (kind, severity,
-    row, id, detail) and breaks_training: whether any problem is an error. A box without
-    area is one in a benchmark too, though its item is read: no answer can hit it, and
-    trained on it would teach nothing. One that leaves the image is clipped: a warning.
-    Raises ValueError for a missing file or a format that cannot be told.
+    Returns:
+        A JSON-ready report: file, format, rows, samples, rows_without_sample, tasks,
+        images_per_item, target_images (given by the file, inferred, unknown),
+        prompt_tokens, images, counts (by kind), problems (kind, severity, row, id,
+        detail) and breaks_training: whether any problem is an error.
+
+    Raises:
+        ValueError: the file is missing or its format cannot be told.
     """
     root = os.fspath(image_root) if image_root is not None else None
-    if root is not None and not os.path.isdir(root):
+    if root is not None and not Path(root).is_dir():
         raise ValueError(f"image root {root} is no folder; check --image-root")
     for file in (path, *against):
-        if not os.path.isfile(file):
+        if not Path(file).is_file():
             raise ValueError(f"{file}: no such file; check the path")
-    state = _gather(Path(path), format, root, max_pixels, max_tokens)
+    scan = _scan_file(Path(path), format, root, max_pixels, max_tokens)
     for other in against:
-        _leakage(state, _gather(Path(other), None, root, max_pixels, max_tokens))
-    counts = Counter(p["kind"] for p in state.problems)
+        theirs = _scan_file(Path(other), None, root, max_pixels, max_tokens)
+        _check_leakage(scan, theirs)
+    counts = Counter(problem["kind"] for problem in scan.problems)
+    read_any = scan.tokens or scan.rows_without_sample
     return {
         "file": os.fspath(path),
-        "format": state.format,
-        "rows": state.place.row + 1 if state.samples or state.no_sample else 0,
-        "samples": state.samples,
-        "rows_without_sample": state.no_sample,
-        "tasks": dict(state.tasks.most_common()),
-        "images_per_item": dict(sorted(state.per_item.items())),
+        "format": scan.format,
+        "rows": scan.context.row + 1 if read_any else 0,
+        "samples": len(scan.tokens),
+        "rows_without_sample": scan.rows_without_sample,
+        "tasks": dict(scan.tasks.most_common()),
+        "images_per_item": dict(sorted(scan.images_per_item.items())),
+        "target_images": dict(scan.target_images.most_common()),
         "prompt_tokens": {
-            "median": median(state.tokens) if state.tokens else 0,
-            "max": max(state.tokens, default=0),
+            "median": median(scan.tokens) if scan.tokens else 0,
+            "max": max(scan.tokens, default=0),
         },
         "images": {
-            "distinct": len(state.images),
+            "distinct": len(scan.images),
             "checked": root is not None,
-            "usable": sum(size is not None for size in state.images.values()),
+            "usable": sum(size is not None for size in scan.images.values()),
         },
         "counts": dict(counts.most_common()),
-        "problems": state.problems,
-        "breaks_training": any(p["severity"] == "error" for p in state.problems),
+        "problems": scan.problems,
+        "breaks_training": any(p["severity"] == "error" for p in scan.problems),
     }
 
 
-def table(report: dict[str, Any], show: int = 5) -> str:
-    """The report as text; ``show`` examples of each kind of problem."""
+def render_table(report: dict[str, Any], examples: int = 5) -> str:
+    """Return the report as text.
+
+    Args:
+        report: what `audit` returned.
+        examples: how many problems of each kind to show.
+    """
     images, tokens = report["images"], report["prompt_tokens"]
     checked = f"{images['usable']} usable" if images["checked"] else "not checked"
     lines = [
@@ -258,43 +264,39 @@ def table(report: dict[str, Any], show: int = 5) -> str:
     for kind, n in report["counts"].items():
         mine = [p for p in report["problems"] if p["kind"] == kind]
         lines.append(f"  {kind:<28}{n:>9}  ({mine[0]['severity']})")
-        lines += [f"    row {p['row']}: {p['detail']}" for p in mine[:show]]
-        lines += [f"    … {n - show} more"] if n > show else []
+        lines += [f"    row {p['row']}: {p['detail']}" for p in mine[:examples]]
+        lines += [f"    … {n - examples} more"] if n > examples else []
     lines += [] if report["counts"] else ["  none"]
     verdict = "would break training" if report["breaks_training"] else "usable"
     return "\n".join([*lines, "", f"  verdict: {verdict}"])
 
 
-def main(argv: Sequence[str]) -> int:
-    """Command line; 0 if the file is usable, 1 if not, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(prog="python -m univg_nb.data.files")
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("audit", help="check a data file")
-    sub.add_argument("file")
-    sub.add_argument("--image-root", help="folder of the images; without it unchecked")
-    sub.add_argument("--format", choices=list(ALL_FORMATS))
-    sub.add_argument("--against", nargs="*", default=[], help="test files, for leakage")
-    sub.add_argument("--max-tokens", type=int, default=6000)
-    sub.add_argument("--max-pixels", type=int, default=401_408)
-    sub.add_argument("--out", help="write the report here as JSON")
-    sub.add_argument("--show", type=int, default=5, help="examples of each problem")
-    args = parser.parse_args(argv)
-    try:
-        report = audit(
-            args.file,
-            args.format,
-            args.image_root,
-            against=args.against,
-            max_tokens=args.max_tokens,
-            max_pixels=args.max_pixels,
-        )
-    except ValueError as error:
-        print(f"error: {error}")
-        return 2
-    if args.out:
-        temporary = f"{args.out}.{os.getpid()}.tmp"
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, args.out)
-    print(table(report, args.show))
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 1 if the file would break training, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m univg_nb audit stage2_rl.json --image-root images",
+    )
+    parser.add_argument("file")
+    parser.add_argument("--image-root", help="folder of the images; else unchecked")
+    parser.add_argument("--format", choices=list(ALL_FORMATS))
+    parser.add_argument("--against", nargs="*", default=[], help="test files (leakage)")
+    parser.add_argument("--max-tokens", type=int, default=6000)
+    parser.add_argument("--max-pixels", type=int, default=401_408)
+    parser.add_argument("--out", help="write the report here as JSON")
+    parser.add_argument("--show", type=int, default=5, help="examples of each problem")
+    options = parser.parse_args(arguments)
+    report = audit(
+        options.file,
+        options.format,
+        options.image_root,
+        against=options.against,
+        max_tokens=options.max_tokens,
+        max_pixels=options.max_pixels,
+    )
+    if options.out:
+        io.write_json(options.out, report)
+    print(render_table(report, options.show))
     return int(report["breaks_training"])

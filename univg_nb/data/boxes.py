@@ -7,7 +7,6 @@ relative to the image's width and height, as Qwen2-VL writes them
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,8 +36,7 @@ class ParsedBox(NamedTuple):
 
 # Every quantifier is possessive and every alternative starts with a bracket, so the
 # time of a search is linear in the length of the text.
-_NUMBER = re.compile(r"[+-]?[0-9]++(?:\.[0-9]++)?+")
-_N, _S = _NUMBER.pattern, r"\s*+"
+_N, _S = r"[+-]?[0-9]++(?:\.[0-9]++)?+", r"\s*+"
 _C = f"{_S},{_S}"
 _BOX = re.compile(
     # (x1,y1),(x2,y2) or four numbers in one bracket
@@ -47,6 +45,7 @@ _BOX = re.compile(
     rf"|\[{_S}{_N}{_C}{_N}{_C}{_N}{_C}{_N}{_S}[)\]]"
     rf"|<box>{_S}{_N}\s++{_N}\s++{_N}\s++{_N}{_S}</box>"
 )
+_NUMBER = re.compile(r"[0-9.+-]++")  # in a match of `_BOX`
 # The notations that the released parser tries, one after the other.
 _I, _F, _G = r"\d++", r"\d++\.\d++", r",\s*+"
 _RELEASED = [
@@ -71,20 +70,17 @@ def box_status(box: Sequence[float]) -> str:
     return OK if x1 < x2 and y1 < y2 else INVERTED
 
 
-def _parse_notation(text: str) -> ParsedBox:
-    """Parse one match of `_BOX`."""
-    values = [float(number) for number in _NUMBER.findall(text)]
+def _parse_last(text: str) -> ParsedBox | None:
+    found = _BOX.findall(text)
+    if not found:
+        return None
+    values = [float(number) for number in _NUMBER.findall(found[-1])]
     if max(map(abs, values)) >= 1e9:  # no coordinate; infinite in the worst case
         return ParsedBox(None, OUT_OF_RANGE)
     # a decimal point with nothing above 1 can only be the 0-1 notation
-    scale = GRID if max(values) <= 1 and "." in text else 1
+    scale = GRID if max(values) <= 1 and "." in found[-1] else 1
     x1, y1, x2, y2 = (round(scale * v) for v in values)
     return ParsedBox((x1, y1, x2, y2), box_status((x1, y1, x2, y2)))
-
-
-def _parse_last(text: str) -> ParsedBox | None:
-    found = _BOX.findall(text)
-    return _parse_notation(found[-1]) if found else None
 
 
 def find_boxes(text: str) -> list[tuple[float, ...]]:
@@ -183,18 +179,6 @@ def to_pixels(
     x1, y1, x2, y2 = box
     sx, sy = width / GRID, height / GRID
     return (x1 * sx, y1 * sy, x2 * sx, y2 * sy)
-
-
-def from_unit(box: Sequence[float]) -> Box:
-    """Convert 0-1 floats to the grid: `round(1000 * v)` clipped to 0..999.
-
-    Raises:
-        ValueError: a coordinate is not a finite number.
-    """
-    if not all(math.isfinite(v) for v in box):
-        raise ValueError(f"box {list(box)} holds a number that is not finite")
-    x1, y1, x2, y2 = (min(GRID - 1, max(0, round(GRID * v))) for v in box)
-    return (x1, y1, x2, y2)
 
 
 def stretch_box(box: Box) -> Box:

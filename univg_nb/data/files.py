@@ -1,43 +1,36 @@
-"""Whole files of samples: read, stream, write, and the audit's command line.
+"""Read, stream and write whole files of samples.
 
-    python -m univg_nb audit FILE --image-root DIR
-
-Files are JSON arrays or JSON lines. Formats: `ALL_FORMATS`; schemas in PF sec. 2.3, 9.
+Files are JSON arrays or JSON lines. Formats: `ALL_FORMATS`; schemas:
+docs/paper_facts.md#files. `python -m univg_nb audit FILE` checks a file.
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ijson
+
+from univg_nb import io
 from univg_nb.data.boxes import GRID
-from univg_nb.data.rows import Place, RowError, training_box
+from univg_nb.data.formats import RowContext, RowError, parse_training_box
 from univg_nb.data.sample import GroundingSample
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
-__all__ = [
-    "ALL_FORMATS",
-    "GroundingSample",
-    "RowError",
-    "detect_format",
-    "iter_rows",
-    "iter_samples",
-    "read",
-    "write",
-]
+_CHUNK = 1 << 16  # bytes read at once
+_MAX_DEPTH = 100  # rows have a depth of four
 
-_CHUNK = 1 << 18  # bytes read at once
-_MAX_ROW = 1 << 24  # a "row" longer than this is a file without an end
-_COMMA = re.compile(r"[ \t\r\n]*+,[ \t\r\n]*+")
-_DECODE = json.JSONDecoder().raw_decode
+# ijson's events
+_STARTS: dict[str, type] = {"start_map": dict, "start_array": list}
+_ENDS = frozenset(("end_map", "end_array"))
 
-# What makes a row of each format: shown when detection gives up.
+# Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
     "stage1_cotsft": "conversations or messages with <answer> in the reply; images",
     "stage2_rl": f"images, question, answer as four numbers 0-{GRID}",
@@ -50,15 +43,21 @@ _EXPECTED = {
     "revos": "video_id, frames, question, bbox_list",
     "refcoco": "image, problem, solution",
 }
+_BY_KEYS_ALONE = ("lisa", "llmseg", "reasonvos", "revos", "refcoco")
 
 
 def detect_format(row: dict[str, Any], where: str = "row") -> str:
-    """The format of a file by the keys of a row; ``where`` it is, for the message.
+    """Return the format of a file by the keys of one of its rows.
 
-    Raises ValueError listing what was expected when the keys fit none or several.
+    Args:
+        row: a row of the file, usually the first.
+        where: file and row, for the error message.
+
+    Raises:
+        ValueError: the keys fit no format or several; lists what was expected.
     """
     keys = set(row)
-    found = []
+    found = [n for n in _BY_KEYS_ALONE if keys >= set(_EXPECTED[n].split(", "))]
     if keys & {"conversations", "messages"}:
         turns = json.dumps(row.get("conversations", row.get("messages")))
         if "type" in keys or ("<|box_start|>" in turns and "<answer>" not in turns):
@@ -72,15 +71,6 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
             found.append("mig_bench")
         elif numeric and not (max(numeric) <= 2 and "task" in keys):
             found.append("stage2_rl")
-    for name, needed in (
-        ("lisa", {"image_path", "instruction", "boxes"}),
-        ("llmseg", {"image_path", "question", "bbox"}),
-        ("reasonvos", {"image_list", "question", "bbox_list"}),
-        ("revos", {"video_id", "frames", "question", "bbox_list"}),
-        ("refcoco", {"image", "problem", "solution"}),
-    ):
-        if keys >= needed:
-            found.append(name)
     if len(found) != 1:
         expected = "".join(f"\n  {k}: {v}" for k, v in _EXPECTED.items())
         raise ValueError(
@@ -90,129 +80,127 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
     return found[0]
 
 
-class _Scanner:
-    """JSON values out of a stream of UTF-8, of which only a few chunks are held.
+def _parse_chunks(stream: BinaryIO, is_array: bool) -> Iterator[list[Any]]:
+    """Yield ijson's events, a list for each chunk of the file.
 
-    Decoded chunk by chunk here: a text file of Python's does it in many small steps.
+    Raises ijson.JSONError after the events that come before the broken place.
     """
-
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self.stream, self.path = stream, path
-        self.text = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self.buffer, self.at, self.row = "", 0, 0
-        self.gone = 0  # characters forgotten
-
-    def error(self, problem: str) -> RowError:
-        return RowError(
-            "bad_json",
-            f"{self.path}, row {self.row}: {problem}; expected a JSON array of objects "
-            "or one object a line, whole and in UTF-8",
-        )
-
-    def more(self, chunks: int = 1) -> bool:
-        """Append what comes next, forgetting what was used; False at the end."""
-        chunk = self.stream.read(chunks * _CHUNK)
+    events = ijson.sendable_list()
+    parser = ijson.basic_parse_coro(
+        events, use_float=True, multiple_values=not is_array
+    )
+    while True:
+        chunk = stream.read(_CHUNK)
+        problem = None
         try:
-            text = self.text(chunk, not chunk)
-        except UnicodeDecodeError as error:
-            raise self.error(f"not UTF-8 ({error})") from error
-        if text:
-            self.gone += self.at
-            self.buffer, self.at = self.buffer[self.at :] + text, 0
-        return bool(chunk)
+            parser.send(chunk) if chunk else parser.close()
+        except ijson.JSONError as error:
+            problem = error
+        yield events
+        events.clear()
+        if problem:
+            raise problem
+        if not chunk:
+            return
 
-    def peek(self) -> str:
-        """The next character that is not blank; "" at the end of the file."""
-        while True:
-            while self.at < len(self.buffer) and self.buffer[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.buffer):
-                return self.buffer[self.at]
-            if not self.more():
-                return ""
 
-    def value(self) -> dict[str, Any]:
-        """The object that begins here."""
-        try:
-            value, self.at = _DECODE(self.buffer, self.at)
-        except (ValueError, RecursionError):
-            value = self._cut_value()
-        if type(value) is not dict:
-            raise self.error(f"{value!r:.60} is not an object")
-        self.row += 1
-        return value
+def _build_rows(chunks: Iterator[list[Any]], level: int) -> Iterator[dict[str, Any]]:
+    """Yield the objects that stand `level` containers deep.
 
-    def _cut_value(self) -> Any:
-        """The value that begins here, which is broken or cut by the chunk's end."""
-        chunks = 1
-        while True:
-            try:
-                value, self.at = _DECODE(self.buffer, self.at)
-                return value
-            except RecursionError as error:
-                raise self.error("nested too deeply") from error
-            except ValueError as error:
-                long = len(self.buffer) - self.at > _MAX_ROW
-                if long or not self.more(chunks):
-                    raise self.error(self._what(error)) from error
-                chunks *= 2  # a long row is not parsed anew at every chunk
-
-    def _what(self, error: ValueError) -> str:
-        if not isinstance(error, json.JSONDecodeError):
-            return str(error)
-        # where in the file; the decoder knows only where in the buffer
-        return f"{error.msg} at character {self.gone + error.pos}"
-
-    def comma(self) -> bool:
-        """Go past a comma and blanks; False, and not moved, if no comma comes next."""
-        found = _COMMA.match(self.buffer, self.at)
-        if found is None:
-            if self.peek() != ",":
-                return False
-            found = _COMMA.match(self.buffer, self.at)
-        self.at = found.end()
-        if self.at == len(self.buffer):
-            self.peek()
-        return True
+    ijson's own builder takes any depth and lets a repeated key replace the first; here
+    both raise ValueError, and so does a row that is no object.
+    """
+    stack: list[Any] = []  # the containers around `top`
+    top: Any = []  # the container that is being filled
+    key = ""
+    for event, value in itertools.chain.from_iterable(chunks):
+        if event == "map_key":
+            if value in top:
+                raise ValueError(f"key {value!r} appears twice in one object")
+            key = value
+        elif event in _ENDS:
+            done, top = top, stack.pop()
+            if len(stack) == level:
+                if type(done) is not dict:
+                    raise ValueError(f"{done!r:.60} is not an object")
+                top.clear()
+                yield done
+        else:
+            new = _STARTS[event]() if event in _STARTS else value
+            if type(top) is dict:
+                top[key] = new
+            elif len(stack) == level and event not in _STARTS:
+                raise ValueError(f"{value!r:.60} is not an object")
+            else:
+                top.append(new)
+            if event in _STARTS:
+                stack.append(top)
+                top = new
+                if len(stack) > _MAX_DEPTH:
+                    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
 def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The raw rows of a JSON array or JSON-lines file, one at a time.
+    """Yield the raw rows of a JSON array or JSON-lines file.
 
-    Memory stays at a few chunks however long the file. Raises ValueError naming file,
-    row and position for a missing file, broken JSON or a row that is no object.
+    Memory does not grow with the file.
+
+    Args:
+        path: the file, in UTF-8.
+
+    Raises:
+        ValueError: the file is missing, the JSON is broken or nested too deeply, a row
+            is no object or holds a key twice; names file and row.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path or build the data")
-    with open(path, "rb") as stream:
-        scan = _Scanner(stream, path)
-        first = scan.peek()
-        if first == "[":
-            yield from _array(scan)
-        elif first == "{":
-            while scan.peek():
-                yield scan.value()
-        else:
-            raise scan.error(f"{first!r} begins the file" if first else "empty file")
+    row = 0
+    with path.open("rb") as stream:
+        try:
+            first = _skip_to_content(stream)
+            if first not in (b"[", b"{"):
+                begin = f"{first.decode(errors='replace')!r} begins the file"
+                raise ValueError(begin if first else "empty file")
+            is_array = first == b"["
+            for value in _build_rows(_parse_chunks(stream, is_array), int(is_array)):
+                yield value
+                row += 1
+        except (ValueError, ijson.JSONError) as error:
+            raise RowError(
+                "bad_json",
+                f"{path}, row {row}: {_describe(error)}; expected a JSON array of "
+                "objects or one object a line, whole and in UTF-8",
+            ) from error
 
 
-def _array(scan: _Scanner) -> Iterator[dict[str, Any]]:
-    scan.at += 1  # the bracket
-    more = scan.peek() != "]"
-    while more:
-        yield scan.value()
-        more = scan.comma()
-    if (mark := scan.peek()) != "]":
-        raise scan.error(f"{mark!r} where a comma or ] belongs")
-    scan.at += 1
-    if rest := scan.peek():
-        raise scan.error(f"{rest!r} after the closing bracket")
+def _skip_to_content(stream: BufferedReader) -> bytes:
+    """Go to the first character that is not blank and return it; b"" if none is."""
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
+    while stream.peek(1)[:1].isspace():
+        stream.read(1)
+    return stream.peek(1)[:1]
 
 
-def _check_name(name: str) -> None:
+def _describe(error: Exception) -> str:
+    """Return what is wrong and, where the parser says it, the text around the place."""
+    text = error.args[0]
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    lines = [line.strip() for line in text.splitlines()[:2]]
+    return " near ".join(line for line in lines if line)
+
+
+def _check_format(name: str) -> None:
     if name not in ALL_FORMATS:
         raise ValueError(f"format {name!r} is unknown; use one of {list(ALL_FORMATS)}")
+
+
+def _make_context(
+    path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None
+) -> RowContext:
+    root = None if image_root is None else os.fspath(image_root)
+    return RowContext(os.fspath(path), image_root=root)
 
 
 def iter_samples(
@@ -220,26 +208,25 @@ def iter_samples(
     format: str | None = None,
     image_root: str | os.PathLike[str] | None = None,
 ) -> Iterator[GroundingSample]:
-    """Samples of a file, one at a time; memory does not grow with the file.
+    """Yield the samples of a file; memory does not grow with the file.
 
-    Args:
-        format: one of `ALL_FORMATS`; None detects it from the first row.
-        image_root: joined to relative image paths (PF T7: really used).
-
-    Raises ValueError naming file, row and remedy for the first row that cannot be used.
     Boxes outside their range are errors in training files and are clipped in
     benchmarks; `univg_nb.data.audit` lists all of either.
+
+    Args:
+        path: the file.
+        format: one of `ALL_FORMATS`; None detects it from the first row.
+        image_root: folder that relative image paths are joined to.
+
+    Raises:
+        ValueError: a row cannot be used; names file, row and remedy.
     """
     if format is not None:
-        _check_name(format)
-    root = os.fspath(image_root) if image_root is not None else None
-    place = Place(os.fspath(path), image_root=root)
-    read_row = ALL_FORMATS[format].read if format else None
-    for place.row, row in enumerate(iter_rows(path)):
-        if read_row is None:
-            name = detect_format(row, f"{place.file}, row {place.row}")
-            read_row = ALL_FORMATS[name].read
-        yield from read_row(row, place)
+        _check_format(format)
+    context = _make_context(path, image_root)
+    for context.row, row in enumerate(iter_rows(path)):
+        format = format or detect_format(row, f"{context.file}, row {context.row}")
+        yield from ALL_FORMATS[format].read(row, context)
 
 
 def read(
@@ -247,7 +234,7 @@ def read(
     format: str | None = None,
     image_root: str | os.PathLike[str] | None = None,
 ) -> list[GroundingSample]:
-    """All samples of a file; see `iter_samples`."""
+    """Return all samples of a file; arguments and errors as in `iter_samples`."""
     return list(iter_samples(path, format, image_root))
 
 
@@ -257,43 +244,36 @@ def write(
     format: str,
     image_root: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Write samples as a file of this format; returns how many.
+    """Write samples as a file of a format, atomically, one row a line.
 
-    Reading it back with the same image_root gives equal samples: what the format has no
-    place for (id, task, cot, chain, boxes) goes to extra keys the released loaders do
-    not look at. Image paths below image_root are written relative to it. One row a
-    line; ".jsonl" in the name makes JSON lines. Written to a temporary name first.
+    Reading the file with the same image_root gives equal samples: what the format has
+    no place for (id, task, cot, chain, boxes, target_image) goes to extra keys that the
+    released loaders do not look at.
 
-    Raises ValueError for an unknown format or a sample it cannot hold.
+    Args:
+        samples: what to write.
+        path: the file; a name that ends in ".jsonl" makes JSON lines, else an array.
+        format: one of `ALL_FORMATS`.
+        image_root: image paths below this folder are written relative to it.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: the format is unknown or cannot hold a sample.
     """
-    _check_name(format)
-    path = Path(path)
-    root = os.fspath(image_root) if image_root is not None else None
-    place = Place(os.fspath(path), image_root=root)
-    lines = path.suffix == ".jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _check_format(format)
+    context = _make_context(path, image_root)
+    lines = Path(path).suffix == ".jsonl"
     count = 0
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as out:
-            out.write("" if lines else "[")
-            for sample in samples:
-                place.row = count
-                if ALL_FORMATS[format].training:
-                    training_box(sample.answer, place)
-                row = ALL_FORMATS[format].write(sample, place)
-                out.write("" if lines else ",\n" if count else "\n")
-                out.write(json.dumps(row, ensure_ascii=False))
-                out.write("\n" if lines else "")
-                count += 1
-            out.write("" if lines else "\n]\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with io.open_atomically(Path(path)) as out:
+        out.write("" if lines else "[\n")
+        for context.row, sample in enumerate(samples):
+            if ALL_FORMATS[format].training:
+                parse_training_box(sample.answer, context)
+            row = ALL_FORMATS[format].write(sample, context)
+            out.write(",\n" if count and not lines else "")
+            out.write(json.dumps(row, ensure_ascii=False) + "\n" * lines)
+            count += 1
+        out.write("" if lines else "\n]\n")
     return count
-
-
-if __name__ == "__main__":
-    from univg_nb.data.audit import main
-
-    sys.exit(main(sys.argv[1:]))

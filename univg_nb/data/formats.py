@@ -1,295 +1,481 @@
-"""One row of a released file to and from `GroundingSample`: training and MIG-Bench.
+"""Read and write one row of a released file: training files and MIG-Bench.
 
-The zero-shot files, whose boxes are in pixels, are in `zero_shot_formats`; whole files
-are read and written by `samples`. Schemas: PF sec. 2.3 and 9.
+A row becomes a `GroundingSample` and back. The helpers of all formats are here, too;
+`zero_shot_formats` has the files with boxes in pixels, `files` reads whole files.
+Schemas: docs/paper_facts.md#files.
+
+Image markers and the request for a chain exist in files only: `_strip_markers` and
+`strip_request` remove them on reading, `_add_markers` and `user_text` add them on
+writing.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
-from univg_nb.data.boxes import GRID, find_boxes, format_box, from_unit
+from univg_nb.data.boxes import GRID, INVERTED, Box, box_status, find_boxes, format_box
 from univg_nb.data.prompts import (
     COT_SUFFIX,
     SINGLE_IMAGE_PREFIX,
-    prompt_text,
-    target_text,
-)
-from univg_nb.data.rows import (
-    Place,
-    build,
-    check_evaluation_box,
-    extras,
-    is_single_image,
-    make,
-    own_keys,
-    training_box,
+    reply_text,
+    strip_request,
+    user_text,
 )
 from univg_nb.data.sample import IMAGE_MARKER, GroundingSample
 
+Row: TypeAlias = dict[str, Any]
+Samples: TypeAlias = Iterator[GroundingSample]
+
+SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
-_USUAL_BOX = re.compile(r"\(([0-9]{1,4}),([0-9]{1,4})\),\(([0-9]{1,4}),([0-9]{1,4})\)")
+_NUMBERS = frozenset((int, float))
+_TEXTS = frozenset((str,))
+# Optional keys of this project, which the released loaders do not look at.
+_OWN_KEYS = {"task": str, "cot": bool, "chain": str, "target_image": int, "boxes": list}
+_OWN_NAMES = frozenset(_OWN_KEYS)
 
 
-class _Style(NamedTuple):
-    """One kind of sharegpt row: keys of the row and of a turn, who asks and replies."""
+class RowError(ValueError):
+    """A row that cannot be read; `kind` is what the audit counts it under."""
 
-    key: str
-    who: str
-    what: str
-    asks: str
-    replies: str
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
-_STYLES = {
-    "conversations": _Style("conversations", "from", "value", "human", "gpt"),
-    "messages": _Style("messages", "role", "content", "user", "assistant"),
-}
+@dataclass
+class RowContext:
+    """Where a row comes from, and what its reader must know besides the row.
+
+    Attributes:
+        file: path of the file, for messages.
+        row: number of the row, from 0.
+        image_root: folder of the images; None leaves paths as they are.
+        strict: refuse out-of-range boxes in benchmarks, which are otherwise clipped.
+        scale: 1 or 1000 once a MIG-Bench file has shown its unit.
+    """
+
+    file: str
+    row: int = 0
+    image_root: str | None = None
+    strict: bool = False
+    scale: int | None = None
+    _prefix: str = field(init=False)  # image_root with a slash at its end
+
+    def __post_init__(self) -> None:
+        self._prefix = f"{self.image_root.rstrip('/')}/" if self.image_root else ""
+
+    def error(self, kind: str, problem: str) -> RowError:
+        """Return (not raise) an error that names file and row."""
+        return RowError(kind, f"{self.file}, row {self.row}: {problem}")
+
+    def get(self, row: Row, key: str, kind: type) -> Any:
+        """Return `row[key]` or raise a `RowError` if it is missing or not of `kind`."""
+        value = row.get(key)  # None is of no type that is ever asked for
+        if isinstance(value, kind):
+            return value
+        remedy = "correct the row or pass the right format="
+        if key not in row:
+            problem = f"key {key!r} is missing (found {sorted(row)}); {remedy}"
+            raise self.error("missing_key", problem)
+        problem = f"{key!r} is {value!r:.60}, expected {kind.__name__}; {remedy}"
+        raise self.error("wrong_type", problem)
+
+    def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Drop a leading "./" of each path and join relative ones to image_root."""
+        prefix = self._prefix
+        joined = [
+            prefix + path[2:].lstrip("/")
+            if path[:2] == "./"
+            else path
+            if path[:1] == "/"
+            else prefix + path
+            for path in paths
+        ]
+        return tuple(joined)
+
+    def strip_root(self, paths: Sequence[str]) -> list[str]:
+        """Make paths relative to image_root where they lie below it."""
+        return [path.removeprefix(self._prefix) for path in paths]
+
+    def images(self, row: Row, key: str = "images") -> tuple[str, ...]:
+        """Return the image paths under `key`, joined to image_root."""
+        paths = self.get(row, key, list)
+        if not paths or not _TEXTS.issuperset(map(type, paths)) or not all(paths):
+            problem = f"{key!r} is {paths!r:.80}; give a list of image paths"
+            raise self.error("bad_images", problem)
+        return self.join_root(paths)
+
+    def sample_id(self, row: Row) -> str:
+        """Return the row's id, or file and row number where it has none."""
+        return str(row["id"]) if "id" in row else f"{Path(self.file).stem}#{self.row}"
+
+    def numbers(self, value: Any) -> list[float]:
+        """Return the four finite numbers of a box, or raise a `RowError`."""
+        # the set of types leaves out bool, which isinstance would not
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == 4
+            and _NUMBERS.issuperset(map(type, value))
+            and all([-1e9 < v < 1e9 for v in value])
+        ):
+            return list(value)
+        raise self.error("bad_box", f"box {value!r:.80}; give 4 finite numbers")
 
 
-def _markers(sample: GroundingSample) -> str:
-    return IMAGE_MARKER * len(sample.images)
+# ---------------------------------------------------------------- shared by all formats
 
 
-def read_stage2(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    question = place.get(row, "question", str)
-    answer = training_box(place.get(row, "answer", list), place)
-    yield build(row, place, place.images(row), question, answer)
+def parse_training_box(value: Any, context: RowContext) -> Box:
+    """Return a 0-1000 box of a training file as integers.
+
+    A bad target would be trained on without a word, so nothing is clipped here.
+
+    Args:
+        value: what the file holds.
+        context: where it stands.
+
+    Raises:
+        RowError: these are not four numbers in 0-1000 that enclose an area.
+    """
+    if len(value) == 4 and _NUMBERS.issuperset(map(type, value)):
+        x1, y1, x2, y2 = value
+        if 0 <= x1 < x2 <= GRID and 0 <= y1 < y2 <= GRID:
+            box = (int(x1), int(y1), int(x2), int(y2))
+            if box == tuple(value):  # as nearly always: nothing to round or refuse
+                return box
+    numbers = context.numbers(value)
+    if max(numbers) <= 1 and any(v != int(v) for v in numbers):
+        problem = f"box {numbers} looks like 0-1 floats; multiply by {GRID}"
+        remedy = ", or pass format='mig_bench' if it is a benchmark file"
+        raise context.error("box_unit", problem + remedy)
+    if min(numbers) < 0 or max(numbers) > GRID:
+        problem = f"box {numbers} leaves 0-{GRID}; rescale it to the 0-1000 grid"
+        raise context.error("box_out_of_range", problem + " or drop the row")
+    x1, y1, x2, y2 = map(round, numbers)
+    _check_area(numbers, (x1, y1, x2, y2), context)
+    return (x1, y1, x2, y2)
 
 
-def write_stage2(sample: GroundingSample, place: Place) -> dict[str, Any]:
+def _check_area(numbers: list[float], box: Box, context: RowContext) -> None:
+    if box_status(box) == INVERTED:
+        inverted = box[0] > box[2] or box[1] > box[3]
+        problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
+        kind = "box_inverted" if inverted else "box_degenerate"
+        raise context.error(kind, f"{problem}; order it as x1 < x2, y1 < y2 or drop it")
+
+
+def clip_to_grid(
+    numbers: list[float],
+    size: tuple[float, float],
+    context: RowContext,
+    highest: int = GRID,
+) -> Box:
+    """Convert a box of a benchmark to 0-1000, rounded and clipped.
+
+    Args:
+        numbers: x1, y1, x2, y2 in the file's unit.
+        size: width and height of the image in that unit.
+        context: strict mode refuses a box that leaves the image or has no area.
+        highest: larger coordinates become this one.
+
+    Raises:
+        RowError: the box is refused.
+    """
+    limits = (*size, *size)
+    x1, y1, x2, y2 = (
+        min(highest, max(0, round(GRID * v / m)))
+        for v, m in zip(numbers, limits, strict=True)
+    )
+    if context.strict:  # the audit
+        if any(not 0 <= v <= m for v, m in zip(numbers, limits, strict=True)):
+            problem = f"box {numbers} leaves 0-{size[0]:g} x 0-{size[1]:g}"
+            raise context.error("box_out_of_range", f"{problem}; it is clipped")
+        _check_area(numbers, (x1, y1, x2, y2), context)
+    return (x1, y1, x2, y2)
+
+
+def _is_single_image(images: tuple[str, ...]) -> bool:
+    """Apply the released rule: the first image lies in COCO train2014."""
+    return SINGLE_IMAGE_PATH in images[0]
+
+
+def build_sample(
+    row: Row,
+    context: RowContext,
+    images: tuple[str, ...],
+    question: str,
+    answer: Box,
+    **fields: Any,
+) -> GroundingSample:
+    """Return the sample of a row.
+
+    Args:
+        row: the row, for its id and for the optional keys of this project.
+        context: where the row comes from.
+        images: paths, joined to image_root.
+        question: the text without image markers and request.
+        answer: the target box.
+        fields: fields of `GroundingSample` that the format itself gives.
+
+    Raises:
+        RowError: the sample lacks something.
+    """
+    if not _OWN_NAMES.isdisjoint(row):  # released rows have none of them
+        for key, kind in _OWN_KEYS.items():
+            if key not in fields and row.get(key) is not None:
+                fields[key] = context.get(row, key, kind)
+                if key == "boxes":
+                    boxes = map(context.numbers, fields[key])
+                    fields[key] = tuple(tuple(map(round, box)) for box in boxes)
+    if "id" not in fields:
+        fields["id"] = context.sample_id(row)
+    if "cot" not in fields:
+        fields["cot"] = not _is_single_image(images)
+    fields.setdefault("task", "")
+    source = f"{context.file}#{context.row}"
+    try:
+        return GroundingSample(
+            images=images, question=question, answer=answer, source=source, **fields
+        )
+    except ValueError as error:
+        raise context.error("bad_sample", f"{error}; correct the row") from error
+
+
+def own_keys(sample: GroundingSample, *without: str) -> Row:
+    """Return the optional keys from which reading gives an equal sample.
+
+    Args:
+        sample: what is written.
+        without: keys to leave out, because the format has a place for them.
+    """
+    told = not sample.cot or _is_single_image(sample.images)  # else True is understood
+    keys = {
+        "id": sample.id,
+        "task": sample.task or None,
+        "cot": sample.cot if told else None,
+        "chain": sample.chain,
+        "boxes": [list(box) for box in sample.boxes] or None,
+        "target_image": sample.target_image,
+    }
+    return {k: v for k, v in keys.items() if v is not None and k not in without}
+
+
+def list_boxes(sample: GroundingSample, context: RowContext) -> tuple[Box, ...]:
+    """Return all boxes of a sample for a format that holds several.
+
+    Args:
+        sample: what is written.
+        context: where it is written.
+
+    Raises:
+        RowError: `boxes` is one box, or does not begin with the answer.
+    """
+    boxes = sample.boxes or (sample.answer,)
+    if boxes[0] != sample.answer or len(sample.boxes) == 1:
+        problem = f"sample {sample.id}: boxes {sample.boxes} against {sample.answer}"
+        remedy = "boxes must be () or several, the answer first"
+        raise context.error("bad_sample", f"{problem}; {remedy}")
+    return boxes
+
+
+def _strip_markers(text: str) -> str:
+    return text.replace(IMAGE_MARKER, "").lstrip("\n")
+
+
+def _add_markers(sample: GroundingSample, text: str) -> str:
+    return IMAGE_MARKER * len(sample.images) + text
+
+
+# ---------------------------------------------------------------- stage 2, MIG-Bench
+
+
+def _read_stage2(row: Row, context: RowContext) -> Samples:
+    question = _strip_markers(context.get(row, "question", str))
+    answer = parse_training_box(context.get(row, "answer", list), context)
+    yield build_sample(row, context, context.images(row), question, answer)
+
+
+def _write_stage2(sample: GroundingSample, context: RowContext) -> Row:
     return {
-        "images": [place.unrooted(p) for p in sample.images],
-        "question": _markers(sample) + sample.question,
+        "images": context.strip_root(sample.images),
+        "question": _add_markers(sample, sample.question),
         "answer": list(sample.answer),
-        **extras(sample),
+        **own_keys(sample),
     }
 
 
-def read_mig(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    """MIG-Bench: 0-1 floats (original) or 0-1000 (revised), one unit per file (E3)."""
-    numbers = place.numbers(place.get(row, "answer", list))
+def _read_mig(row: Row, context: RowContext) -> Samples:
+    """Read 0-1 floats (original) or 0-1000 (revised), one unit per file."""
+    numbers = context.numbers(context.get(row, "answer", list))
     unit = max(numbers) <= _UNIT_LIMIT
-    if place.scale is None:
-        place.scale = 1 if unit else GRID
-    mixed = not unit if place.scale == 1 else unit and numbers != [*map(int, numbers)]
-    if mixed:
-        raise place.error(
-            "box_unit",
-            f"answer {numbers} is not in the file's unit (0-{place.scale})",
-            "write all answers in one unit",
-        )
-    box = from_unit(numbers if place.scale == 1 else [v / GRID for v in numbers])
-    if place.scale == GRID:
-        x1, y1, x2, y2 = (min(GRID, max(0, round(v))) for v in numbers)
-        box = (x1, y1, x2, y2)
-    check_evaluation_box(numbers, box, (place.scale, place.scale), place)
-    place.get(row, "task", str)
-    yield build(row, place, place.images(row), place.get(row, "question", str), box)
+    if context.scale is None:
+        context.scale = 1 if unit else GRID
+    whole = numbers == [*map(int, numbers)]
+    if not unit if context.scale == 1 else unit and not whole:
+        problem = f"answer {numbers} is not in the file's unit (0-{context.scale})"
+        raise context.error("box_unit", f"{problem}; write all answers in one unit")
+    highest = GRID - 1 if context.scale == 1 else GRID
+    box = clip_to_grid(numbers, (context.scale, context.scale), context, highest)
+    context.get(row, "task", str)
+    question = _strip_markers(context.get(row, "question", str))
+    yield build_sample(row, context, context.images(row), question, box)
 
 
-def write_mig(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    if max(sample.answer) >= GRID:
-        raise place.error(
-            "box_out_of_range",
-            f"answer {sample.answer} of sample {sample.id} holds {GRID}",
-            "0-1 files are read back clipped to 0..999: use min(v, 999), "
-            "or format 'mig_bench_revised'",
-        )
-    row = write_mig_revised(sample, place)
-    return row | {"answer": [v / GRID for v in sample.answer]}
+def _read_mig_revised(row: Row, context: RowContext) -> Samples:
+    context.scale = GRID
+    return _read_mig(row, context)
 
 
-def write_mig_revised(sample: GroundingSample, place: Place) -> dict[str, Any]:
+def _write_mig_revised(sample: GroundingSample, context: RowContext) -> Row:
     return {
         "task": sample.task,
-        "images": [place.unrooted(p) for p in sample.images],
+        "images": context.strip_root(sample.images),
         "question": sample.question,
         "answer": list(sample.answer),
         "additional_info": "",
         "need_format": True,
-        **{k: v for k, v in extras(sample).items() if k != "task"},
+        **own_keys(sample, "task"),
     }
 
 
-def read_mig_revised(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    place.scale = GRID
-    return read_mig(row, place)
+def _write_mig(sample: GroundingSample, context: RowContext) -> Row:
+    if max(sample.answer) >= GRID:
+        problem = f"answer {sample.answer} of sample {sample.id} holds {GRID}, but 0-1 "
+        remedy = "files are read back clipped to 0..999; use format 'mig_bench_revised'"
+        raise context.error("box_out_of_range", problem + remedy)
+    row = _write_mig_revised(sample, context)
+    return row | {"answer": [v / GRID for v in sample.answer]}
 
 
-def _boxes_in(text: str) -> list[tuple[float, ...]]:
-    """As `find_boxes`, in half the time for what nearly every reply holds."""
-    usual = _USUAL_BOX.search(text)
-    if usual and text.count("(") == 2 and "[" not in text and "<box>" not in text:
-        return [tuple(map(int, usual.groups()))]
-    return find_boxes(text)
+# ---------------------------------------------------------------- sharegpt dialogues
+
+# the key of the turns: keys of a turn, who asks and who replies
+_TURNS = {
+    "conversations": ("from", "value", ("human", "gpt")),
+    "messages": ("role", "content", ("user", "assistant")),
+}
 
 
-def _turns(
-    row: dict[str, Any], place: Place, images: tuple[str, ...]
+def _read_turns(
+    row: Row, context: RowContext, images: tuple[str, ...]
 ) -> list[tuple[str, str]]:
-    """(human, gpt) pairs of a sharegpt row, in either key style; system turns skipped.
+    """Return (question, reply) pairs; system turns are skipped.
 
-    Checks that ``<image>`` markers and images agree in number: LLaMA-Factory pairs them
-    in order, so one too few shifts or drops a picture.
+    Image markers and images must agree in number: LLaMA-Factory pairs them in order, so
+    one too few shifts or drops a picture.
     """
-    style = _STYLES["conversations" if "conversations" in row else "messages"]
-    turns = place.get(row, style.key, list)
-    pairs = _pairs(turns, style) or _pairs(_without_system(turns, style, place), style)
-    markers = sum([question.count(IMAGE_MARKER) for question, _ in pairs])
-    if markers != len(images):
-        raise place.error(
-            "marker_mismatch",
-            f"{markers} {IMAGE_MARKER} markers for {len(images)} images",
-            "write one marker for each image",
-        )
-    return pairs
-
-
-def _pairs(turns: list[Any], style: _Style) -> list[tuple[str, str]]:
-    """Questions and replies; [] unless all turns are texts and alternate in pairs."""
-    _, who, what, asks, replies = style
-    pairs = []
-    try:
-        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-            question, reply = human[what], gpt[what]
-            if human[who] != asks or gpt[who] != replies:
-                return []
-            if type(question) is not str or type(reply) is not str:
-                return []
-            pairs.append((question, reply))
-    except (KeyError, TypeError, ValueError):  # no such key, no object, an odd number
-        return []
-    return pairs
-
-
-def _without_system(turns: list[Any], style: _Style, place: Place) -> list[Any]:
-    """The turns but for the system's, looked at one by one to say what is wrong."""
-    _, who, what, *names = style
-    kept = []
-    for turn in turns:
+    key = "conversations" if "conversations" in row else "messages"
+    who, what, roles = _TURNS[key]
+    texts: list[str] = []
+    for turn in context.get(row, key, list):
         if not isinstance(turn, dict):
-            raise place.error("bad_turn", f"turn {turn!r:.60}", f"give {who}/{what}")
-        role = place.get(turn, who, str)
+            raise context.error("bad_turn", f"turn {turn!r:.60}; give {who} and {what}")
+        role = turn.get(who)
         if role == "system":
             continue
-        if role != names[len(kept) % 2]:
-            raise place.error(
-                "bad_turn",
-                f"turn {len(kept)} is from {role!r}",
-                f"turns must alternate {names[0]}, {names[1]}",
-            )
-        place.get(turn, what, str)
-        kept.append(turn)
-    if not kept or len(kept) % 2:
-        raise place.error(
-            "bad_turn", f"{len(kept)} turns", "give question and reply in pairs"
-        )
-    return kept
+        if role != roles[len(texts) % 2]:
+            problem = f"turn {len(texts)} is from {role!r}"
+            remedy = f"turns must alternate {roles[0]}, {roles[1]}"
+            raise context.error("bad_turn", f"{problem}; {remedy}")
+        texts.append(context.get(turn, what, str))
+    if not texts or len(texts) % 2:
+        problem = f"{len(texts)} turns; give question and reply in pairs"
+        raise context.error("bad_turn", problem)
+    markers = sum([text.count(IMAGE_MARKER) for text in texts[::2]])
+    if markers != len(images):
+        problem = f"{markers} {IMAGE_MARKER} markers for {len(images)} images"
+        raise context.error("marker_mismatch", f"{problem}; write one for each image")
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def read_stage1(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    images = place.images(row)
-    pairs = _turns(row, place, images)
+def _read_stage1(row: Row, context: RowContext) -> Samples:
+    images = context.images(row)
+    pairs = _read_turns(row, context, images)
     if len(pairs) != 1:
-        raise place.error(
-            "bad_turn",
-            f"{len(pairs)} question/reply pairs",
-            "stage1_cotsft has one; multi-turn files are format='mgrounding'",
-        )
-    text, reply = pairs[0]
-    text = text.replace(IMAGE_MARKER, "").lstrip("\n")
-    asked = text.endswith(COT_SUFFIX)
+        problem = f"{len(pairs)} question/reply pairs"
+        remedy = "stage1_cotsft has one; multi-turn files are format='mgrounding'"
+        raise context.error("bad_turn", f"{problem}; {remedy}")
+    text, reply = _strip_markers(pairs[0][0]), pairs[0][1]
     if row.get("cot") is not None:
-        cot = place.get(row, "cot", bool)
+        cot = context.get(row, "cot", bool)
     else:
-        simple = text.startswith(SINGLE_IMAGE_PREFIX) or is_single_image(images)
-        cot = asked or not simple
-    text = text.removesuffix(COT_SUFFIX) if cot else text
-    text = text if cot else text.removeprefix(SINGLE_IMAGE_PREFIX)
+        simple = text.startswith(SINGLE_IMAGE_PREFIX) or _is_single_image(images)
+        cot = text.endswith(COT_SUFFIX) or not simple
+    fields: dict[str, Any] = {"cot": cot}
     think, closed, rest = reply.partition("</think>")
-    chain = think.partition("<think>")[2] if closed and "<think>" in think else None
-    boxes = _boxes_in(rest if closed else reply)
+    if closed and "<think>" in think:
+        fields["chain"] = think.partition("<think>")[2]
+    boxes = find_boxes(rest if closed else reply)
     if len(boxes) != 1:
-        raise place.error(
-            "bad_reply",
-            f"reply {reply[-60:]!r} answers with {len(boxes)} boxes",
-            "write <answer>(x1,y1),(x2,y2)</answer> with one box",
-        )
-    answer = training_box(boxes[0], place)
-    yield build(row, place, images, text, answer, cot=cot, chain=chain)
+        problem = f"reply {reply[-60:]!r} answers with {len(boxes)} boxes"
+        remedy = "write <answer>(x1,y1),(x2,y2)</answer> with one box"
+        raise context.error("bad_reply", f"{problem}; {remedy}")
+    answer = parse_training_box(boxes[0], context)
+    question = strip_request(text, cot)
+    yield build_sample(row, context, images, question, answer, **fields)
 
 
-def write_stage1(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    text = prompt_text(sample.question, sample.cot)
-    reply = target_text(sample.answer, sample.cot, sample.chain)
+def _write_stage1(sample: GroundingSample, context: RowContext) -> Row:
+    reply = reply_text(sample, cot=sample.chain is not None)
     return {
         "conversations": [
-            {"from": "human", "value": _markers(sample) + text},
+            {"from": "human", "value": _add_markers(sample, user_text(sample))},
             {"from": "gpt", "value": reply},
         ],
-        "images": [place.unrooted(p) for p in sample.images],
-        **extras(sample, chain=not sample.cot),
-        # said in so many words: a question may end like the request for a chain
-        **({} if sample.cot else {"cot": False}),
+        "images": context.strip_root(sample.images),
+        **own_keys(sample, *(["chain"] if sample.cot else [])),
     }
 
 
-def read_mgrounding(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    """Every pair whose reply holds a box; pairs without one (captions) are passed over.
+def _read_mgrounding(row: Row, context: RowContext) -> Samples:
+    """Read every pair whose reply holds a box; pairs without one are passed over.
 
-    Several boxes in one reply: all in ``boxes``, the first is the answer.
+    Several boxes in one reply: all are in `boxes`, the first is the answer.
     """
-    images = place.images(row)
-    pairs = _turns(row, place, images)
-    name = place.name(row)
-    task, cot, chain = own_keys(row, place, images)
-    if row.get("type"):
-        task = place.get(row, "type", str)
-    for turn, (human, gpt) in enumerate(pairs):
-        if found := _boxes_in(gpt):
-            boxes = [training_box(box, place) for box in found]
-            several = tuple(boxes) if len(boxes) > 1 else ()
-            id = name if len(pairs) == 1 else f"{name}/{turn}"
-            yield make(place, id, task, images, human, boxes[0], cot, chain, several)
+    images = context.images(row)
+    pairs = _read_turns(row, context, images)
+    fields = {"task": context.get(row, "type", str)} if row.get("type") else {}
+    name = context.sample_id(row)
+    for turn, (text, reply) in enumerate(pairs):
+        if found := find_boxes(reply):
+            boxes = [parse_training_box(box, context) for box in found]
+            fields["id"] = name if len(pairs) == 1 else f"{name}/{turn}"
+            fields["boxes"] = tuple(boxes) if len(boxes) > 1 else ()
+            question = _strip_markers(text)
+            yield build_sample(row, context, images, question, boxes[0], **fields)
 
 
-def write_mgrounding(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    boxes = sample.boxes or (sample.answer,)
-    if boxes[0] != sample.answer or len(sample.boxes) == 1:
-        raise place.error(
-            "bad_sample",
-            f"sample {sample.id}: boxes {sample.boxes} against {sample.answer}",
-            "boxes must be () or several, the answer first",
-        )
-    marked = [f"<|box_start|>{format_box(b)}<|box_end|>" for b in boxes]
-    keys = extras(sample)
+def _write_mgrounding(sample: GroundingSample, context: RowContext) -> Row:
+    boxes = list_boxes(sample, context)
+    marked = [f"<|box_start|>{format_box(box)}<|box_end|>" for box in boxes]
     return {
         "id": sample.id,
-        "images": [place.unrooted(p) for p in sample.images],
+        "images": context.strip_root(sample.images),
         "conversations": [
-            {"from": "human", "value": _markers(sample) + sample.question},
+            {"from": "human", "value": _add_markers(sample, sample.question)},
             {"from": "gpt", "value": "".join(marked)},
         ],
         "type": sample.task,
-        **{k: v for k, v in keys.items() if k in ("cot", "chain")},
+        **own_keys(sample, "id", "task", "boxes"),
     }
 
 
 class Format(NamedTuple):
     """How one kind of file is read and written, row by row."""
 
-    read: Callable[[dict[str, Any], Place], Iterator[GroundingSample]]
-    write: Callable[[GroundingSample, Place], dict[str, Any]]
+    read: Callable[[Row, RowContext], Samples]
+    write: Callable[[GroundingSample, RowContext], Row]
     training: bool  # True: a bad box is an error; False: it is clipped
 
 
 FORMATS = {
-    "stage1_cotsft": Format(read_stage1, write_stage1, True),
-    "stage2_rl": Format(read_stage2, write_stage2, True),
-    "mgrounding": Format(read_mgrounding, write_mgrounding, True),
-    "mig_bench": Format(read_mig, write_mig, False),
-    "mig_bench_revised": Format(read_mig_revised, write_mig_revised, False),
+    "stage1_cotsft": Format(_read_stage1, _write_stage1, True),
+    "stage2_rl": Format(_read_stage2, _write_stage2, True),
+    "mgrounding": Format(_read_mgrounding, _write_mgrounding, True),
+    "mig_bench": Format(_read_mig, _write_mig, False),
+    "mig_bench_revised": Format(_read_mig_revised, _write_mig_revised, False),
 }

@@ -1,23 +1,19 @@
-"""What the model is asked and what it should reply (PF sec. 9, 2.2)."""
+"""What the model is asked, and what it should reply (docs/paper_facts.md#prompts)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from univg_nb.data.boxes import Box, format_box
+from univg_nb.data.boxes import format_box
 from univg_nb.data.sample import GroundingSample
 
-__all__ = [
-    "COT_SUFFIX",
-    "DIRECT_SUFFIX",
-    "SINGLE_IMAGE_PREFIX",
-    "STYLES",
-    "messages",
-    "reply_text",
-    "user_text",
-]
-
-# The request the baselines get, spelling included: their published numbers rest on it.
+# The wording of the released prompts; a checkpoint expects it verbatim.
+COT_SUFFIX = (
+    " First output the thinking process in <think> </think> tags and then output the "
+    "bounding box in <answer> </answer> tags."
+)
+SINGLE_IMAGE_PREFIX = "This is a single image grounding task with simple reference. "
+# The request to the baselines, spelling included: their published numbers rest on it.
 DIRECT_SUFFIX = (
     " Format:<|box_start|>(x1,y1),(x2,y2)<|box_end|>. Don't generate addtional words."
 )
@@ -25,27 +21,46 @@ STYLES = ("univg", "direct", "plain")
 
 
 def user_text(sample: GroundingSample, style: str = "univg") -> str:
-    """The text of the user turn, images not included.
+    """Return the text of the user turn, without images. The sample is not changed.
 
-    Styles: ``univg`` asks for think and answer, or, for a sample with ``cot=False``,
-    puts the single-image sentence in front; ``direct`` is the baselines' request for a
-    box alone; ``plain`` is the question as it is. The sample itself is never changed
-    (PF sec. 9, E5). Raises ValueError for an unknown style.
+    Args:
+        sample: the question.
+        style: "univg" asks for think and answer or, for a sample with `cot=False`, puts
+            the single-image sentence first; "direct" is the baselines' request for a
+            box alone; "plain" is the question as it is.
+
+    Raises:
+        ValueError: the style is unknown.
     """
-    if style == "univg":
-        return prompt_text(sample.question, sample.cot)
-    if style == "direct":
-        return sample.question + DIRECT_SUFFIX
-    if style == "plain":
-        return sample.question
-    raise ValueError(f"prompt style {style!r} is unknown; use one of {STYLES}")
+    if style == "univg" and not sample.cot:
+        return SINGLE_IMAGE_PREFIX + sample.question
+    suffixes = {"univg": COT_SUFFIX, "direct": DIRECT_SUFFIX, "plain": ""}
+    if style not in suffixes:
+        raise ValueError(f"prompt style {style!r} is unknown; use one of {STYLES}")
+    return sample.question + suffixes[style]
+
+
+def strip_request(text: str, cot: bool) -> str:
+    """Return the question of a user turn in style "univg": the inverse of `user_text`.
+
+    Args:
+        text: the user turn, without image markers.
+        cot: whether it asks for a chain; False in single-image mode.
+    """
+    return (
+        text.removesuffix(COT_SUFFIX) if cot else text.removeprefix(SINGLE_IMAGE_PREFIX)
+    )
 
 
 def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, Any]]:
-    """The chat: one user turn, an image part for each image, then the text.
+    """Return the chat: one user turn with a part for each image, then the text.
 
     Image parts are placeholders; the pictures go to the processor separately, opened by
-    `images.open_image`. No system turn: the chat template adds the model's own.
+    `images.open_image`. There is no system turn: the chat template adds the model's.
+
+    Args:
+        sample: the question and its images.
+        style: as in `user_text`.
     """
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
     parts.append({"type": "text", "text": user_text(sample, style)})
@@ -53,38 +68,23 @@ def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, An
 
 
 def reply_text(sample: GroundingSample, cot: bool = True) -> str:
-    """The reply to learn.
+    """Return the reply to learn: `<think>...</think><answer>(x1,y1),(x2,y2)</answer>`.
 
-    ``<think>chain</think><answer>(x1,y1),(x2,y2)</answer>``; with ``cot=False`` (the
-    control without chains) the answer alone; for a single-image sample a bare box.
-    Raises ValueError where a chain is wanted and the sample has none.
+    Args:
+        sample: the box and the chain; one in single-image mode gets a bare box.
+        cot: False leaves the chain out (the control without chains).
+
+    Raises:
+        ValueError: a chain is wanted and the sample has none.
     """
     if not sample.cot:
         return format_box(sample.answer)
-    if cot and sample.chain is None:
+    answer = f"<answer>{format_box(sample.answer)}</answer>"
+    if not cot:
+        return answer
+    if sample.chain is None:
         raise ValueError(
             f"sample {sample.id} ({sample.source}) has no chain; add one (notebook 02) "
             "or train the control with cot=False"
         )
-    return target_text(sample.answer, True, sample.chain if cot else None)
-
-
-# Wording of the released prompts (PF sec. 9 and 2.2); a checkpoint expects it verbatim.
-COT_SUFFIX = (
-    " First output the thinking process in <think> </think> tags and then output the "
-    "bounding box in <answer> </answer> tags."
-)
-SINGLE_IMAGE_PREFIX = "This is a single image grounding task with simple reference. "
-
-
-def prompt_text(question: str, cot: bool) -> str:
-    """The user text of training and evaluation, per sample (PF sec. 9, 2.2)."""
-    return question + COT_SUFFIX if cot else SINGLE_IMAGE_PREFIX + question
-
-
-def target_text(answer: Box, cot: bool, chain: str | None) -> str:
-    """The reply to learn: chain and answer, answer alone, or a bare box."""
-    if not cot:
-        return format_box(answer)
-    think = "" if chain is None else f"<think>{chain}</think>"
-    return f"{think}<answer>{format_box(answer)}</answer>"
+    return f"<think>{sample.chain}</think>{answer}"

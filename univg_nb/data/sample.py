@@ -58,8 +58,9 @@ class GroundingSample:
             )
         elif self.chain is not None and any(tag in self.chain for tag in TAGS):
             problem = "chain must be the text inside <think>, without tags"
-        elif wrong := [b for b in (self.answer, *self.boxes) if not _is_on_grid(b)]:
-            problem = f"box {wrong[0]!r} must be four integers 0-{GRID}"
+        elif not _is_on_grid(self.answer) or not all(map(_is_on_grid, self.boxes)):
+            boxes = [self.answer, *self.boxes]
+            problem = f"boxes {boxes} must each be four integers 0-{GRID}"
         elif target is not None and not (
             type(target) is int and 1 <= target <= len(images)
         ):
@@ -72,10 +73,20 @@ class GroundingSample:
 def _is_on_grid(box: Box) -> bool:
     if len(box) != 4 or not _INTEGERS.issuperset(map(type, box)):
         return False
-    return min(box) >= 0 and max(box) <= GRID
+    x1, y1, x2, y2 = box
+    return 0 <= x1 <= GRID and 0 <= y1 <= GRID and 0 <= x2 <= GRID and 0 <= y2 <= GRID
 
 
-_ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
+_ORDINALS = (
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+)
 _IMAGE_NUMBER = re.compile(
     r"image[ -](\d{1,3}+)(?!\d)|(?<!\d)(\d{1,3}+)(?:st|nd|rd|th) image"
     rf"|({'|'.join(_ORDINALS)}) image",

@@ -1,26 +1,33 @@
-"""Rows of files with pixel boxes: LISA, LLMSeg, ReasonVOS, ReVOS (PF sec. 2.3, 9),
-and RefCOCO/+/g.
+"""Read and write rows with pixel boxes: LISA, LLMSeg, ReasonVOS, ReVOS, RefCOCO/+/g.
 
-Their boxes are pixels, so reading needs each image's size: the row's optional keys
-"width" and "height", else the image's header. Instructions are wrapped in the released
-sentence on reading and unwrapped on writing.
+Reading a pixel box needs the size of its image: the row's optional keys "width" and
+"height", else the image's header. Instructions are wrapped in the released sentence
+on reading and unwrapped on writing. Schemas: docs/paper_facts.md#files.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from univg_nb.data.boxes import GRID, Box, to_pixels
-from univg_nb.data.formats import FORMATS, Format
+from univg_nb.data.formats import (
+    FORMATS,
+    Format,
+    Row,
+    RowContext,
+    Samples,
+    build_sample,
+    clip_to_grid,
+    list_boxes,
+    own_keys,
+)
 from univg_nb.data.images import image_size
-from univg_nb.data.rows import Place, build, check_evaluation_box, extras
 from univg_nb.data.sample import GroundingSample
 
+# What stands before and after an instruction: `text.join(INSTRUCTION)` wraps it.
 INSTRUCTION = (
     "Output the bounding box in the image corresponding to the instruction: ",
     ".",
@@ -35,265 +42,209 @@ SCORED_FRAME = 2  # the third image, whatever the number of frames
 _NUMBER = re.compile(r"-?\d++(?:\.\d++)?+(?:[eE][+-]?\d++)?+")
 
 
-def _size(row: dict[str, Any], path: str, place: Place) -> tuple[int, int]:
+def _find_size(row: Row, path: str, context: RowContext) -> tuple[int, int]:
     if "width" in row or "height" in row:
-        width, height = (place.get(row, key, int) for key in ("width", "height"))
+        width, height = (context.get(row, key, int) for key in ("width", "height"))
         if width < 1 or height < 1:
-            raise place.error(
-                "bad_size", f"size {width} x {height}", "give the image's pixels"
-            )
+            problem = f"size {width} x {height}; give the image's pixels"
+            raise context.error("bad_size", problem)
         return width, height
     try:
         return image_size(path)
     except ValueError as error:
-        raise place.error(
-            "bad_image",
-            f"pixel boxes need the size of the image: {error}",
-            "pass image_root= or add the keys width and height",
-        ) from error
+        problem = f"pixel boxes need the size of the image: {error}"
+        remedy = "pass image_root= or add the keys width and height"
+        raise context.error("bad_image", f"{problem}; {remedy}") from error
 
 
-def _grid_box(value: Any, size: tuple[int, int], place: Place) -> Box:
-    """Pixels to 0-1000, rounded, clipped to the grid (an error in strict mode)."""
-    numbers = place.numbers(value)
-    w, h = size
-    x1, y1, x2, y2 = (
-        min(GRID, max(0, round(GRID * v / m)))
-        for v, m in zip(numbers, (w, h, w, h), strict=True)
-    )
-    check_evaluation_box(numbers, (x1, y1, x2, y2), (w, h), place)
-    return (x1, y1, x2, y2)
-
-
-def _pixel_box(box: Box, size: tuple[int, int]) -> list[float]:
-    """Whole pixels where they read back as the same box, else decimals."""
+def _to_whole_pixels(box: Box, size: tuple[int, int]) -> list[float]:
+    """Return whole pixels where they read back as the same box, else decimals."""
     exact = to_pixels(box, *size)
     whole = [round(v) for v in exact]
-    w, h = size
-    back = [round(GRID * v / m) for v, m in zip(whole, (w, h, w, h), strict=True)]
+    back = [round(GRID * v / m) for v, m in zip(whole, (*size, *size), strict=True)]
     return list(whole) if back == list(box) else list(exact)
 
 
-def _wrap(template: tuple[str, str], text: str) -> str:
-    return template[0] + text + template[1]
-
-
-def _unwrap(template: tuple[str, str], sample: GroundingSample, place: Place) -> str:
+def _unwrap(
+    template: tuple[str, str], sample: GroundingSample, context: RowContext
+) -> str:
     before, after = template
     text = sample.question
-    if not (text.startswith(before) and text.endswith(after)):
-        raise place.error(
-            "bad_question",
-            f"question {text[:60]!r} of sample {sample.id}",
-            f"a sample of this format begins with {before!r}",
-        )
-    return text[len(before) : -len(after)]
+    if text.startswith(before) and text.endswith(after):
+        return text[len(before) : -len(after)]
+    problem = f"question {text[:60]!r} of sample {sample.id}"
+    remedy = f"a sample of this format begins with {before!r}"
+    raise context.error("bad_question", f"{problem}; {remedy}")
 
 
-def _rest(sample: GroundingSample) -> dict[str, Any]:
-    return {k: v for k, v in extras(sample).items() if k != "boxes"}
+def _write_pixels(
+    sample: GroundingSample, context: RowContext, index: int = 0
+) -> tuple[str, list[list[float]], Row]:
+    """Return the path of an image, the boxes in its pixels and the other keys."""
+    path = context.strip_root(sample.images)[index]
+    width, height = size = _find_size({}, context.join_root([path])[0], context)
+    boxes = [_to_whole_pixels(box, size) for box in list_boxes(sample, context)]
+    return path, boxes, {"width": width, "height": height, **own_keys(sample, "boxes")}
 
 
-def _single(
-    row: dict[str, Any], place: Place, key: str, boxes: list[Any]
-) -> Iterator[GroundingSample]:
-    path = place.image(place.get(row, "image_path", str))
-    if not boxes:
-        raise place.error("bad_box", "no box at all", "give at least one")
-    size = _size(row, path, place)
-    grid = tuple(_grid_box(b, size, place) for b in boxes)
-    question = _wrap(INSTRUCTION, place.get(row, key, str))
-    # The released scorers use the first box alone (E8); all are kept in boxes.
-    several = grid if len(grid) > 1 else ()
-    yield build(row, place, (path,), question, grid[0], boxes=several)
+def _check_one_image(sample: GroundingSample, context: RowContext) -> None:
+    if len(sample.images) != 1:
+        problem = f"sample {sample.id} has {len(sample.images)} images"
+        raise context.error("bad_sample", f"{problem}; this format has one")
+
+
+# ---------------------------------------------------------------- one image
+
+
+def _read_single(row: Row, context: RowContext, *, text: str, boxes: str) -> Samples:
+    """Read LISA or LLMSeg, where boxes are lists of four or corner points of two."""
+    images = context.join_root([context.get(row, "image_path", str)])
+    values = context.get(row, boxes, list)
+    if values and all(isinstance(v, list) and len(v) == 2 for v in values):
+        if len(values) % 2:
+            problem = f"{len(values)} corner points; give pairs"
+            raise context.error("bad_box", problem)
+        values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
+    if not values:
+        raise context.error("bad_box", "no box at all; give at least one")
+    size = _find_size(row, images[0], context)
+    grid = [clip_to_grid(context.numbers(v), size, context) for v in values]
+    question = context.get(row, text, str).join(INSTRUCTION)
+    # the released scorers use the first box alone (docs/paper_facts.md#e8)
+    several = tuple(grid) if len(grid) > 1 else ()
+    yield build_sample(row, context, images, question, grid[0], boxes=several)
 
 
 def _write_single(
-    sample: GroundingSample, place: Place, key: str, box_key: str
-) -> dict[str, Any]:
-    boxes = sample.boxes or (sample.answer,)
-    if len(sample.images) != 1 or boxes[0] != sample.answer or len(sample.boxes) == 1:
-        raise place.error(
-            "bad_sample",
-            f"sample {sample.id} has {len(sample.images)} images, boxes {sample.boxes}",
-            "this format has one image; boxes must be () or several, the answer first",
-        )
-    path = place.unrooted(sample.images[0])
-    size = _size({}, place.image(path), place)
-    return {
-        "image_path": path,
-        key: _unwrap(INSTRUCTION, sample, place),
-        box_key: [_pixel_box(b, size) for b in boxes],
-        "width": size[0],
-        "height": size[1],
-        **_rest(sample),
-    }
+    sample: GroundingSample, context: RowContext, *, text: str, boxes: str
+) -> Row:
+    _check_one_image(sample, context)
+    path, pixels, rest = _write_pixels(sample, context)
+    question = _unwrap(INSTRUCTION, sample, context)
+    return {"image_path": path, text: question, boxes: pixels, **rest}
 
 
-def read_lisa(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    yield from _single(row, place, "instruction", place.get(row, "boxes", list))
+def _read_refcoco(row: Row, context: RowContext) -> Samples:
+    """Read RefCOCO/+/g as VLM-R1 distributes them; the task is the file's name.
 
-
-def write_lisa(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    return _write_single(sample, place, "instruction", "boxes")
-
-
-def read_llmseg(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    """``bbox`` holds boxes of four, or corner points of two, as lists."""
-    value = place.get(row, "bbox", list)
-    if value and all(isinstance(v, list) and len(v) == 2 for v in value):
-        if len(value) % 2:
-            raise place.error("bad_box", f"{len(value)} corner points", "give pairs")
-        value = [a + b for a, b in zip(value[::2], value[1::2], strict=True)]
-    yield from _single(row, place, "question", value)
-
-
-def write_llmseg(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    return _write_single(sample, place, "question", "bbox")
-
-
-def read_refcoco(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    """RefCOCO/+/g as VLM-R1 distributes them: ``problem`` asks, ``solution`` is a box.
-
-    Always in single-image mode, wherever the images lie; the task is the file's name
-    (refcoco_val), the column of the paper's Table 3.
+    `problem` asks, `solution` is a box. Always in single-image mode, wherever the
+    images lie. File names such as refcoco_val are the columns of the paper's Table 3.
     """
-    path = place.image(place.get(row, "image", str))
-    value = place.get(row, "solution", list)
-    box = _grid_box(value, _size(row, path, place), place)
-    text, task = place.get(row, "problem", str), row.get("task", Path(place.file).stem)
-    yield build(row, place, (path,), text, box, cot=False, task=task)
+    images = context.join_root([context.get(row, "image", str)])
+    numbers = context.numbers(context.get(row, "solution", list))
+    box = clip_to_grid(numbers, _find_size(row, images[0], context), context)
+    text = context.get(row, "problem", str)
+    fields = {"cot": False, "task": row.get("task", Path(context.file).stem)}
+    yield build_sample(row, context, images, text, box, **fields)
 
 
-def write_refcoco(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    if sample.cot or len(sample.images) != 1 or sample.boxes:
-        raise place.error(
-            "bad_sample",
-            f"sample {sample.id} has {len(sample.images)} images, cot {sample.cot}",
-            "this format has one image and one box, and asks for no chain",
-        )
-    path = place.unrooted(sample.images[0])
-    size = _size({}, place.image(path), place)
-    return {
-        "image": path,
-        "problem": sample.question,
-        "solution": _pixel_box(sample.answer, size),
-        "width": size[0],
-        "height": size[1],
-        **_rest(sample),
-    }
+def _write_refcoco(sample: GroundingSample, context: RowContext) -> Row:
+    _check_one_image(sample, context)
+    if sample.cot or sample.boxes:
+        problem = f"sample {sample.id} has cot {sample.cot}, boxes {sample.boxes}"
+        remedy = "this format has one box and asks for no chain"
+        raise context.error("bad_sample", f"{problem}; {remedy}")
+    path, (box,), rest = _write_pixels(sample, context)
+    return {"image": path, "problem": sample.question, "solution": box, **rest}
 
 
-def _video(
-    row: dict[str, Any], place: Place, images: tuple[str, ...]
-) -> Iterator[GroundingSample]:
-    boxes = place.get(row, "bbox_list", list)
+# ---------------------------------------------------------------- videos
+
+
+def _read_video(row: Row, context: RowContext, images: tuple[str, ...]) -> Samples:
+    boxes = context.get(row, "bbox_list", list)
     if len(images) <= SCORED_FRAME or len(boxes) <= SCORED_FRAME:
-        raise place.error(
-            "bad_frames",
-            f"{len(images)} frames, {len(boxes)} boxes",
-            f"the box of frame {SCORED_FRAME + 1} is the answer: give at least as many",
-        )
-    value = boxes[SCORED_FRAME]
-    if isinstance(value, str):  # decimals kept whole, unlike the released reader (E8)
-        value = [float(n) for n in _NUMBER.findall(value)]
-    elif isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = [float(n) for v in value for n in _NUMBER.findall(v)]
-    box = _grid_box(value, _size(row, images[SCORED_FRAME], place), place)
-    question = _wrap(VIDEO_INSTRUCTION, place.get(row, "question", str))
-    yield build(row, place, images, question, box)
+        problem = f"{len(images)} frames, {len(boxes)} boxes"
+        remedy = f"the box of frame {SCORED_FRAME + 1} is the answer: give as many"
+        raise context.error("bad_frames", f"{problem}; {remedy}")
+    value: Any = boxes[SCORED_FRAME]
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        # decimals are kept whole, unlike in the released reader
+        value = [float(number) for text in texts for number in _NUMBER.findall(text)]
+    size = _find_size(row, images[SCORED_FRAME], context)
+    question = context.get(row, "question", str).join(VIDEO_INSTRUCTION)
+    box = clip_to_grid(context.numbers(value), size, context)
+    yield build_sample(row, context, images, question, box)
 
 
-def _write_video(sample: GroundingSample, place: Place) -> dict[str, Any]:
+def _write_video(sample: GroundingSample, context: RowContext) -> Row:
     if len(sample.images) <= SCORED_FRAME or sample.boxes:
-        raise place.error(
-            "bad_sample",
-            f"sample {sample.id}: {len(sample.images)} frames, boxes {sample.boxes}",
-            f"a video item has more than {SCORED_FRAME} frames and one box",
-        )
-    middle = place.image(place.unrooted(sample.images[SCORED_FRAME]))
-    size = _size({}, middle, place)
-    boxes: list[Any] = [[] for _ in sample.images]
-    boxes[SCORED_FRAME] = _pixel_box(sample.answer, size)
-    return {
-        "question": _unwrap(VIDEO_INSTRUCTION, sample, place),
-        "bbox_list": boxes,
-        "width": size[0],
-        "height": size[1],
-        **_rest(sample),
-    }
+        problem = f"sample {sample.id}: {len(sample.images)} frames, {sample.boxes}"
+        remedy = f"a video item has more than {SCORED_FRAME} frames and one box"
+        raise context.error("bad_sample", f"{problem}; {remedy}")
+    _, (box,), rest = _write_pixels(sample, context, SCORED_FRAME)
+    boxes: list[list[float]] = [[] for _ in sample.images]
+    boxes[SCORED_FRAME] = box
+    question = _unwrap(VIDEO_INSTRUCTION, sample, context)
+    return {"question": question, "bbox_list": boxes, **rest}
 
 
-def read_reasonvos(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    yield from _video(row, place, place.images(row, "image_list"))
+def _read_reasonvos(row: Row, context: RowContext) -> Samples:
+    yield from _read_video(row, context, context.images(row, "image_list"))
 
 
-def write_reasonvos(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    row = _write_video(sample, place)
+def _write_reasonvos(sample: GroundingSample, context: RowContext) -> Row:
+    row = _write_video(sample, context)
     row["bbox_list"] = [str(b) for b in row["bbox_list"]]  # strings, as released
-    return {"image_list": [place.unrooted(p) for p in sample.images], **row}
-
-
-def _number_in(name: str) -> int:
-    return int(_NUMBER.findall(name)[0])
+    return {"image_list": context.strip_root(sample.images), **row}
 
 
 @lru_cache(maxsize=4096)
-def _frames(folder: str) -> tuple[str, ...]:
-    """Frame files of a video folder in order of the first number in their names."""
-    names = [n for n in os.listdir(folder) if n.endswith((".jpg", ".png"))]
-    return tuple(sorted((n for n in names if re.search(r"\d", n)), key=_number_in))
+def _list_frames(folder: Path) -> tuple[str, ...]:
+    """Return the frames of a video, in the order of the first number in their names."""
+    names = [p.name for p in folder.iterdir() if p.suffix in (".jpg", ".png")]
+    numbers = [(re.findall(r"\d+", name), name) for name in names]
+    return tuple(name for _, name in sorted((int(n[0]), s) for n, s in numbers if n))
 
 
-def _video_frames(folder: str, place: Place) -> tuple[str, ...]:
-    if not os.path.isdir(folder):
-        raise place.error(
-            "bad_image",
-            f"video folder {folder} does not exist",
-            "pass the folder that holds the videos as image_root=",
-        )
-    return _frames(folder)
+def _find_frames(folder: str, context: RowContext) -> tuple[str, ...]:
+    if not Path(folder).is_dir():
+        problem = f"video folder {folder} does not exist"
+        remedy = "pass the folder that holds the videos as image_root="
+        raise context.error("bad_image", f"{problem}; {remedy}")
+    return _list_frames(Path(folder))
 
 
-def read_revos(row: dict[str, Any], place: Place) -> Iterator[GroundingSample]:
-    """``frames`` counts the sorted files of the folder ``video_id``."""
-    folder = place.image(place.get(row, "video_id", str))
-    names = _video_frames(folder, place)
-    picked = place.get(row, "frames", list)
+def _read_revos(row: Row, context: RowContext) -> Samples:
+    """Read `frames` as positions in the sorted files of the folder `video_id`."""
+    folder = context.join_root([context.get(row, "video_id", str)])[0]
+    names = _find_frames(folder, context)
+    picked = context.get(row, "frames", list)
     for index in picked:
         if not isinstance(index, int) or not 0 <= index < len(names):
-            raise place.error(
-                "bad_frames",
-                f"frame {index!r} of {len(names)} in {folder}",
-                "check that the video is complete",
-            )
-    images = tuple(os.path.join(folder, names[i]) for i in picked)
-    yield from _video(row, place, images)
+            problem = f"frame {index!r} of {len(names)} in {folder}"
+            remedy = "check that the video is complete"
+            raise context.error("bad_frames", f"{problem}; {remedy}")
+    images = tuple(str(Path(folder, names[index])) for index in picked)
+    yield from _read_video(row, context, images)
 
 
-def write_revos(sample: GroundingSample, place: Place) -> dict[str, Any]:
-    paths = [place.unrooted(p) for p in sample.images]
-    folders = {os.path.dirname(p) for p in paths}
-    if len(folders) != 1:
-        raise place.error(
-            "bad_frames",
-            f"sample {sample.id} has frames in {len(folders)} folders",
-            "a ReVOS video is one folder",
-        )
-    video = folders.pop()
-    names = _video_frames(place.image(video), place)
-    missing = [p for p in paths if os.path.basename(p) not in names]
+def _write_revos(sample: GroundingSample, context: RowContext) -> Row:
+    paths = [Path(path) for path in context.strip_root(sample.images)]
+    videos = {str(path.parent) for path in paths}
+    if len(videos) != 1:
+        problem = f"sample {sample.id} has frames in {len(videos)} folders"
+        raise context.error("bad_frames", f"{problem}; a ReVOS video is one folder")
+    video = videos.pop()
+    names = _find_frames(context.join_root([video])[0], context)
+    missing = [str(path) for path in paths if path.name not in names]
     if missing:
-        raise place.error("bad_frames", f"{missing} not found", "write the images")
-    row = _write_video(sample, place)
-    frames = [names.index(os.path.basename(p)) for p in paths]
-    return {"video_id": video, "frames": frames, **row}
+        problem = f"{missing} not found; write the images"
+        raise context.error("bad_frames", problem)
+    frames = [names.index(path.name) for path in paths]
+    return {"video_id": video, "frames": frames, **_write_video(sample, context)}
+
+
+def _single_format(text: str, boxes: str) -> Format:
+    read = partial(_read_single, text=text, boxes=boxes)
+    return Format(read, partial(_write_single, text=text, boxes=boxes), False)
 
 
 ALL_FORMATS = FORMATS | {
-    "lisa": Format(read_lisa, write_lisa, False),
-    "llmseg": Format(read_llmseg, write_llmseg, False),
-    "reasonvos": Format(read_reasonvos, write_reasonvos, False),
-    "revos": Format(read_revos, write_revos, False),
-    "refcoco": Format(read_refcoco, write_refcoco, False),
+    "lisa": _single_format("instruction", "boxes"),
+    "llmseg": _single_format("question", "bbox"),
+    "reasonvos": Format(_read_reasonvos, _write_reasonvos, False),
+    "revos": Format(_read_revos, _write_revos, False),
+    "refcoco": Format(_read_refcoco, _write_refcoco, False),
 }
