@@ -8,7 +8,7 @@ from PIL import Image
 from univg_nb import models
 from univg_nb.base_model import architecture
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.generate import generate
+from univg_nb.evaluate.generate import GenerationOptions, generate
 
 
 def save_model(folder: Path) -> Path:
@@ -46,5 +46,5 @@ def questions(folder: Path, count: int = 9) -> list[GroundingSample]:
 
 def make_replies(model: Path, items: list[GroundingSample], out: Path) -> None:
     """Generate in a process of its own, for tests that kill it."""
-    loaded = models.load({"name_or_path": str(model)})
-    generate(*loaded, items, out, max_new_tokens=12, batch_size=2, progress=False)
+    loaded = models.load_for_inference({"name_or_path": str(model)})
+    generate(*loaded, items, out, GenerationOptions(max_new_tokens=12, batch_size=2))

@@ -36,7 +36,7 @@ def test_every_defect_of_the_evaluation_code_has_a_test():
 def test_T6_the_class_follows_the_config_and_not_the_folders_name(tmp_path):
     """Released: a path without "Qwen2-VL" in it raised, as UniVG-R1-stage1's did."""
     folder = make_tiny(tmp_path / "UniVG-R1-stage1")
-    model, _ = models.load({"name_or_path": str(folder)})
+    model, _ = models.load_for_inference({"name_or_path": str(folder)})
     assert type(model) is Qwen2VLForConditionalGeneration
 
 

@@ -138,13 +138,13 @@ def test_the_libraries_take_the_options_of_a_scale(name, tmp_path):
     scale = runs.load_scale(name)
     LoraConfig(**scale["sft"]["lora"])
     for section, library in (("sft", SFTConfig), ("grpo", GRPOConfig)):
-        own = config.OWN_SECTIONS[section].__annotations__
-        options = checkpoints.library_options(scale[section], tmp_path, list(own))
+        own = config.OWN_SECTIONS[section]
+        options = checkpoints.make_trainer_options(scale[section], tmp_path, list(own))
         assert library(**options).report_to == []
 
 
 def test_full_equals_the_paper():
-    """PF sec. 3, line by line."""
+    """See docs/paper_facts.md#training-configuration, line by line."""
     full = runs.load_scale("full")
     expected = {
         "model": {

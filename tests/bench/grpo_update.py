@@ -107,7 +107,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer, replies: int) -> None:
         self.trainer, self.replies, self.rows = trainer, replies, []
-        backbone = models.base_model(trainer.model).model
+        backbone = models.get_base_model(trainer.model).model
         backbone.visual.register_forward_pre_hook(self.count_images, with_kwargs=True)
         backbone.language_model.register_forward_pre_hook(
             self.count_tokens, with_kwargs=True
@@ -167,14 +167,14 @@ def build_model(case: Case):
     """(model with a LoRA adapter, processor); the vision tower is frozen."""
     bounds = {"min_pixels": case.side**2, "max_pixels": case.side**2}
     tiny = {"name_or_path": "tiny", "attn_implementation": "sdpa"} | bounds
-    model, processor = models.load(tiny)
+    model, processor = models.load_for_inference(tiny)
     if case.model != "tiny":
         path = config.SCALES / "models" / f"{case.model}.json"
         shape = Qwen2VLConfig(**io.read_json(path))
         for name in ("image", "video", "vision_start", "vision_end"):
             key = f"{name}_token_id"
             setattr(shape, key, getattr(model.config, key))
-        with torch.device(models.device()):
+        with torch.device(models.get_device()):
             large = Qwen2VLForConditionalGeneration(shape).to(torch.bfloat16)
         large.generation_config = model.generation_config
         model, processor.image_processor.patch_size = large, 14
@@ -240,7 +240,7 @@ def build_trainer(case: Case, out: str):
 
 def measure(case: Case) -> dict:
     """Medians over the updates after warm-up."""
-    with tempfile.TemporaryDirectory() as out, models.renamed_options():
+    with tempfile.TemporaryDirectory() as out, models.ignore_rename_warnings():
         trainer = build_trainer(case, out)
         watch = Watch(trainer, case.prompts * case.group * case.completion)
         trainer.add_callback(watch)

@@ -44,7 +44,7 @@ class Counted:
 def plain(scale, rows, out):
     """SFTTrainer as its documentation has it: prompt, completion and images."""
     section = scale["sft"]
-    model, processor = models.load(scale["model"], trainable=True)
+    model, processor = models.load_for_training(scale["model"])
     models.freeze_vision(model)
     model = models.add_lora(model, section["lora"])
     data = Dataset.from_list(
@@ -64,7 +64,7 @@ def plain(scale, rows, out):
             "images": [[open_image(path) for path in row] for row in batch["images"]],
         }
     )
-    options = checkpoints.library_options(section, out, sft.OWN_OPTIONS)
+    options = checkpoints.make_trainer_options(section, out, sft.OWN_OPTIONS)
     arguments = SFTConfig(**options | {"max_length": None, "save_strategy": "no"})
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=processor

@@ -142,7 +142,7 @@ def whole_rows(model, batch) -> list[torch.Tensor]:
 
 def shared_rows(model, batch, max_tokens, vision) -> list[torch.Tensor]:
     """The same from the rows' tensors, with shared prompts."""
-    width, backbone = batch["width"], models.base_model(model).model
+    width, backbone = batch["width"], models.get_base_model(model).model
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     images = [batch[n] for n in ("pixel_values", "image_grid_thw", "num_images")]
     runs = shared_prefix.split_rows(*(batch[n] for n in names), width, *images)
@@ -188,7 +188,7 @@ GROUP = st.tuples(
 )
 def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention):
     model = built[kind]
-    language = models.base_model(model).model.language_model
+    language = models.get_base_model(model).model.language_model
     language.set_attn_implementation("sdpa")
     groups = []
     for number, (sizes, before, after, lengths) in enumerate(layout):
@@ -233,7 +233,7 @@ def test_flex_attention_gets_the_same_mask():
 def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
     rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
     assert Segments.of(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
-    backbone = models.base_model(built["full"]).model
+    backbone = models.get_base_model(built["full"]).model
     ids = torch.randint(2, WORDS, (2, 8), generator=torch.Generator().manual_seed(0))
     real = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])  # left-padded
     states = []
@@ -255,7 +255,7 @@ def images_of(*seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_image_is_computed_once_and_equals_the_models_own(built):
-    backbone, cache = models.base_model(built["full"]).model, VisionCache()
+    backbone, cache = models.get_base_model(built["full"]).model, VisionCache()
     pixels, grid = images_of(1, 2, 1)
     with torch.no_grad():
         own = backbone.get_image_features(pixels, grid, return_dict=True).pooler_output
@@ -271,7 +271,7 @@ def test_an_image_is_computed_once_and_equals_the_models_own(built):
 
 
 def test_the_cache_forgets_the_image_not_used_for_longest(built):
-    backbone = models.base_model(built["full"]).model
+    backbone = models.get_base_model(built["full"]).model
     size = 4 * TEXT["hidden_size"] * 4  # bytes of 4 tokens in float32
     cache = VisionCache(limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
@@ -281,7 +281,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
 
 
 def test_features_of_a_tower_that_trains_are_refused(built):
-    backbone = models.base_model(built["tower"]).model
+    backbone = models.get_base_model(built["tower"]).model
     with pytest.raises(ValueError, match="freeze_vision: true"):
         VisionCache().features(backbone, *images_of(1))
 

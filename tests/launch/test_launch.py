@@ -96,7 +96,7 @@ def test_what_is_said_when_the_number_of_processes_changes():
 def test_a_wrong_world_size_is_an_error_before_the_weights(tmp_path):
     request = {"processes": 2, "strategy": "ddp"}
     with pytest.raises(ValueError, match="2 processes were asked for, 1 train"):
-        worker.run(request, worker.Status(tmp_path, 0))
+        worker.run(request, tmp_path)
     with pytest.raises(ValueError, match=r"fsdp2 was asked for, .* runs MULTI_CPU"):
         worker.check_processes("fsdp2", 2, 2, "MULTI_CPU")
 
@@ -166,7 +166,7 @@ from univg_nb import models
 source, out = sys.argv[1:]
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-model, processor = models.load({"name_or_path": source}, trainable=True)
+model, processor = models.load_for_training({"name_or_path": source})
 models.freeze_vision(model)
 for layer in model.model.language_model.layers:
     fully_shard(layer)
@@ -184,7 +184,7 @@ for _ in range(3):
 options = StateDictOptions(full_state_dict=True, cpu_offload=True)
 state = get_model_state_dict(model, options=options)
 if rank == 0:
-    plain, _ = models.load({"name_or_path": source})
+    plain, _ = models.load_for_inference({"name_or_path": source})
     plain.load_state_dict(state)
     plain.save_pretrained(out)
 torch.distributed.destroy_process_group()

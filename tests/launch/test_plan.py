@@ -172,7 +172,7 @@ def test_tiny_peak_of_sft_is_predicted_within_a_quarter(tmp_path, checkpointing)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tiny_peak_of_grpo_is_predicted_within_a_quarter(tmp_path, checkpointing):
     """Replies as long as they may be, which is what a plan has to reckon with."""
-    model, processor = models.load({"name_or_path": "tiny"})
+    model, processor = models.load_for_inference({"name_or_path": "tiny"})
     models.add_lora(model, {"r": 32}).save_pretrained(tmp_path / "adapter")
     never = {"suppress_tokens": [processor.tokenizer.eos_token_id]}
     options = {"max_steps": 2, "activation_checkpointing": checkpointing}
@@ -277,6 +277,6 @@ def test_what_a_training_took_is_read_from_its_folder(tmp_path):
     for rank, peak in enumerate((10, 30)):
         io.write_json(tmp_path / "launch" / f"rank-{rank}.json", {"peak_bytes": peak})
     summary = {"seconds": 20.0, "steps": 4}
-    io.write_json(tmp_path / "launch" / "summary.json", summary)
+    io.write_json(tmp_path / "summary.json", summary)
     expected = {"peak_bytes": 30, "seconds_per_update": 5.0}
     assert preflight.measured(tmp_path) == expected

@@ -47,8 +47,8 @@ def test_the_strategy_in_force_and_a_result_that_loads_by_itself(
     assert losses(out)[-1] < losses(out)[0]
     parameters = io.read_json(out / "summary.json")["parameters"]
     assert 0 < parameters["total"]["trainable"] < parameters["total"]["parameters"]
-    plain, _ = models.load(model_cfg)
-    whole, _ = models.load(model_cfg, out / "adapter", merge=kind == "lora")
+    plain, _ = models.load_for_inference(model_cfg)
+    whole, _ = models.load_for_inference(model_cfg, out / "adapter")
     same = dict(plain.named_parameters())
     changed = {
         name

@@ -35,7 +35,7 @@ from univg_nb.fast.prompts import EncodedBatch
 from univg_nb.fast.sampling import VISION_TOKENS
 from univg_nb.train import grpo, grpo_trainer, rollouts
 from univg_nb.train.difficulty import difficulty_weight
-from univg_nb.train.final_norm import trained_norm
+from univg_nb.train.final_norm import load_with_trained_norm, find_trained_norm
 
 G = 4
 COLOURS = ["red", "blue", "green", "black"]
@@ -335,7 +335,7 @@ def test_shared_rollout_follows_generate(folder, tmp_path):
     batch = EncodedBatch.encode(
         trainer.processing_class, conversations, G, torch.device("cpu")
     )
-    base = models.base_model(trainer.model)
+    base = models.get_base_model(trainer.model)
     # An end token that some greedy replies reach, so that rows leave the batch.
     options = {"max_new_tokens": 10, "do_sample": False}
     full = [
@@ -411,7 +411,7 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
         logits[..., ids] += 1e4
         return logits
 
-    hook = models.base_model(trainer.model).lm_head.register_forward_hook(favour)
+    hook = models.get_base_model(trainer.model).lm_head.register_forward_hook(favour)
     inputs, mask = scored_batch(trainer)
     hook.remove()
     sampled = inputs["input_ids"][:, -inputs["logits_to_keep"] :]
@@ -420,11 +420,10 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_folding_gives_the_same_logits_and_the_weights_back(folder, norm):
-    model, _ = models.load(
-        {"name_or_path": str(folder / "base")}, folder / "sft", True, train_norm=norm
-    )
+    load = load_with_trained_norm if norm else models.load_for_training
+    model, _ = load({"name_or_path": str(folder / "base")}, folder / "sft")
     if norm:
-        trained_norm(model).data *= 1.5
+        find_trained_norm(model).data *= 1.5
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -499,9 +498,9 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
         assert row["weight"] == pytest.approx(expected, abs=1e-4)
     assert io.read_json(out / "adapter" / "adapter_config.json")["r"] == 4
     assert not (out / "adapter" / "ref").exists()
-    model, _ = models.load(config["model"], out / "adapter")
-    sft, _ = models.load(config["model"], folder / "sft")
-    assert models.weights_hash(model) == models.weights_hash(sft)
+    model, _ = models.load_for_training(config["model"], out / "adapter")
+    sft, _ = models.load_for_training(config["model"], folder / "sft")
+    assert models.hash_weights(model) == models.hash_weights(sft)
 
 
 def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
@@ -515,16 +514,16 @@ def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics[-1]["kl"] > 1e-4
     section = config["model"]
-    base, _ = models.load(section)
+    base, _ = models.load_for_inference(section)
     norm = base.model.language_model.norm.weight
-    tuned, _ = models.load(section, out / "adapter")
+    tuned, _ = models.load_for_training(section, out / "adapter")
     moved = tuned.model.model.language_model.norm.weight - norm
     assert 0.01 < moved.abs().max() < 2  # at LoRA's rate: 3e-9
     torch.testing.assert_close(moved, moved.mean().expand_as(moved))  # all together
-    sft, _ = models.load(section, folder / "sft")
-    assert models.weights_hash(tuned) == models.weights_hash(sft)
-    assert models.weights_hash(tuned, True) != models.weights_hash(sft, True)
-    merged, _ = models.load(section, out / "adapter", merge=True)
+    sft, _ = models.load_for_training(section, folder / "sft")
+    assert models.hash_weights(tuned) == models.hash_weights(sft)
+    assert models.hash_weights(tuned, True) != models.hash_weights(sft, True)
+    merged, _ = models.load_for_inference(section, out / "adapter")
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(
@@ -533,16 +532,10 @@ def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
         plain = sft(input_ids=ids).logits
     assert not torch.allclose(merged(input_ids=ids).logits, plain, rtol=1e-2)
     # An adapter that has the norm goes on from it.
-    again, _ = models.load(section, out / "adapter", True, train_norm=True)
+    again, _ = load_with_trained_norm(section, out / "adapter")
     assert torch.equal(
-        trained_norm(again), tuned.model.model.language_model.norm.weight
+        find_trained_norm(again), tuned.model.model.language_model.norm.weight
     )
-
-
-def test_the_last_norm_is_added_to_be_trained_only(folder):
-    section = {"name_or_path": str(folder / "base")}
-    with pytest.raises(ValueError, match="train_norm=True is for training"):
-        models.load(section, folder / "sft", train_norm=True)
 
 
 def test_without_a_rate_the_last_norm_stays(folder, tmp_path):

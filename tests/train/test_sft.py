@@ -1,5 +1,6 @@
 """Stage 1: labels, batches, guards, exact resume."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,12 +23,11 @@ from univg_nb.data import prompts
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import vision_features
 from univg_nb.train import sft
-from univg_nb.train.checkpoints import COMPLETE, whole_checkpoint
+from univg_nb.train.checkpoints import COMPLETE, find_checkpoint
 from univg_nb.train.collator import (
     IGNORE,
     LengthGroupedBatches,
     VisionCollator,
-    encode,
     tokenize,
 )
 from univg_nb.train.merge import merge_check
@@ -85,11 +85,10 @@ def processor(model_cfg):
     return models.load_processor(model_cfg)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("picks", [[0], [1], [5], [0, 1, 5, 11]])
-def test_exactly_the_reply_and_its_end_carry_loss(data, processor, picks, side):
+def test_exactly_the_reply_and_its_end_carry_loss(data, processor, picks):
     rows = tokenize(data, processor)
-    batch = VisionCollator(processor, padding_side=side)([rows[i] for i in picks])
+    batch = VisionCollator(processor)([rows[i] for i in picks])
     assert batch["image_grid_thw"].shape[0] == sum(len(data[i].images) for i in picks)
     for i, ids, labels, mask in zip(
         picks, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
@@ -133,32 +132,33 @@ def test_same_batch_as_the_processor_and_trl_make(data, processor, chains):
             assert torch.equal(ours[key][row, :n], theirs[key][row, :n])
 
 
-def test_padding_side_and_stored_features_do_not_change_the_loss(
+def test_stored_features_and_a_dropped_mask_do_not_change_the_loss(
     data, processor, model_cfg
 ):
-    model, _ = models.load(model_cfg)
+    model, _ = models.load_for_inference(model_cfg)
     rows = [tokenize(data, processor)[i] for i in (0, 4, 5)]
     paths = [path for row in rows for path in row["images"]]
     features = vision_features(model, processor, paths, progress=False)
     assert len(features) == len(set(paths))
-    found = []
-    for side in ("left", "right"):
-        batch = VisionCollator(processor, padding_side=side)(rows)
-        batch.pop("sample_index")
-        with torch.no_grad():
-            found.append(model(**batch).loss.item())
     batch = VisionCollator(processor, features)(rows)
     batch.pop("sample_index")
     image = SimpleNamespace(pooler_output=(batch.pop("image_features"),))
     with torch.no_grad():
-        found.append(model(**batch, mm_encoder_outputs={"image": image}).loss.item())
-    assert found == pytest.approx([found[0]] * 3, abs=1e-5)
+        stored = model(**batch, mm_encoder_outputs={"image": image}).loss.item()
+    batch = VisionCollator(processor)(rows)
+    batch.pop("sample_index")
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        masked = model(**batch).loss.item()
+        model.model.register_forward_pre_hook(sft._drop_mask, with_kwargs=True)
+        unmasked = model.train()(**batch).loss.item()
+    assert [stored, unmasked] == pytest.approx([masked] * 2, abs=1e-5)
 
 
 def test_features_kept_on_disk_are_the_same_and_follow_the_images(
     data, processor, model_cfg, tmp_path
 ):
-    model, _ = models.load(model_cfg)
+    model, _ = models.load_for_inference(model_cfg)
     paths = []
     for number, path in enumerate(data[4].images):  # of different sizes
         paths.append(str(tmp_path / f"{number}.png"))
@@ -177,7 +177,7 @@ def test_features_kept_on_disk_are_the_same_and_follow_the_images(
 
 
 def test_control_without_chains(data, processor):
-    row = encode(data[0], processor, chains=False)
+    (row,) = tokenize(data[:1], processor, chains=False)
     text = processor.tokenizer.decode(row["prompt_ids"] + row["completion_ids"])
     assert "think" not in text and text.endswith("</answer><|im_end|>")
 
@@ -220,9 +220,9 @@ def test_training_learns_and_leaves_the_base_alone(trained, model_cfg, data):
     assert {"step", "loss", "grad_norm", "learning_rate", "mean_token_accuracy"} <= set(
         io.read_jsonl(out / "metrics.jsonl")[0]
     )
-    base, _ = models.load(model_cfg)
-    model, _ = models.load(model_cfg, out / "adapter")
-    assert models.weights_hash(model) == models.weights_hash(base)
+    base, _ = models.load_for_inference(model_cfg)
+    model, _ = models.load_for_training(model_cfg, out / "adapter")
+    assert models.hash_weights(model) == models.hash_weights(base)
     for name, value in model.state_dict().items():
         assert "lora_B" not in name or value.abs().sum() > 0
     assert not list(out.glob("checkpoints/checkpoint-*"))
@@ -318,8 +318,8 @@ def test_checkpoints_of_another_configuration_are_not_used(tmp_path):
         state = {"global_step": step, "max_steps": 40}
         io.write_json(path / "trainer_state.json", state)
     (tmp_path / "checkpoint-30").mkdir()
-    assert whole_checkpoint(tmp_path, "a").name == "checkpoint-10"
-    assert whole_checkpoint(tmp_path, "c") is None
+    assert find_checkpoint(tmp_path, "a").name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, "c") is None
 
 
 def test_qlora_and_going_on_from_an_adapter(trained, model_cfg, data, tmp_path):
@@ -342,8 +342,8 @@ def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(
     summary = sft.train(config, tmp_path, data, adapter="none", chains=False)
     account = summary["parameters"]
     assert account["adapter"]["parameters"] == account["vision"]["trainable"] == 0
-    base, _ = models.load(model_cfg)
-    model, _ = models.load(model_cfg, tmp_path / "adapter")
+    base, _ = models.load_for_inference(model_cfg)
+    model, _ = models.load_for_inference(model_cfg, tmp_path / "adapter")
     changed = {
         name
         for (name, a), b in zip(
@@ -436,11 +436,11 @@ def test_two_processes_give_the_curve_of_one(trained, model_cfg, data, tmp_path)
     script = tmp_path / "two.py"
     config = scale(model_cfg, per_device_train_batch_size=2, lora={"r": 4})
     one = scale(model_cfg, per_device_train_batch_size=4, lora={"r": 4})
-    rows = [sample.__dict__ for sample in data]
+    rows = [dataclasses.asdict(sample) for sample in data]
     script.write_text(
         "import json, sys\n"
         "from univg_nb.train import sft\n"
-        "from univg_nb.samples import GroundingSample\n"
+        "from univg_nb.data.sample import GroundingSample\n"
         "config, rows, out = json.loads(open(sys.argv[1]).read())\n"
         "for row in rows:\n"
         "    row |= {k: tuple(row[k]) for k in ('images', 'answer', 'boxes')}\n"

@@ -124,7 +124,7 @@ def largest_difference(
     seen while sampling and those of the packed row with the model's own, for rows of
     prompt and reply. Leaves random numbers and training mode as they were.
     """
-    base, device = models.base_model(model), prompt.ids.device
+    base, device = models.get_base_model(model), prompt.ids.device
     training = model.training
     recorder = Recorder(temperature)
     model.eval()
@@ -157,7 +157,7 @@ def largest_difference(
 def difference_with(model: Module, *group: Any) -> tuple[Tensor, float]:
     """(largest difference of the group as a tensor, what is allowed). What does not
     compile or fit counts as infinitely different; other attention may do."""
-    backbone = models.base_model(model).model
+    backbone = models.get_base_model(model).model
     device = next(backbone.parameters()).device
     try:
         worst = largest_difference(model, *group)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch.nn import Module
 
-from univg_nb.train.final_norm import saved_modules
 
 
 def can_fold(model: Module) -> bool:
@@ -52,7 +52,7 @@ def folded(model: Module) -> Iterator[None]:
                 kept.append((base.weight, base.weight.data))
                 delta = [layer.get_delta_weight(name) for name in layer.active_adapters]
                 base.weight.data = torch.stack([base.weight.data, *delta]).sum(0)
-        for wrapper in saved_modules(model):  # switched off, it shows the original
+        for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:  # switched off, it shows the original
             trained = wrapper.modules_to_save[wrapper.active_adapter].parameters()
             original = wrapper.original_module.parameters()
             for ours, theirs in zip(original, trained, strict=True):

@@ -86,7 +86,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         )
         if self.ref_model is not None:  # its tower is as fixed as the policy's
             self.ref_model.requires_grad_(False)
-        base = models.base_model(self.model)
+        base = models.get_base_model(self.model)
         reason = check.obstacle(base, self.is_fsdp_enabled)
         if reason and shared_prefix in ("on", True):
             raise ValueError(
@@ -139,9 +139,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 self.accelerator.autocast(),
                 torch.no_grad(),
                 folded(model),
-                check.rollout_attention(models.base_model(model).model),
+                check.rollout_attention(models.get_base_model(model).model),
             ):
-                base = models.base_model(model)
+                base = models.get_base_model(model)
                 replies = sampling.sample_replies(
                     base,
                     base.model,
@@ -193,7 +193,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.unchecked = False
         warp = logits_warp(self.args, self.banned_tokens)
         with self._for_generation() as model, self.accelerator.autocast():
-            backbone = models.base_model(model).model
+            backbone = models.get_base_model(model).model
             before, allowed = attention.attention_of(backbone), 0.0
             for name in check.attention_choices(backbone):
                 self._attend_with(name)
@@ -217,7 +217,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         its own (after full fine-tuning; else it is an adapter of the policy)."""
         for model in (self.model, self.ref_model):
             if model is not None:
-                base = models.base_model(self.accelerator.unwrap_model(model))
+                base = models.get_base_model(self.accelerator.unwrap_model(model))
                 base.model.language_model.set_attn_implementation(name)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -309,7 +309,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         width = input_ids.size(1) - logits_to_keep
         lengths = attention_mask[:, width:].sum(1).tolist()
         unwrapped = self.accelerator.unwrap_model(model)
-        backbone = models.base_model(unwrapped).model
+        backbone = models.get_base_model(unwrapped).model
         # Where a forward pass talks to other processes, all must make equally many.
         sharded, training = is_deepspeed_zero3_enabled(), torch.is_grad_enabled()
         talks = sharded or (training and self.accelerator.num_processes > 1)

@@ -161,7 +161,7 @@ def _features_name(
     model: PreTrainedModel, processor: ProcessorMixin, paths: Sequence[str]
 ) -> str:
     """Name of the file for features of these images, as they lie on disk now."""
-    towers = models.weights_hash(model.model.visual)
+    towers = models.hash_weights(model.model.visual)
     files = [(path, *_stamp(path)) for path in paths]
     made = io.config_hash([towers, processor.image_processor.to_dict(), files])
     return f"{made}.safetensors"

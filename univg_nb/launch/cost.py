@@ -118,7 +118,7 @@ def flops_of(
     """FLOPs of one update by part. A weight costs 2 per token forward, 2 for the
     gradient of its input, 2 more if it is trained; attention 4 T^2 d a layer and row,
     half of it masked; checkpointing runs the forward pass twice."""
-    base = models.base_model(model)
+    base = models.get_base_model(model)
     text = base.config.get_text_config()
     merge = base.config.vision_config.spatial_merge_size**2
     batch, section = batch_of(config, stage, layout), config[stage]
@@ -181,7 +181,7 @@ def plan(
     if section.get("use_vllm") and colocated:
         share = section.get("vllm_gpu_memory_utilization", 0.3)
         memory["vLLM"] = share * gpu.memory_gb * 1e9
-    parameters = models.parameter_account(model)
+    parameters = models.count_parameters(model)
     batch = batch_of(config, stage, layout)
     flops = flops_of(parameters, model, config, stage, layout)
     limit = section.get("max_steps") or 0

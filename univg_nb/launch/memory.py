@@ -71,7 +71,7 @@ class Layout:
 
 def architecture(name_or_path: str) -> Any:
     """The model's configuration: "tiny", a folder, a shipped one, or the hub's."""
-    path = Path(models.resolve(name_or_path))
+    path = Path(models.resolve_model_path(name_or_path))
     shipped = SCALES / "models" / f"{path.name}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
         return AutoConfig.from_pretrained(path if path.is_dir() else name_or_path)
@@ -113,7 +113,7 @@ AttentionInterface.register("account", _account_attention)
 
 def kept_per_layer(model: torch.nn.Module, rows: int, tokens: int) -> int:
     """Bytes that autograd keeps for the backward pass of one decoder layer."""
-    base = models.base_model(model)
+    base = models.get_base_model(model)
     layer = base.model.language_model.layers[0]
     text = base.config.get_text_config()
     width = text.hidden_size // text.num_attention_heads
@@ -159,8 +159,8 @@ def static_memory(
     size = sum(p.numel() * p.element_size() for p in trained)
     frozen = float(sum(p.numel() * p.element_size() for p in model.parameters()) - size)
     if adapter == "qlora":
-        linears = set(models.language_linears(models.base_model(model)))
-        for name, weight in models.base_model(model).named_parameters():
+        linears = set(models.find_language_linears(models.get_base_model(model)))
+        for name, weight in models.get_base_model(model).named_parameters():
             if name.removesuffix(".weight") in linears and "lora_" not in name:
                 frozen += weight.numel() * (NF4_BYTES - weight.element_size())
     gradients, states, master = size, 2 * size, 0
@@ -193,7 +193,7 @@ def _buffers(model: torch.nn.Module, layout: Layout, size: int) -> float:
         return 2 * 2e8 * 2
     if layout.weight_shards == 1:
         return 0.0
-    base = models.base_model(model)
+    base = models.get_base_model(model)
     layer = base.model.language_model.layers[0]
     gathered = 2 * sum(p.numel() * p.element_size() for p in layer.parameters())
     ends = {base.lm_head.weight, base.get_input_embeddings().weight}
@@ -209,7 +209,7 @@ def training_memory(
 ) -> dict[str, float]:
     """Activations, logits, KV cache and vision: bytes per process at their largest."""
     section = config[stage]
-    base = models.base_model(model)
+    base = models.get_base_model(model)
     text, vision = base.config.get_text_config(), base.config.vision_config
     size = base.lm_head.weight.element_size()
     rows = section.get("per_device_train_batch_size", 8)

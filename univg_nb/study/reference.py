@@ -34,7 +34,7 @@ from univg_nb import io, models, runs
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import predictions, scoring
 from univg_nb.evaluate.benchmarks import Benchmark
-from univg_nb.evaluate.generate import generate
+from univg_nb.evaluate.generate import GenerationOptions, generate
 from univg_nb.study import data as reference_data
 from univg_nb.study import tables
 from univg_nb.study.tables import SFT, T_975
@@ -103,12 +103,8 @@ def evaluate_one(
     """Per item: greedy IoU and hit, whether the greedy reply thinks (see
     `reference_data.thinks`), mean IoU of as many sampled `replies`; all are kept in
     `folder`. four_bit: the adapter was trained on NF4 weights."""
-    model, processor = models.load(
-        run.config["model"],
-        adapter,
-        quantize="nf4" if four_bit else None,
-        merge=not four_bit,
-    )
+    quantize = "nf4" if four_bit else None
+    loaded = models.load_for_inference(run.config["model"], adapter, quantize)
     section = run.config["evaluate"]
     ways = {
         "greedy": {},
@@ -116,7 +112,8 @@ def evaluate_one(
     }
     for name, way in ways.items():
         path = folder / f"{name}.jsonl"
-        generate(model.eval(), processor, bench.items, path, **section, **way)
+        options = GenerationOptions(**section, **way)
+        generate(*loaded, bench.items, path, options)
     answers = predictions.read_predictions(folder / "greedy.jsonl")
     greedy = scoring.score_items(bench.items, answers)
     sampled = predictions.read_predictions(folder / "sampled.jsonl")

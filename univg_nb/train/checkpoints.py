@@ -1,10 +1,11 @@
-"""What both trainings share: options, metrics.jsonl, and checkpoints that are whole.
+"""What both trainings share: data, options, metrics.jsonl and whole checkpoints.
 
-A killed training started again with the same command goes on from its last checkpoint
-that was written to its end, and repeats nothing: rows of the files it writes that are
-newer than that checkpoint are dropped, and come again.
+A killed training that is started again with the same command goes on from its last
+checkpoint that was written to its end. Rows that are newer than that checkpoint are
+dropped from the files it writes, because their updates are made again.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import Module
@@ -21,22 +22,53 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from univg_nb import io
 from univg_nb.config import FORMER_NAMES
+from univg_nb.data import files
+from univg_nb.data.sample import GroundingSample
+from univg_nb.runs import resolve_run_dir
 
 COMPLETE = "complete.json"  # written last into a checkpoint
+DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
 
 
-def processes() -> int:
-    """How many processes torchrun or accelerate launched."""
+def count_processes() -> int:
+    """Return how many processes torchrun or accelerate launched."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def library_options(
+def read_training_set(
+    options: argparse.Namespace,
+    config: Mapping[str, Any],
+    stage: Literal["stage1", "stage2"],
+) -> list[GroundingSample]:
+    """Read the samples that a command line asks to train on.
+
+    The file is `--data`, else the scale's data.stage1_file or data.stage2_file, else
+    the one in runs/SCALE/data. Relative image paths start at data.image_root, else at
+    the file's folder. data.stage1 and data.stage2 limit the number of samples.
+
+    Args:
+        options: has `data` and `scale`.
+        config: the scale.
+        stage: which training.
+    """
+    section = config["data"]
+    made = resolve_run_dir("", options.scale) / "data" / DATA_FILES[stage]
+    path = Path(options.data or section.get(f"{stage}_file") or made)
+    root = section.get("image_root") or path.parent
+    return files.read(path, image_root=root)[: section.get(stage)]
+
+
+def make_trainer_options(
     section: Mapping[str, Any], out: Path, own: Sequence[str]
 ) -> dict[str, Any]:
-    """A scale's section as options of TRL's config classes, on a CPU without bf16 and
-    checkpointed activations, both of which TRL would turn on.
+    """Return a scale's section as options of TRL's config classes.
 
-    own: the section's keys that are this package's and not TRL's.
+    On a CPU, bf16 and activation checkpointing are off; TRL would turn both on.
+
+    Args:
+        section: the `sft` or `grpo` section of a scale.
+        out: folder of the training.
+        own: keys of the section that are this package's and not TRL's.
     """
     gpu = torch.cuda.is_available()
     options = {
@@ -58,20 +90,22 @@ def library_options(
     return {former.get(key, key): value for key, value in options.items()}
 
 
-def check_world(arguments: TrainingArguments, section: str) -> None:
-    """ValueError if launched processes do not know of each other (DESIGN sec. 9)."""
-    if arguments.world_size != processes():
+def check_world_size(arguments: TrainingArguments, section: str) -> None:
+    """Raise ValueError if launched processes would each train by themselves."""
+    if arguments.world_size != count_processes():
         raise ValueError(
-            f"{processes()} processes were launched but each trains by itself (world "
-            f"size {arguments.world_size}); use torchrun, and {section}.use_cpu: true "
-            "without GPU"
+            f"{count_processes()} processes were launched but each trains by itself "
+            f"(world size {arguments.world_size}); use torchrun, and "
+            f"{section}.use_cpu: true without GPU"
         )
 
 
 @contextmanager
-def exact_adapter(model: Module, quantized: bool) -> Iterator[None]:
-    """Inside, TRL may round the adapter of a quantised model to bf16, as it does
-    whatever the computing dtype; afterwards it is what it was."""
+def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
+    """Restore the adapter of a quantized model at the end of the `with` block.
+
+    TRL rounds such an adapter to bf16, whatever the computing dtype.
+    """
     exact = {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
@@ -84,12 +118,16 @@ def exact_adapter(model: Module, quantized: bool) -> Iterator[None]:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl (one row per update, `step` from 1, `seconds` since the
-    start), marks whole checkpoints, shows one progress bar (the Trainer's own prints a
-    line or a table row for every step).
+    """Writes metrics.jsonl, marks whole checkpoints and shows one progress bar.
 
-    shown: the logged value beside the bar. The trainer has `epoch_sampler`, whose
-    order is a function of (seed, epoch), or None.
+    A row of metrics.jsonl is one update: `step` from 1, `seconds` since the start, and
+    what the Trainer logs. `first` is the number of updates made before this call.
+
+    Args:
+        out: folder of the training.
+        fingerprint: identifies configuration and data; see `find_checkpoint`.
+        progress: whether to show the bar.
+        shown: the logged value beside the bar.
     """
 
     def __init__(
@@ -100,16 +138,16 @@ class Recorder(TrainerCallback):
         self.progress = progress
         self.shown = shown
         self.trainer: Any = None
-        self.first = 0  # updates made before this call
-        self.began = time.perf_counter()
+        self.first = 0
 
     def attach(self, trainer: Trainer) -> None:
-        """Take the place of the Trainer's own output."""
+        """Replace the Trainer's own output by this recorder's."""
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock and the bar."""
         self.began = time.perf_counter()
         self.first = state.global_step
         self.bar = tqdm(
@@ -120,21 +158,23 @@ class Recorder(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log before saving: sums between two logs are in no checkpoint."""
         self.bar.update(1)
-        if control.should_save:  # else what is averaged between two logs were lost
-            control.should_log = True
+        control.should_log |= control.should_save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
         self.bar.close()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # accelerate does not reach the sampler of a resumed run on several processes
+        """Set the epoch, which accelerate does not when several processes resume."""
         if self.trainer.epoch_sampler is not None:
             self.trainer.epoch_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
     ) -> None:
+        """Append a row to metrics.jsonl."""
         if state.is_world_process_zero and logs and "loss" in logs:
             seconds = round(time.perf_counter() - self.began, 3)
             row = {"step": state.global_step, **logs, "seconds": seconds}
@@ -144,7 +184,8 @@ class Recorder(TrainerCallback):
                 self.bar.set_postfix(note, refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.save_only_model:  # nothing to go on from: no optimiser, no generators
+        """Mark a checkpoint that a training can resume from as whole."""
+        if args.save_only_model:
             return
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
@@ -152,38 +193,29 @@ class Recorder(TrainerCallback):
             io.write_json(folder / COMPLETE, {"fingerprint": self.fingerprint})
 
 
-def whole_checkpoint(folder: Path, fingerprint: str) -> Path | None:
-    """The latest checkpoint that was written to its end by the same training.
+def find_checkpoint(folder: Path, fingerprint: str) -> Path | None:
+    """Return the latest checkpoint that the same training wrote to its end, if any.
 
-    Half-written ones, and those of another configuration or other data, are passed
-    over; the Trainer's rotation removes them in time. So is one of the last update:
-    resumed from there, the Trainer would make one more.
+    Checkpoints of another configuration or of other data are passed over, and so is
+    one of the last update: resumed from there, the Trainer would make one more.
     """
-    found = sorted(
-        folder.glob(f"checkpoint-*/{COMPLETE}"), key=lambda p: step_of(p.parent)
-    )
-    for mark in reversed(found):
+    marks = sorted(folder.glob(f"*/{COMPLETE}"), key=lambda mark: get_step(mark.parent))
+    for mark in reversed(marks):
         state = io.read_json(mark.parent / "trainer_state.json")
-        if (
-            io.read_json(mark)["fingerprint"] == fingerprint
-            and state["global_step"] < state["max_steps"]
-        ):
+        same = io.read_json(mark)["fingerprint"] == fingerprint
+        if same and state["global_step"] < state["max_steps"]:
             return mark.parent
     return None
 
 
-def step_of(checkpoint: Path) -> int:
-    """The update after which a checkpoint was written."""
+def get_step(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was written."""
     return int(checkpoint.name.split("-")[-1])
 
 
-def forget_after(path: Path, checkpoint: Path | None) -> None:
-    """Keep the rows of a JSONL file up to a checkpoint; later steps come again."""
-    last = 0 if checkpoint is None else step_of(checkpoint)
+def drop_rows_after(path: Path, checkpoint: Path | None) -> None:
+    """Drop the rows of a JSONL file that are newer than a checkpoint (None: all)."""
+    last = 0 if checkpoint is None else get_step(checkpoint)
     rows = io.read_jsonl(path) if path.is_file() else []
-    kept = [
-        json.dumps(row, ensure_ascii=False) + "\n"
-        for row in rows
-        if row["step"] <= last
-    ]
+    kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows if r["step"] <= last]
     io.write_text(path, "".join(kept))

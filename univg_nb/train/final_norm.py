@@ -1,18 +1,20 @@
-"""The language model's last RMSNorm, trained beside LoRA with a step size of its own.
+"""The language model's last RMSNorm, trained beside LoRA at its own learning rate.
 
-The norm's weight multiplies the hidden state in front of `lm_head`: made longer, every
-distribution over tokens gets sharper, made shorter, flatter. So one number, the mean of
-that weight, decides how often sampling leaves the likely tokens, and a few updates can
-find out which way it should go, long before the gradient of the LoRA matrices rises
-above its noise. Its entries therefore move together: each by its own gradient, they
-would drift apart and change which token is the likeliest. `grpo.norm_learning_rate`
-turns it on; PEFT keeps the trained copy in the adapter (its `modules_to_save`), so it
-is saved, merged and switched off with LoRA. Not tried on weights sharded over GPUs.
+The norm's weight multiplies the hidden state in front of `lm_head`: a longer one makes
+every distribution over tokens sharper, a shorter one flatter. So one number, the mean
+of that weight, decides how often sampling leaves the likely tokens, and a few updates
+find its direction, long before the gradient of the LoRA matrices rises above its noise.
+Its entries share one gradient; with their own they would drift apart and change which
+token is the likeliest. `grpo.norm_learning_rate` turns it on. PEFT keeps the trained
+copy in the adapter (`modules_to_save`), so it is saved, merged and switched off with
+LoRA. Not tried on weights sharded over GPUs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -22,21 +24,29 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import ModulesToSaveWrapper
 from torch.nn import Module, Parameter
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from univg_nb import models
 
 FINAL_NORM = "language_model.norm"  # PEFT matches the end of a module's name
 
 
-def load_adapter_with_norm(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    """Put a LoRA adapter on `model` to be trained on, together with the last norm.
+def load_with_trained_norm(
+    model_section: Mapping[str, Any],
+    adapter: str | Path,
+    quantize: models.Quantization | None = None,
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+    """Load a model for training whose LoRA adapter also trains the last norm.
 
-    adapter: a folder that PEFT saved.
-
-    An adapter saved without the norm starts from the model's own. (PEFT refuses to
-    load one whose configuration names a module that its file lacks.)
+    Arguments and result are those of `models.load_for_training`. An adapter saved
+    without the norm starts from the base model's (PEFT refuses to load one whose
+    configuration names a module that its file lacks); a whole model has the norm among
+    its weights.
     """
+    if not models.is_adapter(adapter):
+        return models.load_for_training(model_section, adapter, quantize)
+    model, processor = models.load_for_training(model_section, quantize=quantize)
     config = PeftConfig.from_pretrained(str(adapter))
     config.modules_to_save = sorted({*(config.modules_to_save or ()), FINAL_NORM})
     config.inference_mode = False
@@ -47,19 +57,15 @@ def load_adapter_with_norm(model: PreTrainedModel, adapter: str | Path) -> PeftM
         if name.endswith(FINAL_NORM)
     )
     weights.setdefault(f"base_model.model.{name}.weight", norm.weight.detach().clone())
-    adapted = get_peft_model(model, config)
-    found = set_peft_model_state_dict(adapted, weights)
+    with models.ignore_rename_warnings():
+        model = get_peft_model(model, config)
+    found = set_peft_model_state_dict(model, weights)
     assert not found.unexpected_keys, found.unexpected_keys
-    return adapted
+    return model.train(), processor
 
 
-def saved_modules(model: Module) -> list[ModulesToSaveWrapper]:
-    """The modules that adapters keep whole copies of."""
-    return [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-
-
-def trained_norm(model: Module) -> Parameter:
-    """The trainable weight of the last norm, (D,)."""
+def find_trained_norm(model: Module) -> Parameter:
+    """Return the trainable weight of the last norm, (D,)."""
     found = [
         parameter
         for name, parameter in model.named_parameters()
@@ -69,13 +75,17 @@ def trained_norm(model: Module) -> Parameter:
     return norm
 
 
-def own_rate(
+def set_norm_learning_rate(
     optimizer: torch.optim.Optimizer, norm: Parameter, learning_rate: float
 ) -> None:
-    """Move `norm`, (D,), into a parameter group with its own learning rate, no decay.
+    """Give `norm` a parameter group with its own learning rate and no decay.
 
-    Its entries share the mean of their gradients and so move together. Call it before
-    the scheduler is made, which then scales every group's own rate.
+    Call it before the scheduler is made, which scales every group's own rate.
+
+    Args:
+        optimizer: has `norm` in one of its groups.
+        norm: (D,); its entries get the mean of their gradients and move together.
+        learning_rate: of the new group.
     """
     norm.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
     for group in optimizer.param_groups:

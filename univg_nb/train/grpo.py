@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from univg_nb import io, models, runs
@@ -37,6 +38,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
 from univg_nb.io import sha256_of
 from univg_nb.train import checkpoints
+from univg_nb.train.final_norm import load_with_trained_norm
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
 # The section's options that the trainer takes, with freeze_vision; the rest are TRL's.
@@ -82,7 +84,7 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
         "beta": 0.04,
         # TRL's own default multiplies the KL by the policy ratio; the paper's does not.
         "use_bias_correction_kl": False,
-        **checkpoints.library_options(section, out, OWN_OPTIONS),
+        **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
         "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
     }
     size = options.get("num_generations", 8)
@@ -91,7 +93,7 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
             f"grpo.num_generations = {size}: an advantage compares the replies of a "
             "group, so it takes at least 2 (the paper: 8)"
         )
-    world = checkpoints.processes()
+    world = checkpoints.count_processes()
     accumulation = options.get("gradient_accumulation_steps", 1)
     steps = options.get("steps_per_generation") or accumulation
     batch = options.get("generation_batch_size") or (
@@ -111,7 +113,7 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
             "lower grpo.per_device_train_batch_size"
         )
     arguments = GRPOConfig(**options)
-    checkpoints.check_world(arguments, "grpo")
+    checkpoints.check_world_size(arguments, "grpo")
     return arguments
 
 
@@ -131,17 +133,13 @@ def build_trainer(
         raise ValueError(problem)
     arguments = grpo_config(section, out, len(train))
     quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
-    model, processor = models.load(
-        config["model"],
-        sft_adapter,
-        True,
-        quantize,
-        train_norm=section.get("norm_learning_rate") is not None,
-    )
+    with_norm = section.get("norm_learning_rate") is not None
+    load = load_with_trained_norm if with_norm else models.load_for_training
+    model, processor = load(config["model"], sft_adapter, quantize)
     if section.get("freeze_vision", True):
         models.freeze_vision(model)
     mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
-    with checkpoints.exact_adapter(model, quantize == "nf4"), models.renamed_options():
+    with checkpoints.keep_adapter_exact(model, quantize == "nf4"), models.ignore_rename_warnings():
         return DifficultyGRPOTrainer(
             model=model,
             args=arguments,
@@ -161,6 +159,7 @@ def train(
     weight: str | None = None,
     unit_mean: bool | None = None,
     constant: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """GRPO from an SFT adapter.
 
@@ -178,18 +177,20 @@ def train(
     given = {key: value for key, value in given.items() if value is not None}
     config = {**config, "grpo": {**config["grpo"], **given}}
     fingerprint = _fingerprint(config, train, Path(sft_adapter))
-    checkpoint = checkpoints.whole_checkpoint(out / "checkpoints", fingerprint)
+    checkpoint = checkpoints.find_checkpoint(out / "checkpoints", fingerprint)
     trainer = build_trainer(
         config, out, train, Path(sft_adapter), out / "rollouts.jsonl"
     )
+    for callback in callbacks:  # before the recorder, which acts on what they ask
+        trainer.add_callback(callback)
     progress = not config["grpo"].get("disable_tqdm", False)
     recorder = checkpoints.Recorder(out, fingerprint, progress, "reward")
     recorder.attach(trainer)
     if trainer.is_world_process_zero():
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoints.forget_after(out / name, checkpoint)
+            checkpoints.drop_rows_after(out / name, checkpoint)
         io.write_text(out / "config.yaml", runs.dump(config))
-    with models.renamed_options():
+    with models.ignore_rename_warnings():
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
     if trainer.is_world_process_zero():
@@ -210,7 +211,7 @@ def _fingerprint(
     weights = sft_adapter / "adapter_model.safetensors"
     start = sha256_of(weights) if weights.is_file() else str(sft_adapter)
     used = [config["model"], config["sft"]]
-    used += [whole_batch(config["grpo"], checkpoints.processes())]
+    used += [whole_batch(config["grpo"], checkpoints.count_processes())]
     return io.config_hash([used, start, [asdict(sample) for sample in train]])
 
 
@@ -237,7 +238,7 @@ def summarize(
         "mean_iou_last": mean("groups/mean_iou", rows[-part:]),
         "weight": trainer.weight_options | {"rescale": trainer.rescale},
         "sft_adapter": str(sft_adapter),
-        "parameters": models.parameter_account(trainer.model),
+        "parameters": models.count_parameters(trainer.model),
     }
 
 

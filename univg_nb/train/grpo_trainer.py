@@ -30,7 +30,7 @@ from univg_nb.train.difficulty import (
     group_mean_iou,
     rescaled,
 )
-from univg_nb.train.final_norm import own_rate, trained_norm
+from univg_nb.train.final_norm import set_norm_learning_rate, find_trained_norm
 from univg_nb.train.rewards import format_reward, iou_reward
 
 IOU, FORMAT = 0, 1  # columns of the reward matrix
@@ -104,7 +104,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         made = self.optimizer
         optimizer = super().create_optimizer(model)
         if made is None and self.norm_learning_rate is not None:
-            own_rate(optimizer, trained_norm(self.model), self.norm_learning_rate)
+            set_norm_learning_rate(optimizer, find_trained_norm(self.model), self.norm_learning_rate)
         return optimizer
 
     # ------------------------------------------------------------ rewards and weights

@@ -1,12 +1,19 @@
-"""Stage 1's trainer: TRL's SFTTrainer, and what it lacks for an exact resume.
+"""Stage 1: CoT-SFT with TRL's SFTTrainer; LoRA, QLoRA (NF4) or all language weights.
 
-Length-grouped order that is a function of (seed, epoch), vision features computed
-once, attention without a mask where padding is behind, a stop before a broken update.
+    python -m univg_nb sft CONFIG --set sft.adapter=qlora --out runs/NAME/sft_qlora
+    accelerate launch -m univg_nb.train.sft CONFIG
+
+`sft.adapter` is lora, qlora or none; every other option of the `sft` section has TRL's
+or PEFT's own name. The vision tower is frozen. The scale `full` follows
+docs/paper_facts.md#training-configuration. An interrupted training that is started
+again with the same command goes on from its last whole checkpoint and ends with the
+same weights, on a CPU bit for bit.
 """
 
 import argparse
 import gc
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,55 +23,42 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from univg_nb import io, models, runs
-from univg_nb.config import whole_batch
-from univg_nb.data import files
+from univg_nb import io, models
+from univg_nb.__main__ import main as run_command
+from univg_nb.config import add_scale_arguments, dump, load_config, whole_batch
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import features_fit, vision_features
-from univg_nb.models import whole
+from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.collator import LengthGroupedBatches, VisionCollator, tokenize
 
-# DOC of sft:
-# """Stage 1: CoT-SFT with TRL's SFTTrainer; LoRA, QLoRA (NF4) or all language weights.
-
-#     python -m univg_nb sft CONFIG.yaml --set sft.adapter=qlora --out runs/NAME/sft_qlora
-
-# One configuration decides (PF sec. 3 is its full scale): `sft.adapter` is lora, qlora
-# or none, every other option has TRL's or PEFT's own name. The vision tower is frozen.
-# An interrupted training started again with the same command goes on from its last
-# whole checkpoint and ends with the same weights, bit for bit on a CPU.
-# """
+Adapter = Literal["lora", "qlora", "none"]
+OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
 
 
 class GroundingSFTTrainer(SFTTrainer):
-    """SFTTrainer that groups batches by length, takes ready-made vision features, and
-    stops before an update with a loss or gradient that is not finite."""
+    """SFTTrainer with what an exact resume and fast steps need.
+
+    It groups batches by length, takes vision features that are already computed, and
+    stops before an update whose loss or gradient is not finite.
+    """
 
     epoch_sampler: LengthGroupedBatches | None = None
-    seen: list[int]  # indices of the samples of the update at hand
-    samples = 0  # of this process and this call, as the next two
-    tokens = 0  # padding included
-    padding = 0
-    counted: int | None = None  # parameters, embeddings left out
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.seen = []
-        collator = self.data_collator
-        if isinstance(collator, VisionCollator) and collator.padding_side == "right":
-            backbone = models.base_model(self.model).model
-            backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        self.seen: list[int] = []  # indices of the samples of the current update
+        self.samples = self.tokens = self.padding = 0  # of this process and this call
+        self.num_counted = self.model.num_parameters(exclude_embeddings=True)
+        backbone = models.get_base_model(self.model).model
+        backbone.register_forward_pre_hook(_drop_mask, with_kwargs=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The Trainer's own estimate. It counts the parameters anew at every update,
-        which takes a twentieth of the time of a small model's."""
-        if self.counted is None:
-            self.counted = self.model.num_parameters(exclude_embeddings=True)
-        return 6 * inputs["input_ids"].numel() * self.counted
+        """Return the Trainer's estimate without counting parameters at every update."""
+        return 6 * inputs["input_ids"].numel() * self.num_counted
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -80,6 +74,7 @@ class GroundingSFTTrainer(SFTTrainer):
         return self.epoch_sampler
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        """Count tokens, then do TRL's step."""
         self.seen += inputs.pop("sample_index").tolist()
         mask = inputs["attention_mask"]
         self.samples += len(mask)
@@ -90,15 +85,14 @@ class GroundingSFTTrainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hand computed vision features to the model in Qwen2-VL's own way."""
         if "image_features" in inputs:
-            # Qwen2-VL's own way in for a vision output that is already there.
-            features = inputs.pop("image_features")
-            image = SimpleNamespace(pooler_output=(features,))
+            image = SimpleNamespace(pooler_output=(inputs.pop("image_features"),))
             inputs["mm_encoder_outputs"] = {"image": image}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last thing the Trainer asks for before the update."""
+        """Check the gradient: the Trainer asks for its norm right before the update."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._check_finite("gradient norm", float(norm))
         self.seen = []
@@ -115,38 +109,36 @@ class GroundingSFTTrainer(SFTTrainer):
         )
 
 
-def _without_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
-    """In training on right-padded rows no real token looks back at padding, and the
-    padding's own outputs carry no loss: plain causal attention, which is faster."""
+def _drop_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Use plain causal attention in training, which is faster than a mask.
+
+    On right-padded rows no real token sees padding, and padding carries no loss.
+    """
     return (args, {**kwargs, "attention_mask": None}) if module.training else None
 
 
-Adapter = Literal["lora", "qlora", "none"]
-OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
+def make_sft_config(section: Mapping[str, Any], out: Path) -> SFTConfig:
+    """Return the `sft` section of a scale as SFTConfig.
 
-
-def sft_config(section: Mapping[str, Any], out: Path) -> SFTConfig:
-    """The `sft` section as SFTConfig.
-
-    max_length is not handed on, since TRL cuts where we refuse.
+    max_length is left out: TRL would cut samples that `tokenize` refuses.
     """
     arguments = SFTConfig(
         **{
             "train_sampling_strategy": "group_by_length",
             "ddp_find_unused_parameters": False,
-            **checkpoints.library_options(section, out, OWN_OPTIONS),
+            **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
             "max_length": None,
-            "completion_only_loss": False,  # our collator's labels say it already
+            "completion_only_loss": False,  # the collator's labels say it already
         }
     )
-    checkpoints.check_world(arguments, "sft")
+    checkpoints.check_world_size(arguments, "sft")
     return arguments
 
 
 def build_model(
     config: Mapping[str, Any], adapter: Adapter, init_adapter: Path | None
 ) -> tuple[Any, Any]:
-    """(model, processor) with exactly what stage 1 trains set to require a gradient."""
+    """Return (model, processor); what stage 1 trains requires a gradient."""
     section = config["sft"]
     frozen = section.get("freeze_vision", True)
     if adapter != "none" and not frozen:
@@ -154,8 +146,8 @@ def build_model(
             f"sft.freeze_vision = false with sft.adapter = {adapter}: LoRA is put on "
             "the language model only; set adapter: none or freeze_vision: true"
         )
-    quantize = "nf4" if adapter == "qlora" else None
-    model, processor = models.load(config["model"], init_adapter, True, quantize)
+    quantize: models.Quantization | None = "nf4" if adapter == "qlora" else None
+    model, processor = models.load_for_training(config["model"], init_adapter, quantize)
     if frozen:
         models.freeze_vision(model)
     if isinstance(model, PeftModel) and adapter == "none":
@@ -165,8 +157,7 @@ def build_model(
         )
     if adapter != "none" and not isinstance(model, PeftModel):
         model = models.add_lora(model, section.get("lora"))
-    trained = models.parameter_account(model)["total"]["trainable"]
-    if not trained:
+    if not models.count_parameters(model)["total"]["trainable"]:
         raise ValueError(
             "nothing to train: no parameter requires a gradient; check sft.adapter and "
             "sft.lora.target_modules"
@@ -177,33 +168,32 @@ def build_model(
 def build_trainer(
     config: Mapping[str, Any],
     out: Path,
-    train: Sequence[GroundingSample],
+    samples: Sequence[GroundingSample],
     adapter: Adapter,
     chains: bool,
     init_adapter: Path | None,
 ) -> GroundingSFTTrainer:
-    """Everything up to the first step: model, token ids, vision features, trainer."""
-    arguments = sft_config(config["sft"], out)
+    """Prepare everything up to the first step; for the arguments see `train`."""
+    section = config["sft"]
+    arguments = make_sft_config(section, out)
     set_seed(arguments.seed)  # before LoRA draws its matrices
     model, processor = build_model(config, adapter, init_adapter)
-    max_length = config["sft"].get("max_length")
-    dataset = tokenize(train, processor, chains, max_length)
-    base = models.base_model(model)
+    dataset = tokenize(samples, processor, chains, section.get("max_length"))
+    base = models.get_base_model(model)
     features = None
-    frozen = config["sft"].get("freeze_vision", True)
     hidden = base.config.get_text_config().hidden_size
-    if frozen and features_fit(dataset, hidden):
-        base.to(models.device())
-        paths = [path for sample in train for path in sample.images]
-        progress = not config["sft"].get("disable_tqdm")
+    if section.get("freeze_vision", True) and features_fit(dataset, hidden):
+        base.to(models.get_device())
+        paths = [path for sample in samples for path in sample.images]
+        progress = not section.get("disable_tqdm")
         keep = out.parent / "vision_features"  # the run's other trainings read it too
-        with whole(base.model.visual):
+        with models.gather_weights(base.model.visual):
             features = vision_features(base, processor, paths, keep, progress)
-    with checkpoints.exact_adapter(model, adapter == "qlora"):
+    with checkpoints.keep_adapter_exact(model, adapter == "qlora"):
         return GroundingSFTTrainer(
             model=model,
             args=arguments,
-            data_collator=VisionCollator(processor, features, max_length=max_length),
+            data_collator=VisionCollator(processor, features),
             train_dataset=dataset,
             processing_class=processor,
         )
@@ -212,22 +202,34 @@ def build_trainer(
 def train(
     config: dict[str, Any],
     out: str | Path,
-    train: Sequence[GroundingSample],
+    samples: Sequence[GroundingSample],
     *,
     adapter: Adapter | None = None,
     chains: bool = True,
     init_adapter: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Fine-tune on `train`; write out/{config.yaml, metrics.jsonl, adapter/}.
+    """Fine-tune a model; write out/{config.yaml, metrics.jsonl, adapter/}.
 
-    config: a whole scale. adapter: overrides sft.adapter. chains=False trains the
-    control without reasoning (question alone, reply only the box). init_adapter: goes
-    on from the adapter (or the fully trained model) of an earlier training.
-    Returns and writes summary.json: steps, seconds, losses, padding_share (padding /
-    all tokens, 0..1), samples_per_second, parameters.
+    Args:
+        config: a whole scale.
+        out: folder of the training.
+        samples: the training set.
+        adapter: overrides sft.adapter.
+        chains: False trains the control without reasoning (see `collator.encode`).
+        init_adapter: adapter, or fully trained model, of an earlier training to go on
+            from.
+        callbacks: for the trainer, called before metrics are written.
 
-    Raises ValueError for a missing image, a sample over sft.max_length, or nothing to
-    train; FloatingPointError, naming step and samples, for a loss that is not finite.
+    Returns:
+        What summary.json holds: steps, seconds, losses, padding_share (of all tokens,
+        0 to 1), samples_per_second, parameters.
+
+    Raises:
+        ValueError: for a missing image, a sample over sft.max_length, or nothing to
+            train.
+        FloatingPointError: for a loss or gradient that is not finite; names step and
+            samples.
     """
     out = Path(out)
     init_adapter = None if init_adapter is None else Path(init_adapter)
@@ -235,37 +237,41 @@ def train(
     config = {**config, "sft": {**config["sft"], "adapter": adapter}}
     fingerprint = io.config_hash(
         [
-            [config["model"], whole_batch(config["sft"], checkpoints.processes())],
-            [asdict(sample) for sample in train],
+            [
+                config["model"],
+                whole_batch(config["sft"], checkpoints.count_processes()),
+            ],
+            [asdict(sample) for sample in samples],
             [chains, str(init_adapter)],
         ]
     )
-    checkpoint = checkpoints.whole_checkpoint(out / "checkpoints", fingerprint)
+    checkpoint = checkpoints.find_checkpoint(out / "checkpoints", fingerprint)
     began = time.perf_counter()
-    with models.renamed_options():
-        trainer = build_trainer(config, out, train, adapter, chains, init_adapter)
-        checkpoints.Recorder(
-            out, fingerprint, not config["sft"].get("disable_tqdm", False)
-        ).attach(trainer)
+    with models.ignore_rename_warnings():
+        trainer = build_trainer(config, out, samples, adapter, chains, init_adapter)
+        for callback in callbacks:  # before the recorder, which acts on what they ask
+            trainer.add_callback(callback)
+        progress = not config["sft"].get("disable_tqdm", False)
+        checkpoints.Recorder(out, fingerprint, progress).attach(trainer)
         if trainer.is_world_process_zero():
-            io.write_text(out / "config.yaml", runs.dump(config))
-            checkpoints.forget_after(out / "metrics.jsonl", checkpoint)
+            io.write_text(out / "config.yaml", dump(config))
+            checkpoints.drop_rows_after(out / "metrics.jsonl", checkpoint)
         prepared = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds = time.perf_counter() - prepared
     trainer.save_model(str(out / "adapter"))
     summary = summarize(trainer, seconds)
-    summary |= {"adapter": adapter, "chains": chains, "samples": len(train)}
+    summary |= {"adapter": adapter, "chains": chains, "samples": len(samples)}
     summary["prepare_seconds"] = round(prepared - began, 3)
     if trainer.is_world_process_zero():
         io.write_json(out / "summary.json", summary)
     del trainer
-    gc.collect()  # model, optimiser and features: a trainer is full of cycles
+    gc.collect()  # a trainer is full of cycles that hold model, optimizer and features
     return summary
 
 
 def summarize(trainer: GroundingSFTTrainer, seconds: float) -> dict[str, Any]:
-    """What a training did; throughput and padding are those of this call's steps."""
+    """Return what a training did; throughput and padding are those of this call."""
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
     drawn = trainer.samples * trainer.args.world_size
@@ -276,41 +282,31 @@ def summarize(trainer: GroundingSFTTrainer, seconds: float) -> dict[str, Any]:
         "loss_first": losses[0] if losses else None,
         "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
         "padding_share": round(trainer.padding / max(trainer.tokens, 1), 4),
-        "parameters": models.parameter_account(trainer.model),
+        "parameters": models.count_parameters(trainer.model),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; also what `accelerate launch -m univg_nb.train.sft` runs."""
-    parser = argparse.ArgumentParser(prog="python -m univg_nb sft")
-    parser.add_argument("config", help="a shipped scale's name or a .yaml file")
-    parser.add_argument(
-        "--out", type=Path, help="stage folder; default runs/SCALE/sft_ADAPTER"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train stage 1 from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb sft",
+        description="Stage 1: fine-tune a model on reasoning chains.",
+        epilog="example:\n  python -m univg_nb sft tiny --set sft.learning_rate=1e-4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--data", type=Path, help="default: data.stage1_file, or runs/SCALE/data"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
-    )
-    parser.add_argument("--no-chains", action="store_true", help="the no-CoT control")
-    parser.add_argument("--init-adapter", type=Path, help="go on from this adapter")
-    options = parser.parse_args(argv)
-    config = runs.load_scale(options.config)
-    for assignment in options.set:
-        config = runs.override(config, assignment)
-    data = config["data"]
+    add = parser.add_argument
+    add_scale_arguments(parser)
+    add("--out", type=Path, help="stage folder; default: runs/SCALE/sft_ADAPTER")
+    add("--data", type=Path, help="default: data.stage1_file, else runs/SCALE/data")
+    add("--no-chains", action="store_true", help="the control without reasoning")
+    add("--init-adapter", type=Path, help="adapter or model to go on from")
+    options = parser.parse_args(arguments)
+    config = load_config(options)
     adapter = config["sft"].get("adapter", "lora")
-    scale = Path(options.config).stem
-    path = options.data or data.get("stage1_file")
-    path = Path(path or f"runs/{scale}/data/stage1_cotsft.json")
-    root = data.get("image_root") or path.parent
-    rows = files.read(path, image_root=root)[: data.get("stage1")]
-    out = options.out or Path("runs") / scale / f"sft_{adapter}"
     summary = train(
         config,
-        out,
-        rows,
+        options.out or resolve_run_dir("", options.scale) / f"sft_{adapter}",
+        checkpoints.read_training_set(options, config, "stage1"),
         chains=not options.no_chains,
         init_adapter=options.init_adapter,
     )
@@ -318,4 +314,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(["sft", *sys.argv[1:]]))
