@@ -20,10 +20,10 @@ ROOT = Path(launcher.__file__).parents[2]
 
 CALL = """
 import json, sys
-from univg_nb.launch import launcher as launch, worker
+from univg_nb.launch import launcher, worker
 job = json.load(open(sys.argv[1]))
 rows = worker.rows_of(job["rows"])
-launch.train(job["stage"], job["config"], job["out"], rows, **job["options"])
+launcher.train(job["stage"], job["config"], job["out"], rows, **job["options"])
 """
 
 
@@ -86,7 +86,7 @@ def wait_for(condition, seconds=300):
 
 
 def write_job(folder, stage, config, out, rows, **options):
-    """The call of launch.train as a file, job.json."""
+    """The call of launcher.train as a file, job.json."""
     job = folder / "job.json"
     rows = [asdict(row) for row in rows]
     text = {"stage": stage, "config": config, "out": str(out), "rows": rows}
@@ -112,7 +112,7 @@ GRPO = {
 
 
 def caller(folder, *arguments, **options):
-    """A process of its own that calls launch.train, as a kernel does."""
+    """A process of its own that calls launcher.train, as a kernel does."""
     job = write_job(folder, *arguments, **options)
     return subprocess.Popen(
         [sys.executable, "-c", CALL, str(job)],

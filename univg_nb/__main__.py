@@ -1,10 +1,12 @@
 """The command line: ``python -m univg_nb COMMAND``, also installed as ``univg-nb``.
 
 Every command is a function ``main(arguments) -> int | None`` of the module that does
-the work; only that module is imported. All of them end by the same rules:
+the work; only that module is imported. All commands end by the same rules:
 
-* 0: done; 1: the work failed, or a check found something; 2: a user's mistake, printed
-  as one line ``error: …``; 130: interrupted by Ctrl-C.
+* 0: done.
+* 1: the work failed (the disk is full, a training diverged) or a check found something.
+* 2: a user's mistake, printed as one line ``error: …``.
+* 130 or 143: ended by Ctrl-C or SIGTERM; 141: the reader of the output went away.
 * A traceback means a defect of this package and nothing else.
 """
 
@@ -12,6 +14,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,72 +26,118 @@ COMMANDS = {  # name: (module, what it does)
     "sft": ("train.sft", "stage 1: fine-tune on reasoning chains"),
     "grpo": ("train.grpo", "stage 2: GRPO with difficulty weights"),
     "merge": ("train.merge", "fold adapters into the weights of a model"),
-    "generate": ("evaluate.commands", "write a model's replies to a records file"),
-    "score": ("evaluate.commands", "score replies: accuracy with intervals"),
-    "compare": ("evaluate.commands", "compare two models on the same items"),
-    "report": ("evaluate.commands", "write one HTML page on how models did"),
+    "generate": ("evaluate.generate", "write a model's replies to a records file"),
+    "score": ("evaluate.score", "score replies: accuracy with intervals"),
+    "compare": ("evaluate.compare", "compare two models on the same items"),
+    "report": ("figures.report", "write one HTML page on how models did"),
     "ask": ("figures.demo", "ask a model about your own pictures"),
     "figures": ("figures.tables", "write the tables of a run again"),
-    "plan": ("launch.launcher", "memory, hours and price of a training"),
+    "plan": ("launch.plan", "memory, hours and price of a training"),
     "download": ("launch.download", "fetch the released data and weights"),
     "study": ("study.reference", "train over several seeds and compare"),
 }
+MISTAKES = (  # what a user got wrong; everything else is a failure or a defect
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+FAILURES = (FloatingPointError, MemoryError, OSError)
+# A server or the network failed, or a GPU is full: by name, as these are not imported.
+NETWORK = ("httpx", "httpx2", "huggingface_hub", "openai")
+COURSE = (
+    "IPython",
+    "ipywidgets",
+    "jupyter_client",
+    "nbclient",
+    "nbformat",
+    "papermill",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        arguments: the command's name and its arguments; default: those of the process.
+        arguments: the command's name and its arguments; default: those of the process,
+            for which SIGTERM then ends the command as Ctrl-C does, with 143.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if words else 2
-    if words[0] not in COMMANDS:
-        print(f"error: there is no command {words[0]!r}\n{_usage()}", file=sys.stderr)
-        return 2
+    words = list(arguments or [])
+    if arguments is None:
+        words = sys.argv[1:]
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        # bitsandbytes reports that an optional kernel is missing on newer CPUs.
+        ops = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        ops.addFilter(lambda entry: "gemm_4bit_forward" not in str(entry.msg))
     try:
-        module = importlib.import_module(f"univg_nb.{COMMANDS[words[0]][0]}")
-        nested = (
-            "evaluate.commands",
-            "data.audit",
-            "launch.launcher",
-        )  # until they move
-        rest = words if COMMANDS[words[0]][0] in nested else words[1:]
-        return module.main(rest) or 0
+        code = _run(words)
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+        return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            print(
-                f"error: no space left on the disk of {error.filename or 'the run'}; "
-                "free some and call again: finished stages are reused",
-                file=sys.stderr,
+        return _say("interrupted", 130)
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except MISTAKES as error:
+        return _say(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        if error.name not in COURSE:
+            raise
+        missing = f'{words[0]} needs {error.name}: pip install "univg-nb[course]"'
+        return _say(f"error: {missing}", 2)
+    except Exception as error:
+        if _is_disk_full(error):
+            where = getattr(error, "filename", None) or "the output"
+            return _say(
+                f"error: no space left on the disk of {where}; free some and call "
+                "again: finished stages are reused",
+                1,
             )
-            return 1
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        kind = type(error)
+        if (
+            isinstance(error, FAILURES)
+            or kind.__module__.partition(".")[0] in NETWORK
+            or kind.__name__ == "OutOfMemoryError"
+        ):
+            return _say(f"error: {error or 'out of memory'}", 1)
+        raise
 
 
-def _usage() -> str:
+def _run(words: list[str]) -> int:
     lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
+    usage = "\n".join(
         [
-            "usage: python -m univg_nb COMMAND [OPTIONS]",
-            "",
+            "usage: python -m univg_nb COMMAND [OPTIONS]\n",
             *lines,
-            "",
-            "python -m univg_nb COMMAND --help shows the options and an example.",
+            "\npython -m univg_nb COMMAND --help shows the options and an example.",
         ]
     )
+    if words and words[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if not words or words[0] not in COMMANDS:
+        problem = f"error: there is no command {words[0]!r}\n" if words else ""
+        return _say(problem + usage, 2)
+    module = importlib.import_module(f"univg_nb.{COMMANDS[words[0]][0]}")
+    return module.main(words[1:]) or 0
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether a full disk is behind an error or what it was raised from."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(error):  # of safetensors
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Scale files: reading, checking against a typed schema, overriding.
 
-A scale (DESIGN sec. 6) is a mapping with the sections `model`, `data`, `sft`, `grpo`,
-`evaluate`, and `launch` where training runs in processes of its own. Our own keys are
-the TypedDicts below; in `sft` and `grpo` every field of TRL's SFTConfig and GRPOConfig
-is allowed too, under the library's own name, and under `lora` every field of PEFT's
-LoraConfig. An unknown key or a wrong type is a ValueError that names file and key: a
-misspelt option must never train with a default.
+A scale is a mapping with the sections `model`, `data`, `sft`, `grpo`, `evaluate`, and
+`launch` where training runs in processes of its own. `OWN_SECTIONS` has our own keys;
+in `sft` and `grpo` every field of TRL's SFTConfig and GRPOConfig is allowed too, under
+the library's own name, and under `lora` every field of PEFT's LoraConfig. An unknown
+key or a wrong type is a ValueError that names file and key: a misspelt option must
+never train with a default.
 """
 
 import argparse
@@ -18,84 +18,59 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import yaml
 
 SCALES = Path(__file__).parent / "scales"
-
-
-class ModelSection(TypedDict, total=False):
-    name_or_path: str  # "tiny", a local folder or a hub name
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
-    dtype: Literal["float32", "bfloat16", "float16"]
-    min_pixels: int  # pixels of an image after resizing, both ends inclusive
-    max_pixels: int
-
-
-class DataSection(TypedDict, total=False):
-    source: Literal["minimig", "released"]
-    seed: int
-    stage1: int | None  # rows; None = all rows of the released file
-    stage2: int | None
-    single: int | None  # single-image referring rows among stage 2
-    test_per_task: int | None
-    zero_shot: int | None
-    single_test: int | None
-    image_root: str  # joined to relative image paths
-    stage1_file: str
-    stage2_file: str
-    mig_bench_file: str
-    single_test_file: str
-    refcoco_dir: str  # refcoco_val.json, refcocop_testA.json, ... (paper.REFCOCO_FILES)
-    lisa_file: str  # LISA val
-    lisa_test_file: str
-    llmseg_file: str
-    reasonvos_file: str
-    revos_file: str
-
-
-class SftSection(TypedDict, total=False):
-    adapter: Literal["lora", "qlora", "none"]
-    lora: dict[str, Any]
-    freeze_vision: bool
-
-
-class GrpoSection(TypedDict, total=False):
-    weight: Literal["none", "exp", "power", "log", "log_released", "peak", "constant"]
-    power: float
-    constant: float
-    unit_mean: bool
-    rescale: Literal["none", "mad", "drop_silent"]
-    max_zero_updates: int
-    shared_prefix: Literal["auto", "on", "off", True, False]  # YAML reads on as true
-    row_tokens: int
-    norm_learning_rate: float | None  # null: the last norm stays as it is
-    freeze_vision: bool
-
-
-class EvaluateSection(TypedDict, total=False):
-    max_new_tokens: int
-    batch_size: int
-
-
-class LaunchSection(TypedDict, total=False):
-    """How a training is spread; a scale without it trains in the notebook itself."""
-
-    strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp2"]
-    processes: int  # one per GPU, over all nodes
-    nodes: int
-    written_for: int  # processes for which the scale's batch and accumulation hold
-    port: int  # of the rendezvous; 0 takes a free one (one node only)
-
-
-OWN_SECTIONS = {
-    "model": ModelSection,
-    "data": DataSection,
-    "sft": SftSection,
-    "grpo": GrpoSection,
-    "evaluate": EvaluateSection,
-    "launch": LaunchSection,
+WEIGHTS = ("none", "exp", "power", "log", "log_released", "peak", "constant")
+# Rows to take of a data set, None = all; files, and the folder that images lie in.
+COUNTS = ("stage1", "stage2", "single", "test_per_task", "zero_shot", "single_test")
+FILES = (
+    *("stage1_file", "stage2_file", "mig_bench_file", "single_test_file"),
+    *("lisa_file", "lisa_test_file", "llmseg_file", "reasonvos_file", "revos_file"),
+)
+FOLDERS = ("image_root", "refcoco_dir")  # the latter: see paper.REFCOCO_FILES
+# Our own keys by section, with their types.
+OWN_SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {
+        "name_or_path": str,  # "tiny", a local folder or a hub name
+        "attn_implementation": Literal["sdpa", "eager", "flash_attention_2"],
+        "dtype": Literal["float32", "bfloat16", "float16"],
+        "min_pixels": int,  # pixels of an image after resizing, both ends inclusive
+        "max_pixels": int,
+    },
+    "data": {
+        "source": Literal["minimig", "released"],
+        "seed": int,
+        **dict.fromkeys(COUNTS, int | None),
+        **dict.fromkeys(FILES + FOLDERS, str),
+    },
+    "sft": {
+        "adapter": Literal["lora", "qlora", "none"],
+        "lora": dict[str, Any],
+        "freeze_vision": bool,
+    },
+    "grpo": {
+        "weight": Literal[WEIGHTS],
+        "power": float,
+        "constant": float,
+        "unit_mean": bool,
+        "rescale": Literal["none", "mad", "drop_silent"],
+        "max_zero_updates": int,
+        "shared_prefix": Literal["auto", "on", "off", True, False],  # YAML: on is true
+        "row_tokens": int,
+        "norm_learning_rate": float | None,  # null: the last norm stays as it is
+        "freeze_vision": bool,
+    },
+    "evaluate": {"max_new_tokens": int, "batch_size": int},
+    "launch": {  # without it a training runs in the calling process
+        "strategy": Literal["single", "ddp", "zero2", "zero3", "fsdp2"],
+        "processes": int,  # one per GPU, over all nodes
+        "nodes": int,
+        "written_for": int,  # processes that the batch and accumulation are for
+        "port": int,  # of the rendezvous; 0 takes a free one (one node only)
+    },
 }
 OPTIONAL = ("launch",)
 # Options that transformers renamed in 5.23: a scale has the new name with any version.
@@ -106,13 +81,14 @@ FORMER_NAMES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.1 takes it for a string) and
-    refuses a key written twice, of which PyYAML would silently keep the last."""
+    """A SafeLoader that reads 1e-3 as a number and refuses a key written twice.
+
+    YAML 1.1 takes the one for a string; of the other PyYAML keeps the last silently.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise yaml.constructor.ConstructorError(
                 None, None, f"key written twice: {', '.join(twice)}", node.start_mark
             )
@@ -127,7 +103,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """One value as in a scale file: numbers, true/false, null, lists, else a string."""
+    """Read one value as in a scale file: a number, true, null, a list, or a string."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -135,7 +111,7 @@ def parse_value(text: str) -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' or the known names, to end an error message with."""
+    """Return the end of an error message: "; did you mean ...?" or the known names."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
@@ -144,38 +120,38 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; {listed}"
 
 
-def accepts(annotation: Any, value: Any) -> bool:
-    """Whether `value` fits a type annotation; annotations we cannot read accept all."""
+# ---------------------------------------------------------------- checking
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    """Return whether a value fits a type; types that are not understood accept all."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
-        parts = typing.get_args(annotation)
-        if any(map(is_enum, parts)):  # `| str` stands for the values of the enum
+        parts = list(typing.get_args(annotation))
+        if any(map(_is_enum, parts)):  # `| str` stands for the values of the enum
             parts = [part for part in parts if part is not str]
-        return any(accepts(part, value) for part in parts)
-    if is_enum(annotation):
+        return any(_accepts(part, value) for part in parts)
+    if _is_enum(annotation):
         return value in [member.value for member in annotation]
     if origin is Literal:
         return value in typing.get_args(annotation)
-    if origin is not None:
-        annotation = origin
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool, dict, list, type(None)):
-        return isinstance(value, annotation)
+    kind = origin or annotation
+    if kind in (int, float):
+        numbers = (int, float) if kind is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if kind in (str, bool, dict, list, type(None)):
+        return isinstance(value, kind)
     return True  # sets, Any: the library checks those itself
 
 
-def is_enum(annotation: Any) -> bool:
-    """Whether an annotation is a class of named values."""
+def _is_enum(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 
-def describe(annotation: Any) -> str:
-    """A type annotation in words for an error message."""
+def _describe(annotation: Any) -> str:
+    """Return a type in words for an error message."""
     for part in (annotation, *typing.get_args(annotation)):
-        if is_enum(part):
+        if _is_enum(part):
             return f"one of {', '.join(repr(member.value) for member in part)}"
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:
         return annotation.__name__
@@ -185,34 +161,32 @@ def describe(annotation: Any) -> str:
 def _fields(config_class: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
     found = {f.name: hints[f.name] for f in dataclasses.fields(config_class) if f.init}
-    renamed = {new: old for new, old in FORMER_NAMES.items() if old in found}
-    return {new: found[old] for new, old in renamed.items()} | found
+    renamed = {new: found[old] for new, old in FORMER_NAMES.items() if old in found}
+    return renamed | found
 
 
 @functools.cache
 def schema(section: str) -> dict[str, Any]:
-    """Allowed keys of a section and their types; "sft.lora" is PEFT's LoraConfig.
+    """Return the allowed keys of a section and their types.
 
-    TRL and PEFT are imported only here and only for their sections: it takes seconds.
+    "sft.lora" is PEFT's LoraConfig. TRL and PEFT are imported only for their sections,
+    because that takes seconds.
     """
     if section == "sft.lora":
         from peft import LoraConfig
 
         return _fields(LoraConfig)
-    allowed = dict(typing.get_type_hints(OWN_SECTIONS[section]))
-    if section == "sft":
-        from trl import SFTConfig
+    allowed = OWN_SECTIONS[section]
+    if section in ("sft", "grpo"):
+        import trl
 
-        allowed = _fields(SFTConfig) | allowed
-    if section == "grpo":
-        from trl import GRPOConfig
-
-        allowed = _fields(GRPOConfig) | allowed
+        library = trl.SFTConfig if section == "sft" else trl.GRPOConfig
+        allowed = _fields(library) | allowed
     return allowed
 
 
-def check_section(section: str, values: Any, where: str) -> None:
-    """Check one section; ValueError naming `where`, the key and the way out."""
+def _check_section(section: str, values: Any, where: str) -> None:
+    """Raise ValueError, naming `where`, the key and the way out, for a wrong option."""
     if not isinstance(values, dict):
         raise ValueError(
             f"{where}: section {section!r} must be a mapping of options, "
@@ -224,16 +198,16 @@ def check_section(section: str, values: Any, where: str) -> None:
             raise ValueError(
                 f"{where}: unknown key {section}.{key}{suggestion(str(key), allowed)}"
             )
-        if not accepts(allowed[key], value):
+        if not _accepts(allowed[key], value):
             raise ValueError(
                 f"{where}: {section}.{key} = {value!r} has the wrong type or value; "
-                f"expected {describe(allowed[key])}"
+                f"expected {_describe(allowed[key])}"
             )
     if section == "sft" and "lora" in values:
-        check_section("sft.lora", values["lora"], where)
+        _check_section("sft.lora", values["lora"], where)
 
 
-def check(config: Any, where: str) -> dict[str, Any]:
+def _check(config: Any, where: str) -> dict[str, Any]:
     """Check a whole scale and return it; every section but `launch` must be there."""
     if not isinstance(config, dict):
         raise ValueError(f"{where}: not a scale file (no 'section:' lines)")
@@ -245,23 +219,25 @@ def check(config: Any, where: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{where}: section missing: {', '.join(missing)}; add it")
     for section, values in config.items():
-        check_section(section, values, where)
+        _check_section(section, values, where)
     return config
 
 
-def scale_names() -> list[str]:
-    """Names of the shipped scales."""
-    return sorted(path.stem for path in SCALES.glob("*.yaml"))
+# ---------------------------------------------------------------- reading
 
 
 def scale_path(name_or_path: str | Path) -> Path:
-    """The file of a shipped scale, or the given .yaml file; ValueError if none."""
+    """Return the file of a shipped scale, or the given .yaml file.
+
+    Raises ValueError if there is no such scale or file.
+    """
     text = str(name_or_path)
     path = Path(text) if text.endswith((".yaml", ".yml")) else SCALES / f"{text}.yaml"
     if not path.is_file():
+        shipped = sorted(path.stem for path in SCALES.glob("*.yaml"))
         raise ValueError(
-            f"unknown scale {text!r}{suggestion(text, scale_names())} "
-            f"(shipped: {', '.join(scale_names())}; or the path of a .yaml file)"
+            f"unknown scale {text!r}{suggestion(text, shipped)} "
+            f"(shipped: {', '.join(shipped)}; or the path of a .yaml file)"
         )
     return path
 
@@ -283,7 +259,7 @@ def load_scale(
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    config = check(config, str(path))
+    config = _check(config, str(path))
     for assignment in overrides:
         config = override(config, assignment)
     return config
@@ -325,45 +301,59 @@ def load_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """A checked copy of `config` with one option set, e.g. "sft.learning_rate=1e-3".
+    """Return a checked copy of a scale with one option set.
 
-    "sft.lora.r=8" reaches into the LoRA options. Raises ValueError as load_scale does.
+    Args:
+        config: a whole scale.
+        assignment: as "sft.learning_rate=1e-3"; "sft.lora.r=8" sets an option of LoRA.
+
+    Raises:
+        ValueError: as `load_scale`.
     """
     key, equals, text = assignment.partition("=")
-    path = key.strip().split(".")
-    if not equals or len(path) not in (2, 3) or (len(path) == 3 and path[1] != "lora"):
+    section, *keys = key.strip().split(".")
+    if not equals or len(keys) not in (1, 2) or (len(keys) == 2 and keys[0] != "lora"):
         raise ValueError(
             f"--set {assignment!r}: write SECTION.KEY=VALUE, as sft.learning_rate=1e-3"
         )
-    if path[0] not in OWN_SECTIONS:
-        hint = suggestion(path[0], OWN_SECTIONS)
-        raise ValueError(f"--set {assignment!r}: unknown section {path[0]!r}{hint}")
-    changed = {section: dict(values) for section, values in config.items()}
-    target = changed.setdefault(path[0], {})
-    if len(path) == 3:
+    if section not in OWN_SECTIONS:
+        hint = suggestion(section, OWN_SECTIONS)
+        raise ValueError(f"--set {assignment!r}: unknown section {section!r}{hint}")
+    changed = {name: dict(values) for name, values in config.items()}
+    target = changed.setdefault(section, {})
+    if len(keys) == 2:
         target["lora"] = target = dict(target.get("lora", {}))
-    target[path[-1]] = value = parse_value(text)
-    allowed = schema("sft.lora" if len(path) == 3 else path[0])
-    wanted = allowed.get(path[-1])
-    if wanted and not accepts(wanted, value) and accepts(wanted, text):
-        target[path[-1]] = text  # "no", a word that YAML reads as false
-    check_section(path[0], changed[path[0]], f"--set {assignment!r}")
+    value = parse_value(text)
+    wanted = schema("sft.lora" if len(keys) == 2 else section).get(keys[-1])
+    if wanted and not _accepts(wanted, value) and _accepts(wanted, text):
+        value = text  # "no", a word that YAML reads as false
+    target[keys[-1]] = value
+    _check_section(section, changed[section], f"--set {assignment!r}")
     return changed
 
 
 def dump(config: dict[str, Any]) -> str:
-    """A configuration as YAML text that load_scale reads back equal."""
+    """Return a scale as YAML text that `load_scale` reads back equal."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- several processes
 
 
 def spread(
     config: dict[str, Any], stage: str, processes: int | None = None
 ) -> dict[str, Any]:
-    """The scale with the batch of `stage` ("sft" or "grpo") kept whole on another
-    number of processes (default: launch.processes): its accumulation holds for
-    `launch.written_for` of them.
+    """Return the scale with the batch of a stage kept whole on so many processes.
 
-    Raises ValueError if the batch cannot be divided so.
+    Its accumulation in the file holds for `launch.written_for` processes.
+
+    Args:
+        config: a whole scale.
+        stage: "sft" or "grpo".
+        processes: default: `launch.processes`.
+
+    Raises:
+        ValueError: if the batch cannot be divided so.
     """
     launch, section = config.get("launch", {}), dict(config[stage])
     wanted = processes or launch.get("processes", 1)
@@ -380,7 +370,10 @@ def spread(
 
 
 def whole_batch(section: dict[str, Any], processes: int) -> dict[str, Any]:
-    """A section with the accumulation of all processes together: the same for every
-    way to spread one batch, so that a checkpoint is known again on another number."""
+    """Return a section with the accumulation of all processes together.
+
+    It is the same for every way to spread one batch, so that a checkpoint is recognized
+    on another number of processes.
+    """
     steps = section.get("gradient_accumulation_steps", 1) * processes
     return {**section, "gradient_accumulation_steps": steps}

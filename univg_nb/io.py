@@ -1,5 +1,6 @@
 """Files written whole: text, JSON, JSON lines, and hashes of contents."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with open(path, "a+b") as handle:
+    with path.open("a+b") as handle:
         end = handle.seek(0, os.SEEK_END)
         if end:
             handle.seek(end - 1)
@@ -76,7 +77,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises ValueError with file and line number for a malformed line elsewhere.
     """
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as handle:
+    with Path(path).open(encoding="utf-8", errors="replace") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.endswith("\n"):
                 break
@@ -105,3 +106,16 @@ def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: str | Path, message: str) -> Iterator[None]:
+    """Hold a lock file; raise ValueError with `message` if another process holds it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(message) from error
+        yield

@@ -1,14 +1,15 @@
-"""Run folders: atomic files, JSONL, stages that are reused, and the manifest.
+"""Run folders: stages that are reused, and the manifest.
 
-A run folder (DESIGN sec. 7) holds one folder per stage. A stage is finished when its
-`stage.json` says so; that file is written last, so an interrupted stage never looks
-whole. It records a hash of the stage's configuration and of the stages it was made
-from: a change in either makes the stage run again instead of being reused.
+A run folder holds one folder for each stage. A stage is finished when its `stage.json`
+says so; that file is written last, so an interrupted stage never looks complete. It
+records a hash of the stage's configuration and of the stages it was made from: a change
+in either makes the stage run again instead of being reused.
 """
+
+from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import shutil
@@ -20,22 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from univg_nb.config import check, dump, load_scale, override
+from univg_nb.config import dump as dump
+from univg_nb.config import load_scale as load_scale
+from univg_nb.config import override as override
 from univg_nb.io import config_hash, read_json, write_json
-
-__all__ = [
-    "Run",
-    "Stage",
-    "check",
-    "dump",
-    "load_scale",
-    "override",
-    "record_stage",
-    "repo_root",
-    "resolve_run_dir",
-    "stage",
-    "start",
-]
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -43,32 +32,35 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 # ---------------------------------------------------------------- where, with what
 
 
-def repo_root(start: str | Path | None = None) -> Path:
-    """The nearest folder at or above `start` (default: here) with a pyproject.toml;
-    `start` itself where there is none, as with an installed package."""
-    here = Path(start or ".").resolve()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    return here
+def repo_root(start: str | Path = ".") -> Path:
+    """Return the nearest folder at or above `start` that has a pyproject.toml.
+
+    That is `start` itself where there is none, as with an installed package.
+    """
+    here = Path(start).resolve()
+    found = (p for p in (here, *here.parents) if (p / "pyproject.toml").is_file())
+    return next(found, here)
 
 
 def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
-    """Absolute run folder: relative paths count from the repository root, because
-    JupyterLab starts a notebook in its own folder; "" means runs/<scale>."""
+    """Return the absolute run folder; an empty `run_dir` means runs/SCALE.
+
+    Relative paths count from the repository root, because JupyterLab starts a notebook
+    in its own folder. Raises ValueError if both arguments are empty.
+    """
     if not run_dir and not scale:
         raise ValueError("RUN_DIR and SCALE are both empty; set RUN_DIR to a folder")
     return repo_root() / Path(run_dir or Path("runs") / Path(scale).stem).expanduser()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that shape a result."""
+    """Return the versions of Python and of the libraries that shape a result."""
     found = {"python": platform.python_version()}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def device() -> str:
-    """The device torch will use, in words."""
+    """Return the device that torch will use, in words."""
     import torch  # here and not above: readers of artefacts need no torch
 
     if torch.cuda.is_available():
@@ -77,27 +69,17 @@ def device() -> str:
 
 
 def git_hash() -> str:
-    """Commit of the repository, "+" behind it when files changed since; "" if none."""
+    """Return the commit of the repository, "+" behind it if files changed; or ""."""
     root = repo_root()
     if not (root / ".git").exists() or shutil.which("git") is None:
         return ""
-    head = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    if head.returncode:  # a repository without a commit
-        return ""
-    changed = subprocess.run(
-        ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-        capture_output=True,
-        text=True,
-    )
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    command = ["git", "-C", str(root), *describe]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def peak_memory_mb() -> int:
-    """Largest resident memory so far of this process or of any child, MiB."""
+    """Return the largest memory so far of this process or of any child, in MiB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
     usage = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(who).ru_maxrss for who in usage) // unit
@@ -110,11 +92,18 @@ def record_stage(
     group: str = "stages",
     **facts: Any,
 ) -> None:
-    """Write what a stage (or, group "notebooks", a notebook) took to manifest.json."""
+    """Write to manifest.json what a stage took.
+
+    Args:
+        run_dir: the run folder.
+        name: of the stage.
+        seconds: how long it took.
+        group: part of the manifest, "stages" or "notebooks".
+        facts: what else to record of it.
+    """
     path = Path(run_dir) / "manifest.json"
     manifest = read_json(path) if path.is_file() else {}
-    manifest["versions"] = versions()
-    manifest["git"] = git_hash()
+    manifest |= {"versions": versions(), "git": git_hash()}
     facts = {"seconds": round(seconds, 2), "peak_memory_mb": peak_memory_mb(), **facts}
     manifest.setdefault(group, {})[name] = facts
     write_json(path, manifest)
@@ -125,7 +114,16 @@ def record_stage(
 
 @dataclass
 class Stage:
-    """One stage of a run: `.done`, `.dir`, `.results`, and `.finish(**results)`."""
+    """One stage of a run.
+
+    Attributes:
+        run_dir: the run folder.
+        name: of the stage, and of its folder in the run folder.
+        hash: of its configuration and of the stages it was made from.
+        done: whether it is finished.
+        results: what `finish` was given.
+        began: of this call, by `time.perf_counter`.
+    """
 
     run_dir: Path
     name: str
@@ -136,6 +134,7 @@ class Stage:
 
     @property
     def dir(self) -> Path:
+        """The folder of the stage."""
         return self.run_dir / self.name
 
     def finish(self, **results: Any) -> dict[str, Any]:
@@ -148,12 +147,6 @@ class Stage:
         self.done, self.results = True, results
         return results
 
-    def __enter__(self) -> "Stage":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to undo: without finish() the marker keeps saying "started"."""
-
 
 def stage(
     run_dir: str | Path,
@@ -162,13 +155,22 @@ def stage(
     fresh: bool = False,
     needs: Iterable[str] = (),
 ) -> Stage:
-    """Open the stage folder run_dir/name for `config` (anything JSON-like).
+    """Open the stage folder run_dir/name.
 
     A finished stage of the same configuration comes back with `.done` True and its
-    `.results`; an interrupted one keeps its files, so that training can resume; with
+    `.results`; an interrupted one keeps its files, so that training can resume. With
     `fresh`, or when the configuration differs, the old folder is moved to
-    run_dir/replaced/ and an empty one begins. `needs` names stages of this run that
-    this one is made from; ValueError if one of them is not finished.
+    run_dir/replaced/ and an empty one begins.
+
+    Args:
+        run_dir: the run folder.
+        name: of the stage; may contain slashes.
+        config: what decides the result, JSON-like.
+        fresh: begin again even if the stage is finished.
+        needs: names of stages of this run that this one is made from.
+
+    Raises:
+        ValueError: if a needed stage is not finished.
     """
     run_dir = Path(run_dir)
     upstream = {}
@@ -192,7 +194,7 @@ def stage(
         aside = run_dir / "replaced" / name
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, aside)
+        folder.replace(aside)
         if not fresh:
             print(f"{name}: its configuration changed, so it runs again")
     begun = {"name": name, "status": "started", "hash": wanted, "needs": upstream}
@@ -202,22 +204,16 @@ def stage(
 
 @dataclass(frozen=True)
 class Run:
-    """What every notebook starts from; see start()."""
+    """What every notebook starts from; `start` makes it."""
 
     scale: str
     dir: Path
     seed: int
     config: dict[str, Any]
 
-    def stage(
-        self,
-        name: str,
-        config: Any,
-        fresh: bool = False,
-        needs: Iterable[str] = (),
-    ) -> Stage:
-        """stage() in this run's folder."""
-        return stage(self.dir, name, config, fresh, needs)
+    def stage(self, name: str, config: Any, **options: Any) -> Stage:
+        """Open a stage of this run; see the function `stage`."""
+        return stage(self.dir, name, config, **options)
 
 
 def start(
@@ -226,11 +222,17 @@ def start(
     seed: int = 0,
     overrides: Iterable[str] = (),
 ) -> Run:
-    """Load the scale, set `seed` for data and training, make the run folder, and
-    print one line of versions.
+    """Load the scale, make the run folder, and print one line of versions.
 
-    Raises ValueError for an unknown scale, and for a run folder of another scale:
-    its stages would all be replaced.
+    Args:
+        scale: name of a shipped scale or a .yaml file.
+        run_dir: the run folder; "" means runs/SCALE.
+        seed: of the data and of both trainings.
+        overrides: options to set, each as "SECTION.KEY=VALUE".
+
+    Raises:
+        ValueError: for an unknown scale or option, and for a run folder of another
+            scale: its stages would all be replaced.
     """
     config = load_scale(scale)
     for section in ("data", "sft", "grpo"):

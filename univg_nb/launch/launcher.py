@@ -1,51 +1,53 @@
-"""Train in processes of their own: one GPU, several, several nodes.
+"""Train here, or in processes of their own: one GPU, several, several nodes.
 
-    launch.train("sft", config, out, rows, adapter="lora")     # from a notebook
-    python -m univg_nb plan full --gpu H100-80G --gpus 8
+    launcher.train("sft", config, out, rows, adapter="lora")
 
-A scale with a `launch` section trains in children of accelerate (on CPUs: torchrun,
-but for DeepSpeed), one process a GPU; one without it trains here. The child's metrics
-are shown as they come. Ctrl-C and SIGTERM end it after the update at hand, with a
-checkpoint; the same call goes on from there. If a process fails, the others are ended
-and its last lines are raised.
+A scale with a `launch` section trains in processes that accelerate starts with its
+configuration file of the strategy, one process for each GPU (on CPUs without DeepSpeed:
+torchrun). A scale without it trains in the calling process. A bar shows the updates.
+Ctrl-C and SIGTERM end the training after the current update, with a checkpoint; the
+same call resumes it. If a process fails, the others are ended and its error is raised.
 """
 
-import argparse
 import gc
 import json
 import os
+import re
+import shutil
 import signal
-import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
 
 from univg_nb.config import SCALES, spread
 from univg_nb.data.sample import GroundingSample
-from univg_nb.io import read_json, write_json
-from univg_nb.launch.children import (
-    CHECKPOINT,
-    STOP,
-    Children,
-    Stopped,
-    running,
-    states_in,
-    watch,
-)
-from univg_nb.launch.live import Live
+from univg_nb.io import locked, read_json, read_jsonl, write_json
+from univg_nb.launch import plan
+from univg_nb.launch.memory import Stage
+from univg_nb.launch.worker import LOCK, STOP
+from univg_nb.train import grpo, sft
 
-Stage = Literal["sft", "grpo"]
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
+CHECKPOINT = 900.0  # seconds in which the processes must end after a signal
+FAILURE = re.compile(
+    r"Root Cause.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+) "
+    r"\(pid: (?P<pid>\d+).*?traceback : (?P<trace>.*?)\n={20}",
+    re.DOTALL,
+)
 
 
 # ---------------------------------------------------------------- what to start
 
 
 def strategy_of(launch: Mapping[str, Any]) -> str:
-    """launch.strategy, which one process makes single, and several make ddp."""
+    """Return launch.strategy: "single" for one process, "ddp" where nothing is said."""
     if launch.get("processes", 1) == 1:
         return "single"
     strategy = launch.get("strategy", "ddp")
@@ -55,11 +57,19 @@ def strategy_of(launch: Mapping[str, Any]) -> str:
 def command(
     launch: Mapping[str, Any], configured: bool, worker: Sequence[str]
 ) -> list[str]:
-    """The command line of the launcher: of accelerate with the file of the strategy if
-    `configured`, else of torchrun. worker: ["-m", module, request].
+    """Return the command line that starts the processes.
 
-    Several nodes: within a Slurm job each gets the same command by srun; elsewhere it
-    has to be started on each by hand. They meet at MASTER_ADDR:launch.port.
+    On several nodes within a Slurm job srun gives each node the same command; elsewhere
+    it has to be started on each node by hand. They meet at MASTER_ADDR:launch.port.
+
+    Args:
+        launch: the `launch` section of the scale.
+        configured: start with accelerate and the strategy's file, else with torchrun.
+        worker: arguments of each process, ["-m", module, request].
+
+    Raises:
+        ValueError: if the processes do not divide over the nodes, or the nodes have no
+            address to meet at.
     """
     processes, nodes = launch.get("processes", 1), launch.get("nodes", 1)
     if processes == 1:
@@ -75,9 +85,8 @@ def command(
             "univg_nb/scales/slurm.sh sets both"
         )
     if configured:
-        strategy = strategy_of(launch)
-        agent = ["-m", "accelerate.commands.launch"]
-        agent += ["--config_file", str(SCALES / "accelerate" / f"{strategy}.yaml")]
+        file = SCALES / "accelerate" / f"{strategy_of(launch)}.yaml"
+        agent = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
         agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
         agent += ["--main_process_port", str(port)]
         if nodes > 1:  # c10d numbers the nodes as they arrive
@@ -90,34 +99,38 @@ def command(
         if nodes > 1:
             agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
             agent += ["--rdzv_id", os.environ.get("SLURM_JOB_ID", "univg")]
-    if nodes == 1:
-        return [sys.executable, *agent, *worker]
-    prefix = []
-    if "SLURM_JOB_ID" in os.environ:
-        prefix = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
-        prefix += ["--kill-on-bad-exit=1"]
-    return [*prefix, sys.executable, *agent, *worker]
+    slurm = []
+    if nodes > 1 and "SLURM_JOB_ID" in os.environ:
+        slurm = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
+        slurm += ["--kill-on-bad-exit=1"]
+    return [*slurm, sys.executable, *agent, *worker]
 
 
-def environment(strategy: str, gpu: bool) -> dict[str, str]:
-    """The children's. On CPUs DeepSpeed works; FSDP in accelerate does not: asked for
-    all the same, so that the check in the worker speaks instead of DDP unasked."""
-    made = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(CHECKPOINT))}
-    made["PYTHONPATH"] = os.pathsep.join(
-        [str(SCALES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
+def _environment(strategy: str, gpu: bool) -> dict[str, str]:
+    """Return the environment of the processes.
+
+    On CPUs DeepSpeed works and accelerate's FSDP does not. FSDP is requested all the
+    same, so that the check in the worker fails instead of DDP replacing it silently.
+    """
+    extra = {}
     if not gpu and strategy == "fsdp2":
-        made |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        extra = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     elif not gpu and strategy in ZERO:
-        made["DS_ACCELERATOR"] = "cpu"
-    return made
+        extra = {"DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **extra}
 
 
 def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -> str:
-    """What is and is not exact when a checkpoint goes on, with so many processes.
+    """Say what is exact and what is not when a training resumes from a checkpoint.
 
-    vllm: whether it samples the replies; its engines begin anew.
-    Raises ValueError where it cannot go on at all.
+    Args:
+        before: number of processes that wrote the checkpoint.
+        now: number of processes that resume from it.
+        strategy: launch.strategy in force.
+        vllm: whether vLLM samples the replies; its engines start without a state.
+
+    Raises:
+        ValueError: if the checkpoint cannot be resumed with that number.
     """
     if before == now:
         but = ", but for the replies, which vLLM samples anew" if vllm else ""
@@ -136,7 +149,7 @@ def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -
     )
 
 
-# ---------------------------------------------------------------- the one call
+# ---------------------------------------------------------------- training
 
 
 def train(
@@ -146,105 +159,140 @@ def train(
     rows: Sequence[GroundingSample],
     **options: Any,
 ) -> dict[str, Any]:
-    """sft.train(config, out, rows, **options), or grpo.train: here, or launched.
+    """Call `sft.train` or `grpo.train`, in this process or in launched ones.
 
-    Returns the training's summary. Raises RuntimeError with the last lines of the
-    process that failed, KeyboardInterrupt or SystemExit after a signal, and ValueError
-    before anything starts for a layout that cannot be or a package that is missing.
+    Args:
+        stage: "sft" or "grpo".
+        config: a whole scale; its `launch` section says how the training is spread.
+        out: the stage folder; logs of launched processes go to out/launch.
+        rows: the training samples.
+        options: keyword arguments of `sft.train` or `grpo.train`.
+
+    Returns:
+        The training's summary.
+
+    Raises:
+        RuntimeError: if a process failed, with its rank and error.
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the processes have
+            ended with a checkpoint.
+        ValueError: before anything starts, for a layout that is not possible, a missing
+            package, or a folder in which an earlier call still trains.
     """
     if "launch" not in config:
-        from univg_nb.train import grpo, sft
-
-        trainer = sft.train if stage == "sft" else grpo.train
-        return trainer(config, out, rows, **options)
-    import torch
-
-    from univg_nb.launch import plan
-
+        here = sft.train if stage == "sft" else grpo.train
+        return here(config, out, rows, **options)
     gpu, config = torch.cuda.is_available(), spread(config, stage)
-    processes = config["launch"].get("processes", 1)
+    out, processes = Path(out).absolute(), config["launch"].get("processes", 1)
     strategy = strategy_of(config["launch"])
     missing = [c for c in plan.check_packages(config, strategy) if not c.ok]
     if missing:
         raise ValueError("; ".join(f"{c.name} {c.detail}" for c in missing))
-    folder = Path(out).absolute() / "launch"
-    request = {
-        "stage": stage,
-        "config": config,
-        "out": str(Path(out).absolute()),
-        "rows": [asdict(row) for row in rows],
-        "options": options,
-        "processes": processes,
-        "strategy": strategy,
-        "launcher": {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "time": time.time(),
-        },
-    }
-    request = json.loads(json.dumps(request, default=str))  # paths become texts
-    refuse_second(folder)
-    vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
-    announce_resume(folder, processes, strategy, vllm)
-    for old in [*folder.glob("rank-*"), folder / "summary.json", folder / STOP]:
-        old.unlink(missing_ok=True)
-    write_json(folder / "request.json", request)
-    worker = ["-m", "univg_nb.launch.worker", str(folder / "request.json")]
+    folder = out / "launch"
+    path = folder / "request.json"
+    worker = ["-m", "univg_nb.launch.worker", str(path)]
     arguments = command(config["launch"], gpu or strategy in ZERO, worker)
-    if gpu:  # what the notebook has dropped would still fill it for the children
-        gc.collect()
-        torch.cuda.empty_cache()
-    write_json(folder / "launched.json", {"processes": processes, "command": arguments})
-    try:
-        children = Children(folder, arguments, environment(strategy, gpu))
-        watch(children, Live(Path(out), stage))
-    except Stopped as stopped:
-        if stopped.args[0] == signal.SIGINT:
-            raise KeyboardInterrupt from stopped
-        raise SystemExit(128 + signal.SIGTERM) from stopped
-    return read_json(folder / "summary.json")
+    busy = (
+        f"{out}: an earlier call still trains there; call again when it has ended with "
+        "its checkpoint"
+    )
+    with locked(folder / "launcher.lock", busy):
+        with locked(folder / LOCK, busy):  # what a killed caller left behind
+            vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
+            if path.is_file() and any(out.glob("checkpoints/checkpoint-*")):
+                before = read_json(path)["processes"]
+                statement = resume_statement(before, processes, strategy, vllm)
+                print(f"{out.name} {statement}")
+        for old in (*folder.glob("rank-*"), folder / STOP, out / "summary.json"):
+            old.unlink(missing_ok=True)
+        request = {"stage": stage, "config": config, "out": out, "options": options}
+        request |= {"processes": processes, "strategy": strategy}
+        request["rows"] = [asdict(row) for row in rows]
+        write_json(path, json.loads(json.dumps(request, default=str)))
+        if gpu:  # memory that the caller has released still belongs to this process
+            gc.collect()
+            torch.cuda.empty_cache()
+        _run(arguments, _environment(strategy, gpu), out)
+    return read_json(out / "summary.json")
 
 
-def refuse_second(folder: Path) -> None:
-    """ValueError while the processes of an earlier call train in this folder, as they
-    do to the end of their update when its notebook was killed."""
-    left = [
-        f"rank {state['rank']} (pid {state['pid']})"
-        for state in states_in(folder)
-        if state["state"] in ("started", "training") and running(state)
-    ]
-    if left:
-        raise ValueError(
-            f"{folder.parent}: an earlier call still trains there: {', '.join(left)}; "
-            "call again when it has ended with its checkpoint, or end it with kill PID"
+def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
+    """Start the processes and wait until they end, on request with a checkpoint."""
+    folder, signals = out / "launch", []
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    log = folder / "console.log"
+    with log.open("wb") as console:
+        agent = subprocess.Popen(
+            arguments,
+            env=environment,
+            stdin=subprocess.PIPE,  # closed with this process: the sign to end
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us
         )
-
-
-def announce_resume(
-    folder: Path, processes: int, strategy: str, vllm: bool = False
-) -> None:
-    """Say how exact going on will be, if there is a checkpoint to go on from."""
-    launched = folder / "launched.json"
-    if launched.is_file() and any(folder.parent.glob("checkpoints/checkpoint-*")):
-        before = read_json(launched)["processes"]
-        statement = resume_statement(before, processes, strategy, vllm)
-        print(f"{folder.parent.name} {statement}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: the plan of a scale."""
-    from univg_nb.launch import plan
-
-    parser = argparse.ArgumentParser(prog="python -m univg_nb.launch.launcher")
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("plan", help="memory, time, price, and what is missing")
-    plan.add_arguments(sub)
+    bar = tqdm(desc=out.name)
     try:
-        return plan.main(parser.parse_args(arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        while agent.poll() is None and not signals:
+            time.sleep(0.3)
+            _show_progress(bar, out)
+        if signals:
+            print("stopping after this update, with a checkpoint", flush=True)
+            (folder / STOP).touch()
+    finally:
+        agent.stdin.close()
+        try:
+            agent.wait(CHECKPOINT)
+        except subprocess.TimeoutExpired:
+            agent.terminate()
+            agent.wait()
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    states = [state["state"] for state in states_in(folder)]
+    if "interrupted" in states:
+        if signal.SIGINT in signals:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+    if agent.returncode or not (out / "summary.json").is_file():
+        raise RuntimeError(f"training stopped: {_describe_failure(agent, log)}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _show_progress(bar: tqdm, out: Path) -> None:
+    """Move the bar to the last update, with its loss or reward."""
+    state, metrics = out / "launch" / "rank-0.json", out / "metrics.jsonl"
+    if not (state.is_file() and metrics.is_file()):
+        return
+    if bar.total is None:
+        facts = read_json(state)
+        bar.reset(total=facts["max_steps"])
+        bar.initial = bar.n = facts["first_step"]
+        bar.set_description(
+            f"{out.name}, {facts['world_size']} x {facts['distributed_type']}"
+        )
+    if rows := read_jsonl(metrics):
+        shown = {k: f"{rows[-1][k]:.3g}" for k in ("loss", "reward") if k in rows[-1]}
+        bar.set_postfix(shown, refresh=False)
+        bar.update(rows[-1]["step"] - bar.n)
+
+
+def _describe_failure(agent: subprocess.Popen, log: Path) -> str:
+    """Return the rank that failed first and its error, from the launcher's output."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if found := FAILURE.search(text):
+        reason = f"rank {found['rank']} (pid {found['pid']}) failed\n{found['trace']}"
+        if found["code"] == "-9":
+            reason += " (out of memory?)"
+    else:
+        lines = "\n".join(text.splitlines()[-25:])
+        reason = f"the process ended with {agent.returncode}\n{lines}"
+    if shutil.disk_usage(log.parent).free < 2**16:  # then the log is not complete
+        reason = f"no space left on the disk; {reason}"
+    return f"{reason}\nlog: {log}"
+
+
+def states_in(folder: Path) -> list[dict[str, Any]]:
+    """Return what the processes of a launch folder wrote about themselves, by rank."""
+    states = [read_json(path) for path in folder.glob("rank-*.json")]
+    return sorted(states, key=lambda state: state["rank"])

@@ -7,9 +7,9 @@ copying the outputs of an executed copy back into the committed notebook.
 
 import ast
 import base64
-import hashlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from univg_nb.config import parse_value, suggestion
-from univg_nb.io import write_text
+from univg_nb.io import hash_text, write_text
 from univg_nb.runs import repo_root
 
 
@@ -31,67 +31,69 @@ def read_notebook(path: str | Path) -> NotebookNode:
 
 
 def tags(cell: NotebookNode) -> list[str]:
-    """Tags of a cell."""
+    """Return the tags of a cell."""
     return cell.metadata.get("tags", [])
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """Code cells as written: without the one the runner injects."""
+    """Return the code cells as written: without the one that papermill injects."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [cell for cell in cells if "injected-parameters" not in tags(cell)]
 
 
 def code_sha256(notebook: NotebookNode) -> str:
-    """Hash of the code cells' text; outputs, markdown and metadata do not count."""
+    """Hash the text of the code cells; outputs, markdown and metadata do not count."""
     sources = (cell.source.rstrip() for cell in code_cells(notebook))
-    return hashlib.sha256("\n# next cell\n".join(sources).encode()).hexdigest()
+    return hash_text("\n# next cell\n".join(sources))
+
+
+# ---------------------------------------------------------------- parameters
 
 
 def read_parameters(notebook: NotebookNode, where: str) -> dict[str, Any]:
-    """Names and default values of the parameters cell; {} without such a cell.
+    """Return names and default values of the parameters cell; {} without such a cell.
 
-    Raises ValueError when there are several such cells or a line is not
-    `NAME = literal`: a value derived there would keep its old value (papermill puts
-    its own cell behind this one).
+    Args:
+        notebook: the notebook.
+        where: its name, for messages.
+
+    Raises:
+        ValueError: when there are several such cells or a line is not `NAME = literal`:
+            a derived value would keep its old value there, because papermill puts its
+            own cell behind this one.
     """
     cells = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     if len(cells) > 1:
         raise ValueError(f"{where}: {len(cells)} cells are tagged 'parameters'; keep 1")
     found: dict[str, Any] = {}
     for statement in ast.parse(cells[0].source).body if cells else []:
-        line = ast.unparse(statement)
-        if not isinstance(statement, ast.Assign | ast.AnnAssign):
-            raise ValueError(
-                f"{where}, parameters cell: {line!r} is not 'NAME = value'; "
-                "move it to the next cell"
-            )
-        annotated = isinstance(statement, ast.AnnAssign)
-        target = statement.target if annotated else statement.targets[0]
         try:
-            found[ast.unparse(target)] = ast.literal_eval(statement.value)
+            if isinstance(statement, ast.AnnAssign) and statement.value:
+                target, value = statement.target, statement.value
+            elif isinstance(statement, ast.Assign):
+                target, value = statement.targets[0], statement.value
+            else:
+                raise TypeError
+            found[ast.unparse(target)] = ast.literal_eval(value)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{where}, parameters cell: {line!r} is not a plain value; "
-                "derive it in the next cell"
+                f"{where}, parameters cell: {ast.unparse(statement)!r} is not "
+                "'NAME = plain value'; move it to the next cell"
             ) from error
     return found
 
 
 def parse_parameter(name: str, text: str, default: Any, where: str) -> Any:
-    """The value of `-p NAME TEXT`, of the type of the notebook's default.
+    """Return the value of `-p NAME TEXT`, of the type of the notebook's default.
 
     A default of None takes any value. Raises ValueError with name, text and type.
     """
     if isinstance(default, str):
         return text
-    value = parse_value(text)
-    kind = type(default)
-    fits = default is None or type(value) is kind
-    if kind is float and type(value) is int:
-        value, fits = float(value), True
-    if kind is tuple and isinstance(value, list):
-        value, fits = tuple(value), True
-    if not fits:
+    value, kind = parse_value(text), type(default)
+    if (kind, type(value)) in ((float, int), (tuple, list)):
+        value = kind(value)
+    if default is not None and type(value) is not kind:
         raise ValueError(
             f"{where}: -p {name} {text}: expected {kind.__name__} "
             f"as in the notebook's {name} = {default!r}"
@@ -100,12 +102,16 @@ def parse_parameter(name: str, text: str, default: Any, where: str) -> Any:
 
 
 def check_parameters(
-    given: dict[str, str], notebooks: dict[str, dict[str, Any]]
+    given: Mapping[str, str], notebooks: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Typed values of `given` for each notebook that has the name.
+    """Return the typed values of `given` for each notebook that has the name.
 
-    given: name -> text. notebooks: notebook name -> its parameters. Raises ValueError
-    for a name that none of them has, or a text that does not fit the type.
+    Args:
+        given: name -> text.
+        notebooks: notebook name -> its parameters.
+
+    Raises:
+        ValueError: for a name that no notebook has, or a text of another type.
     """
     everywhere = {name for parameters in notebooks.values() for name in parameters}
     for name in given:
@@ -124,43 +130,55 @@ def check_parameters(
     }
 
 
-def _readable(output: NotebookNode) -> NotebookNode | None:
-    """An output fit for the committed notebook: no stderr chatter, no live widgets
-    (they need their kernel), no absolute path of this checkout."""
+# ---------------------------------------------------------------- outputs
+
+
+def _clean(output: NotebookNode) -> NotebookNode | None:
+    """Return an output fit for the committed notebook, or None.
+
+    Messages on stderr and live widgets, which need their kernel, stay out, and so do
+    absolute paths of this checkout.
+    """
+    here = f"{repo_root()}/"
     if output.output_type == "stream":
-        if output.name == "stderr":
-            return None
-        output.text = output.text.replace(f"{repo_root()}/", "")
-    elif "data" in output:
-        if "application/vnd.jupyter.widget-view+json" in output.data:
-            return None
-        for kind in ("text/plain", "text/html"):
-            if kind in output.data:
-                output.data[kind] = output.data[kind].replace(f"{repo_root()}/", "")
-        if "image/png" in output.data:
-            output.data["image/png"] = _lighter(output.data["image/png"])
+        output.text = output.text.replace(here, "")
+        return None if output.name == "stderr" else output
+    data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    for kind in {"text/plain", "text/html"} & data.keys():
+        data[kind] = data[kind].replace(here, "")
+    if "image/png" in data:
+        data["image/png"] = _compress(data["image/png"])
     return output
 
 
-def _lighter(png: str) -> str:
-    """A PNG (base64) with 256 colours where that is smaller; a plot looks the same.
+def _compress(png: str) -> str:
+    """Return a PNG (base64) with 256 colors if that is smaller; a plot looks the same.
 
-    Octree colours: median cut gives a thin line the colour of a larger area near it.
+    Octree colors: median cut gives a thin line the color of a larger area near it.
     """
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     buffer = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(
-        buffer, "PNG", optimize=True
-    )
-    made = base64.b64encode(buffer.getvalue()).decode()
-    return min(png, made, key=len)
+    reduced = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
+    reduced.save(buffer, "PNG", optimize=True)
+    return min(png, base64.b64encode(buffer.getvalue()).decode(), key=len)
 
 
 def record(source: Path, executed: Path) -> int:
-    """Copy the outputs of `executed` into the notebook `source` and stamp it with the
-    hash of its code cells. Returns the new size in bytes.
+    """Copy the outputs of an executed copy into a notebook and stamp it.
 
-    Raises ValueError if the copy was made from other code or did not run to its end.
+    The stamp is the hash of the notebook's code cells.
+
+    Args:
+        source: the committed notebook, which is changed.
+        executed: the executed copy.
+
+    Returns:
+        The new size in bytes.
+
+    Raises:
+        ValueError: if the copy was made from other code or did not run to its end.
     """
     notebook, copy = read_notebook(source), read_notebook(executed)
     if code_sha256(notebook) != code_sha256(copy):
@@ -169,11 +187,9 @@ def record(source: Path, executed: Path) -> int:
         )
     if not ran_to_end(copy):
         raise ValueError(f"{executed} did not run to its last cell; run it again first")
-    for number, (cell, ran) in enumerate(
-        zip(code_cells(notebook), code_cells(copy), strict=True), start=1
-    ):
-        outputs = [_readable(output) for output in ran.outputs]
-        cell.outputs = [output for output in outputs if output is not None]
+    pairs = zip(code_cells(notebook), code_cells(copy), strict=True)
+    for number, (cell, ran) in enumerate(pairs, start=1):
+        cell.outputs = [output for output in map(_clean, ran.outputs) if output]
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = number
@@ -181,25 +197,23 @@ def record(source: Path, executed: Path) -> int:
     notebook.metadata.pop("widgets", None)
     notebook.metadata.pop("papermill", None)
     notebook.metadata["univg"] = {"code_sha256": code_sha256(notebook)}
-    text = nbformat.writes(notebook)
-    write_text(source, text if text.endswith("\n") else text + "\n")
+    text = nbformat.writes(notebook).rstrip("\n") + "\n"
+    write_text(source, text)
     return len(text.encode())
 
 
 def ran_to_end(notebook: NotebookNode) -> bool:
-    """Whether every code cell was executed and none ended in an error."""
+    """Return whether every code cell was executed and none ended in an error."""
     cells = [cell for cell in code_cells(notebook) if cell.source.strip()]
-    return all(
-        cell.execution_count is not None
-        and not any(output.output_type == "error" for output in cell.outputs)
-        for cell in cells
-    )
+    executed = all(cell.execution_count is not None for cell in cells)
+    return executed and not error_text(notebook)
 
 
 def error_text(notebook: NotebookNode) -> str:
-    """Traceback of the first failed cell without colours, "" if none failed."""
+    """Return the traceback of the first failed cell without colors; "" if none."""
     for cell in code_cells(notebook):
         for output in cell.outputs:
             if output.output_type == "error":
-                return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback))
+                text = "\n".join(output.traceback) or output.ename
+                return re.sub(r"\x1b\[[0-9;]*m", "", text)
     return ""

@@ -101,14 +101,15 @@ def measured(stage: str | Path) -> dict[str, float]:
     """What a finished, launched training of that stage folder took: peak_bytes of the
     process that needed most, seconds_per_update of the last call, and, of stage 1,
     longest_row in tokens. ValueError if there is none."""
-    folder = Path(stage) / "launch"
-    if not (folder / "summary.json").is_file():
+    folder = Path(stage)
+    paths = list((folder / "launch").glob("rank-*.json"))
+    states = [read_json(path) for path in paths]
+    if not states or not (folder / "summary.json").is_file():
         raise ValueError(
-            f"{stage}: no launched training was finished there (no {folder.name}/"
-            "summary.json); give a stage folder, as runs/full/sft_lora"
+            f"{stage}: no launched training was finished there (no launch/rank-0.json "
+            "and summary.json); give a stage folder, as runs/full/sft_lora"
         )
     summary = read_json(folder / "summary.json")
-    states = [read_json(path) for path in folder.glob("rank-*.json")]
     updates = summary["steps"] - states[0].get("first_step", 0)
     took = {
         "peak_bytes": max(state["peak_bytes"] for state in states),

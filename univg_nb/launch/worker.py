@@ -1,32 +1,35 @@
-"""What each process of a launched training runs: python -m univg_nb.launch.worker REQUEST.
+"""One process of a launched training: ``python -m univg_nb.launch.worker REQUEST``.
 
-It trains as the notebook would (sft.train or grpo.train, on the rows and options of
-the request), keeps its state in a file that the launcher watches, makes sure that as
-many processes train together, and in the way, as were asked for, and answers SIGTERM,
-or the launcher's file STOP, with a checkpoint after the update at hand.
+It trains as the notebook would (`sft.train` or `grpo.train`, on the rows and options of
+the request file), checks that as many processes train together, and in the way, as were
+asked for, and writes what it found to rank-N.json. It ends with a checkpoint after the
+current update when the file `STOP` appears in the launch folder, when it receives
+SIGTERM, or when the launcher is gone.
 """
 
+import contextlib
 import os
+import select
 import signal
-import socket
+import stat
 import sys
-import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import transformers
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback
 
 from univg_nb.data.sample import GroundingSample
-from univg_nb.io import read_json, write_json
-from univg_nb.launch.children import STOP, gone
+from univg_nb.io import locked, read_json, write_json
 from univg_nb.runs import peak_memory_mb
+from univg_nb.train import grpo, sft
 
+STOP = "stop"  # file in the launch folder: end after the current update
+LOCK = "trainer.lock"  # held by rank 0 as long as it runs
 # strategy -> accelerate's DistributedType in force, on GPUs and on CPUs
 IN_FORCE = {
     "single": ("NO",),
@@ -37,45 +40,32 @@ IN_FORCE = {
 }
 
 
-class Status:
-    """rank-N.json in the launch folder: this process's state for the launcher."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / f"rank-{rank}.json"
-        self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid()}
-        self.facts["host"] = socket.gethostname()
-
-    def set(self, state: str, **facts: Any) -> None:
-        """started, training, finished, interrupted or failed, and what goes with it."""
-        self.facts |= {"state": state, "time": time.time(), **facts}
-        write_json(self.path, self.facts)
+class Interrupted(Exception):  # noqa: N818 (a request, not an error)
+    """The training ended early, with a checkpoint, because it was asked to."""
 
 
-class Watch(TrainerCallback):
-    """Checks the processes before the first update; stops at SIGTERM, saved.
+class Supervisor(TrainerCallback):
+    """Check the processes before the first update; end early, saved, when asked.
 
-    launcher: who started this, {pid, host, time}. A kernel that was killed cannot send
-    a signal, and a training that nobody watches would hold its GPUs.
+    Attributes:
+        facts: what rank-N.json says of this process.
     """
 
-    def __init__(
-        self,
-        status: Status,
-        strategy: str,
-        processes: int,
-        launcher: Mapping[str, Any],
-    ) -> None:
-        self.status = status
+    def __init__(self, folder: Path, rank: int, strategy: str, processes: int) -> None:
+        self.folder = folder
         self.strategy = strategy
         self.processes = processes
-        self.launcher = launcher
-        self.asked = False  # by a signal to this process
-        self.stopping = False  # agreed by all
-        signal.signal(signal.SIGTERM, self.ask)
+        self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid()}
+        self.signaled = self.stopping = False
+        signal.signal(signal.SIGTERM, self._note_signal)
 
-    def ask(self, *_: Any) -> None:
-        """Signal handler: end after the update at hand."""
-        self.asked = True
+    def write(self, state: str, **facts: Any) -> None:
+        """Write the state (training, finished or interrupted) and what goes with it."""
+        self.facts |= {"state": state, **facts}
+        write_json(self.folder / f"rank-{self.facts['rank']}.json", self.facts)
+
+    def _note_signal(self, *_: Any) -> None:
+        self.signaled = True
 
     def on_train_begin(
         self,
@@ -85,6 +75,7 @@ class Watch(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
+        """Compare what accelerate set up with what was asked for."""
         found = AcceleratorState()
         kind = found.distributed_type.value
         check_processes(self.strategy, self.processes, found.num_processes, kind)
@@ -95,38 +86,56 @@ class Watch(TrainerCallback):
                     f"{self.strategy} was asked for, DeepSpeed runs stage {stage}; "
                     "check scales/accelerate"
                 )
-        self.status.set(
+        dataset = train_dataloader.dataset
+        if "length" in dataset.column_names:  # rows tokenized before the training
+            self.facts["longest_row"] = max(dataset["length"])
+        self.write(
             "training",
             world_size=found.num_processes,
             distributed_type=kind,
             max_steps=state.max_steps,
             first_step=state.global_step,
-            **longest_row(train_dataloader.dataset),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        stop = self.status.path.parent / STOP  # other nodes get no signal of ours
-        asked = self.asked or gone(self.launcher) or stop.exists()
-        asked = torch.tensor(float(asked), device=args.device)
-        if self.processes > 1:  # a signal reaches the processes at different updates
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if asked and state.global_step < state.max_steps:
+        """Agree with the other processes on whether to end; save if so."""
+        asked = self.signaled or is_launcher_gone() or (self.folder / STOP).exists()
+        votes = torch.tensor(float(asked), device=args.device)
+        if self.processes > 1:  # the request reaches them at different updates
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        if votes and state.global_step < state.max_steps:
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.stopping:
-            return
-        if self.processes > 1:
-            torch.distributed.barrier()  # all of them have written their part
-        self.status.set("interrupted", step=state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+        """Leave the trainer, when every process has written its part."""
+        if self.stopping:
+            if self.processes > 1:
+                torch.distributed.barrier()
+            raise Interrupted
+
+
+def is_launcher_gone() -> bool:
+    """Return whether the launcher's end of the pipe on standard input is closed.
+
+    The launcher never writes to the pipe, so what can be read there is its end. A
+    process that was started in another way has no such pipe.
+    """
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return False
+    return bool(select.select([0], [], [], 0)[0])
 
 
 def check_processes(strategy: str, asked: int, found: int, kind: str) -> None:
-    """ValueError unless `found` processes train together as `strategy` says.
+    """Raise ValueError unless `found` processes train together as `strategy` says.
 
-    accelerate does not: on CPUs it turns FSDP into DDP, and may start processes that
-    know nothing of each other (DESIGN sec. 9).
+    accelerate does not check: on CPUs it turns FSDP into DDP, and may start processes
+    that do not know of each other.
+
+    Args:
+        strategy: launch.strategy of the scale.
+        asked: launch.processes of the scale.
+        found: number of processes in the process group.
+        kind: accelerate's DistributedType in force.
     """
     if found != asked:
         raise ValueError(
@@ -136,83 +145,56 @@ def check_processes(strategy: str, asked: int, found: int, kind: str) -> None:
     if kind not in IN_FORCE[strategy]:
         raise ValueError(
             f"launch.strategy = {strategy} was asked for, but accelerate runs {kind}; "
-            f"on CPUs only single and ddp work, and with deepspeed zero2 and zero3"
+            "on CPUs only single and ddp work, and with deepspeed zero2 and zero3"
         )
 
 
 def rows_of(found: list[dict[str, Any]]) -> list[GroundingSample]:
-    """Samples from their JSON form, whose tuples came back as lists."""
+    """Return samples from their JSON form, in which tuples have become lists."""
     for row in found:
         row |= {"images": tuple(row["images"]), "answer": tuple(row["answer"])}
         row["boxes"] = tuple(tuple(box) for box in row["boxes"])
     return [GroundingSample(**row) for row in found]
 
 
-def longest_row(dataset: Dataset) -> dict[str, int]:
-    """{"longest_row": tokens}, where the rows are tokenised before the training."""
-    if "length" not in dataset.column_names:
-        return {}
-    return {"longest_row": max(dataset["length"])}
-
-
-def resident(peak: bool) -> int:
-    """Bytes of memory of this process, now or at most.
-
-    Not getrusage where Linux has better: it counts the parent's before the start.
-    """
-    key, status = "VmHWM" if peak else "VmRSS", Path("/proc/self/status")
-    if not status.is_file():
-        return peak_memory_mb() * 2**20
-    lines = (line.partition(":") for line in status.read_text().splitlines())
-    return int({name: rest for name, _, rest in lines}[key].split()[0]) * 1024
-
-
-def peak_bytes(before: int) -> int:
-    """Most memory the training had: of its GPU, or resident beyond `before`, which is
-    what Python and its libraries take."""
+def _peak_bytes(before: int) -> int:
+    """Return the most memory of the training: of the GPU, or resident over `before`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    return resident(peak=True) - before
+    status = Path("/proc/self/status")  # getrusage counts the parent's before the start
+    if not status.is_file():
+        return peak_memory_mb() * 2**20 - before
+    lines = (line.partition(":") for line in status.read_text().splitlines())
+    return int({name: rest for name, _, rest in lines}["VmHWM"].split()[0]) * 1024
 
 
-def run(request: dict[str, Any], status: Status) -> None:
-    """Train as the request says; rank 0 leaves the summary for the launcher."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def run(request: Mapping[str, Any], folder: Path) -> None:
+    """Train as the request says; write rank-N.json to the launch folder."""
+    rank, world = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
     asked, strategy = request["processes"], request["strategy"]
     if world != asked:  # before the weights are loaded
         check_processes(strategy, asked, world, IN_FORCE[strategy][0])
-    # Both trainers take the Trainer's own list of callbacks: the one way in that asks
-    # nothing of them.
-    watch = Watch(status, strategy, asked, request["launcher"])
-    transformers.trainer.DEFAULT_CALLBACKS.append(watch)
-    if request["stage"] == "sft":
-        from univg_nb.train.sft import train
-    else:
-        from univg_nb.train.grpo import train
-    before, rows = resident(peak=False), rows_of(request["rows"])
-    summary = train(request["config"], request["out"], rows, **request["options"])
-    status.set("finished", peak_bytes=peak_bytes(before))
-    if status.facts["rank"] == 0:
-        write_json(status.path.parent / "summary.json", summary)
+    supervisor = Supervisor(folder, rank, strategy, asked)
+    before, rows = psutil.Process().memory_info().rss, rows_of(request["rows"])
+    train = sft.train if request["stage"] == "sft" else grpo.train
+    options = {**request["options"], "callbacks": [supervisor]}
+    lock = locked(folder / LOCK, f"{folder.parent}: another process trains there")
+    with lock if rank == 0 else contextlib.nullcontext():
+        try:
+            train(request["config"], request["out"], rows, **options)
+        except Interrupted:
+            supervisor.write("interrupted")
+        else:
+            supervisor.write("finished", peak_bytes=_peak_bytes(before))
 
 
+@record
 def main() -> None:
-    """One process; its own output goes to rank-N.log beside its state."""
+    """Run one process; torchrun reports the error if it fails."""
     path = Path(sys.argv[1])
-    rank = int(os.environ.get("RANK", "0"))
-    log = os.open(path.parent / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT, 0o644)
-    os.ftruncate(log, 0)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    status = Status(path.parent, rank)
-    status.set("started")
-    try:
-        run(read_json(path), status)
-    except Exception as error:
-        traceback.print_exc()
-        last = f"{type(error).__name__}: {error}"
-        status.set("failed", error=last)
-        raise
+    run(read_json(path), path.parent)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
