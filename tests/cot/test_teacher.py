@@ -7,10 +7,15 @@ from dataclasses import replace
 import pytest
 
 from univg_nb import io
-from univg_nb.cot.checks import thinking_of
+from univg_nb.cot.checks import extract_thinking
 from univg_nb.cot.stand_in import StandIn
-from univg_nb.cot.teacher import Teacher, client_of, summary, with_chains
-from univg_nb.cot.teacher import write_chains as write
+from univg_nb.cot.teacher import (
+    Teacher,
+    insert_chains,
+    make_client,
+    summarize,
+    write_chains,
+)
 from univg_nb.data import files
 from univg_nb.data.images import load_data_url
 from univg_nb.minimig.export import save_images
@@ -44,9 +49,9 @@ def teacher_at(url, **changes):
 
 def test_candidates_checks_selection_and_files(rows, tmp_path):
     out = tmp_path / "chains.jsonl"
-    with StandIn(rows, rate=0.6, busy=0.3) as stand_in:
+    with StandIn(rows, error_rate=0.6, busy_rate=0.3) as stand_in:
         teacher = teacher_at(stand_in.url, price=(2.0, 4.0))
-        found = write(rows, out, teacher)
+        found = write_chains(rows, out, teacher)
         assert stand_in.turned_away  # and yet everything was answered
         planted = [[stand_in.write(s, n) for n in range(3)] for s in rows]
     assert [row["id"] for row in found] == [sample.id for sample in rows]
@@ -56,34 +61,34 @@ def test_candidates_checks_selection_and_files(rows, tmp_path):
         passed = [n for n, c in enumerate(row["candidates"]) if not c["problems"]]
         assert (row["chosen"] in passed) if passed else row["chosen"] is None
         assert bool(row["selector"]) == (len(passed) > 1)
-    facts = summary(found, teacher)
+    facts = summarize(found, teacher)
     assert facts["kept"] == sum(row["chosen"] is not None for row in found) > 0
     assert facts["cost"] == pytest.approx(
         (2 * facts["prompt_tokens"] + 4 * facts["new_tokens"]) / 1e6
     )
     assert SECRET not in out.read_text()
     # the server is gone: what is recorded needs no request
-    assert write(rows, out, teacher) == found
+    assert write_chains(rows, out, teacher) == found
 
-    made = with_chains(rows, found)
+    made = insert_chains(rows, found)
     assert len(made) == facts["kept"]
     files.write(made, tmp_path / "stage1.json", "stage1_cotsft")
     assert files.read(tmp_path / "stage1.json") == made
     row = next(row for row in found if row["chosen"] is not None)
-    assert made[0].chain == thinking_of(row["candidates"][row["chosen"]]["text"])
+    assert made[0].chain == extract_thinking(row["candidates"][row["chosen"]]["text"])
 
 
 def test_a_cut_off_run_goes_on(rows, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    with StandIn(rows, busy=0) as stand_in:
+    with StandIn(rows, busy_rate=0) as stand_in:
         teacher = teacher_at(stand_in.url)
-        expected = write(rows, whole, teacher)
+        expected = write_chains(rows, whole, teacher)
         lines = whole.read_text().splitlines(keepends=True)
         out.write_text("".join(lines[:4]) + lines[4][:50])
         asked = []
         answer = stand_in.answer
         stand_in.answer = lambda request: asked.append(1) or answer(request)
-        assert write(rows, out, teacher) == expected
+        assert write_chains(rows, out, teacher) == expected
     missing = [r for r in expected if r["id"] not in "".join(lines[:4])]
     assert len(missing) == len(rows) - 4
     assert len(asked) == sum(3 + bool(r["selector"]) for r in missing)
@@ -105,49 +110,51 @@ def test_no_more_requests_at_once_than_allowed(rows, tmp_path):
             return super().answer(request)
 
     with Counting(rows) as stand_in:
-        write(rows, tmp_path / "f.jsonl", teacher_at(stand_in.url, concurrency=2))
+        write_chains(
+            rows, tmp_path / "f.jsonl", teacher_at(stand_in.url, concurrency=2)
+        )
         assert stand_in.most == 2
 
 
 def test_other_settings_are_refused(rows, tmp_path):
     out = tmp_path / "f.jsonl"
     with StandIn(rows) as stand_in:
-        write(rows[:1], out, teacher_at(stand_in.url))
+        write_chains(rows[:1], out, teacher_at(stand_in.url))
         with pytest.raises(ValueError, match=r"f\.jsonl, line 1: made with another"):
-            write(rows[:1], out, teacher_at(stand_in.url, temperature=0.1))
+            write_chains(rows[:1], out, teacher_at(stand_in.url, temperature=0.1))
 
 
 def test_refused_samples_are_recorded_and_too_many_stop_the_run(rows, tmp_path):
     with StandIn(rows[:5]) as stand_in:
         teacher = teacher_at(stand_in.url, concurrency=1)
-        found = write(rows[:7], tmp_path / "two.jsonl", teacher)
+        found = write_chains(rows[:7], tmp_path / "two.jsonl", teacher)
         assert ["not known here" in row["refused"] for row in found] == (
             [False] * 5 + [True] * 2
         )
-        assert summary(found, teacher)["refused"] == 2
-        assert with_chains(rows[:7], found) == with_chains(rows[:5], found[:5])
+        assert summarize(found, teacher)["refused"] == 2
+        assert insert_chains(rows[:7], found) == insert_chains(rows[:5], found[:5])
         with pytest.raises(
             ValueError, match=r"refused 5 samples in a row: .*not known"
         ):
-            write(rows[5:], tmp_path / "all.jsonl", teacher)
+            write_chains(rows[5:], tmp_path / "all.jsonl", teacher)
 
 
 def test_an_endpoint_that_is_not_there(rows, tmp_path):
     with StandIn(rows) as stand_in:
         url = stand_in.url
     with pytest.raises(ValueError, match=rf"{url}.*correct the cause and run again"):
-        write(rows[:1], tmp_path / "f.jsonl", teacher_at(url, retries=0))
+        write_chains(rows[:1], tmp_path / "f.jsonl", teacher_at(url, retries=0))
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
     far = teacher_at("https://example.org/v1", key_variable="MY_KEY")
     with pytest.raises(ValueError, match="MY_KEY holds no key for https"):
-        client_of(far)
+        make_client(far)
     monkeypatch.setenv("MY_KEY", "abc")
-    assert client_of(far).api_key == "abc"
+    assert make_client(far).api_key == "abc"
     assert SECRET not in repr(far)
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert client_of(teacher_at("http://localhost:8000/v1")).api_key == "none"
+    assert make_client(teacher_at("http://localhost:8000/v1")).api_key == "none"
 
 
 def test_wrong_settings_and_samples(rows, tmp_path):
@@ -155,7 +162,7 @@ def test_wrong_settings_and_samples(rows, tmp_path):
         teacher_at("x", candidates=0)
     single = replace(rows[0], cot=False)
     with pytest.raises(ValueError, match="is single-image"):
-        write([single], tmp_path / "f.jsonl", teacher_at("x"))
+        write_chains([single], tmp_path / "f.jsonl", teacher_at("x"))
 
 
 def test_large_images_are_sent_smaller(rows):

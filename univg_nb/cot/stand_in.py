@@ -203,9 +203,10 @@ class StandIn:
             self.turned_away.add(key)
             return 503, {"error": {"message": "busy"}}
         replies = re.findall(r"^Reply \d+: (.*)$", text, re.MULTILINE)
-        reply = self.write(sample, number)[0]
         if replies:
             reply = str(self.select(sample, replies))
+        else:
+            reply = self.write(sample, number)[0]
         # Tokens are estimated: four characters each, 81 an image.
         tokens = (81 * len(urls) + len(text) // 4, len(reply) // 4)
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
