@@ -9,7 +9,7 @@ from univg_nb import models
 from univg_nb.data import files as samples
 from univg_nb.data.boxes import MODES, parse_box
 from univg_nb.evaluate import predictions
-from univg_nb.evaluate.generate import generate
+from univg_nb.evaluate.generate import GenerationOptions, generate
 from univg_nb.minimig import export
 
 pytestmark = pytest.mark.bench
@@ -31,7 +31,9 @@ def two_threads():
 @pytest.fixture
 def tiny(two_threads):
     """The shipped model; what it answers, and where it stops, is set by the tests."""
-    return models.load({"name_or_path": "tiny", "min_pixels": 256, "max_pixels": 4096})
+    return models.load_for_inference(
+        {"name_or_path": "tiny", "min_pixels": 256, "max_pixels": 4096}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,12 @@ def batched_and_alone(loaded, items, folder, **options):
     """How much faster a batch of 64 (the scale's) is than one item at a time, in wall
     and in CPU time, once both are seen to say the same."""
     clock, cpu, said = {}, {}, {}
-    generate(*loaded, items[:4], folder / "warm", max_new_tokens=2, progress=False)
+    generate(*loaded, items[:4], folder / "warm", GenerationOptions(max_new_tokens=2))
     for size in (64, 1):
         out = folder / f"{size}.jsonl"
         began = time.perf_counter(), time.process_time()
-        options |= {"batch_size": size, "progress": False}
-        summary = generate(*loaded, items, out, **options)
+        how = GenerationOptions(batch_size=size, **options)
+        summary = generate(*loaded, items, out, how)
         clock[size] = time.perf_counter() - began[0]
         cpu[size] = time.process_time() - began[1]
         said[size] = predictions.read_predictions(out)

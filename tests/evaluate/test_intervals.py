@@ -5,31 +5,28 @@ import pytest
 
 from univg_nb.evaluate.intervals import (
     macro_interval,
-    mcnemar,
+    mcnemar_test,
     paired_bootstrap,
-    wilson,
+    wilson_interval,
 )
 
 
 def test_wilson_known_values():
     # Newcombe 1998, table I: 81 of 263 and 15 of 148, 0 of 20, 1 of 29
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
 
 
 def test_wilson_ends_and_symmetry():
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(0, 7)[0] == 0.0
-    assert wilson(7, 7)[1] == 1.0
-    low, high = wilson(3, 10)
-    assert wilson(7, 10) == pytest.approx((1 - high, 1 - low))
-    assert wilson(30, 100, level=0.99)[0] < wilson(30, 100)[0] < 0.3
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 7)[0] == 0.0
+    assert wilson_interval(7, 7)[1] == 1.0
+    low, high = wilson_interval(3, 10)
+    assert wilson_interval(7, 10) == pytest.approx((1 - high, 1 - low))
     with pytest.raises(ValueError, match="5 successes of 4"):
-        wilson(5, 4)
-    with pytest.raises(ValueError, match="level"):
-        wilson(1, 4, level=95)
+        wilson_interval(5, 4)
 
 
 def test_macro_interval_covers_the_true_mean():
@@ -74,9 +71,9 @@ def test_mcnemar_exact():
     a = [1] * 8 + [0] * 2 + [1] * 20
     b = [0] * 8 + [1] * 2 + [1] * 20
     # 2 * (1 + 10 + 45) / 1024
-    assert mcnemar(a, b) == {"b": 8, "c": 2, "p": pytest.approx(0.109375)}
-    assert mcnemar(b, a)["p"] == pytest.approx(0.109375)
-    assert mcnemar([1, 0], [1, 0])["p"] == 1.0
-    many = mcnemar([1] * 3000 + [0] * 1000, [0] * 3000 + [1] * 1000)
+    assert mcnemar_test(a, b) == {"b": 8, "c": 2, "p": pytest.approx(0.109375)}
+    assert mcnemar_test(b, a)["p"] == pytest.approx(0.109375)
+    assert mcnemar_test([1, 0], [1, 0])["p"] == 1.0
+    many = mcnemar_test([1] * 3000 + [0] * 1000, [0] * 3000 + [1] * 1000)
     assert many["b"] == 3000
     assert 0 <= many["p"] < 1e-100

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import builders
 import numpy as np
 import pytest
+from PIL import Image
 
 from univg_nb import models
 from univg_nb.evaluate.replies import Made
@@ -14,7 +15,7 @@ from univg_nb.figures import demo
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     folder = builders.save_model(tmp_path_factory.mktemp("model"))
-    return models.load({"name_or_path": str(folder)})
+    return models.load_for_inference({"name_or_path": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_ask_refuses_what_it_cannot_answer(loaded, items):
 
 
 def test_panel_asks_on_a_press_and_shows_mistakes(loaded, items, tmp_path, capsys):
-    form = demo.panel(
+    form = demo.build_panel(
         *loaded, {"one": items[0], "two": items[1]}, tmp_path / "up", max_new_tokens=2
     )
     pictures, question, think, button, _ = form.children
@@ -81,3 +82,15 @@ def test_panel_asks_on_a_press_and_shows_mistakes(loaded, items, tmp_path, capsy
     question.value = ""
     button.click()
     assert "the question is empty" in capsys.readouterr().out
+
+
+def test_ask_from_a_shell_writes_the_image(items, tmp_path, capsys):
+    out = tmp_path / "answer.png"
+    arguments = ["--model", "tiny", "--style", "direct", "--out", str(out)]
+    arguments += [*items[3].images[:2], "Find the cup in the second image."]
+    demo.main(arguments)
+    said = capsys.readouterr().out
+    assert "box (" in said and ": ok" in said
+    with Image.open(out) as picture:
+        assert picture.width > 600
+        assert red(picture, 0) == 0

@@ -1,4 +1,4 @@
-"""The report: one safe, self-contained page and its tables (issue 7)."""
+"""The report: one safe, self-contained page and its tables."""
 
 import base64
 import io
@@ -12,7 +12,8 @@ from PIL import Image
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import predictions, scoring
-from univg_nb.evaluate.commands import main
+from univg_nb.evaluate.score import Benchmark
+from univg_nb.evaluate.scoring import ItemScore, summarize_items
 from univg_nb.figures import report, tables
 
 RIGHT = "<think>It is the <b>cup</b>.</think><answer>(100,100),(200,200)</answer>"
@@ -67,10 +68,9 @@ class Page(HTMLParser):
 
 def test_page_is_self_contained_and_escapes_what_models_say(bench):
     folder, a, b = bench
-    records = folder / "bench.json"
-    items = files.read(records)
-    page, markdown = report.write(
-        records, items, {"base": a, "sft <1>": b}, folder / "out" / "r.html", cases=3
+    read = Benchmark.read(folder / "bench.json")
+    page, markdown = report.write_report(
+        read, {"base": a, "sft <1>": b}, folder / "out" / "r.html", cases=3
     )
     text = page.read_text()
     read = Page(text)
@@ -103,18 +103,18 @@ def test_tables_count_every_item(bench):
         name: scoring.score_items(items, predictions.read_predictions(path))
         for name, path in (("a", a), ("b", b))
     }
-    table = tables.kinds(scored["b"])
+    table = tables.count_kinds(scored["b"])
     assert list(table.index) == ["all", "Static", "Region"]
     assert list(table.columns) == list(scoring.KINDS)
     assert table.loc["all"].tolist() == [4, 0, 0, 3, 1]
     assert table.loc["Static"].sum() == 4
-    states = tables.statuses(scored)
+    states = tables.count_statuses(scored)
     assert states.loc["a"].to_dict() == {
         "ok": 2,
         "no_answer": 6,
         "ran out of tokens": 0,
     }
-    gains = tables.paired_gains(scored)
+    gains = tables.compute_paired_gains(scored)
     assert list(gains["task"]) == ["all", "Static", "Region"]
     assert gains["points"].iloc[0] == pytest.approx(100 * (4 - 1) / 8)
     assert (gains["only earlier"].iloc[0], gains["only later"].iloc[0]) == (1, 4)
@@ -136,15 +136,21 @@ def test_cases_are_spread_over_tasks_and_where_models_part(bench):
 
 
 def test_published_column_beside_a_file_of_one_task():
-    task = {"n": 10, "hit_05": 5}
-    scores = {"mine": {"tasks": {"lisa": task}}}
-    table = tables.score_table(scores, "LISA test")
+    def scored(task):
+        ious = [1.0, 0.0] * 5
+        items = [
+            ItemScore(i, "", task, x, "ok", None, False) for i, x in enumerate(ious)
+        ]
+        return {"mine": summarize_items(items)}
+
+    scores = scored("lisa")
+    table = tables.build_score_table(scores, "LISA test")
     assert table.loc["UniVG-R1 (paper)"].tolist() == ["59.69"]
-    assert list(tables.score_table(scores).index) == ["items", "mine"]
-    refcoco = {"mine": {"tasks": {"refcocop_testB": task}}}
-    assert "80.04" in tables.score_table(refcoco).loc["UniVG-R1 (paper)"].tolist()
+    assert list(tables.build_score_table(scores).index) == ["items", "mine"]
+    refcoco = scored("refcocop_testB")
+    assert "80.04" in tables.build_score_table(refcoco).loc["UniVG-R1 (paper)"].tolist()
     with pytest.raises(ValueError, match=r"'LISA' with 1 tasks.*LISA test"):
-        tables.score_table(scores, "LISA")
+        tables.build_score_table(scores, "LISA")
 
 
 def test_replies_are_split_and_cut():
@@ -158,33 +164,34 @@ def test_replies_are_split_and_cut():
 
 
 def test_files_get_names(tmp_path):
-    found = predictions.named_files(
+    found = predictions.parse_named_files(
         ["new=x/p.jsonl", "eval/sft/mig/predictions.jsonl", "mine.jsonl"]
     )
     assert list(found) == ["new", "sft", "mine"]
     with pytest.raises(ValueError, match="two files are called 'p'"):
-        predictions.named_files(["x/p.jsonl", "y/p.jsonl"])
+        predictions.parse_named_files(["x/p.jsonl", "y/p.jsonl"])
 
 
 def test_command_line_with_missing_parts(bench, capsys):
     folder, a, b = bench
     b.write_text(b.read_text().splitlines(keepends=True)[0])
     (folder / "0.png").unlink()
-    arguments = ["report", str(a), f"new={b}", "--records", str(folder / "bench.json")]
+    arguments = [str(a), f"new={b}", "--records", str(folder / "bench.json")]
     arguments += ["--out", str(folder / "r.html"), "--cases", "1"]
-    assert main(arguments) == 2
-    assert "7 of 8 items have no prediction" in capsys.readouterr().err
-    assert main([*arguments, "--allow-missing"]) == 0
+    with pytest.raises(ValueError, match="7 of 8 items have no prediction"):
+        report.main(arguments)
+    report.main([*arguments, "--allow-missing"])
+    assert "r.md" in capsys.readouterr().out
     text = (folder / "r.html").read_text()
     assert "1 of 8 items" in text
     assert "no picture" in text and "does not exist" in text
 
 
-def test_compare_writes_wins_and_losses_as_pictures(bench, capsys):
+def test_wins_and_losses_are_shown_as_pictures(bench):
     folder, a, b = bench
-    arguments = ["compare", f"old={a}", str(b), "--records", str(folder / "bench.json")]
-    assert main([*arguments, "--page", str(folder / "c.html"), "--cases", "1"]) == 0
-    assert "McNemar p" in capsys.readouterr().out
+    arguments = [f"old={a}", str(b), "--records", str(folder / "bench.json")]
+    report.main([*arguments, "--out", str(folder / "c.html"), "--cases", "1"])
     text = (folder / "c.html").read_text()
     assert "Won: b over old" in text and "Lost: b to old" in text
-    assert text.count("<section class='case'>") == 4
+    assert text.count('<section class="case">') == 4
+    assert text.count("<blockquote>") == 4 * 2 * 2

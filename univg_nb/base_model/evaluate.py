@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 
 from univg_nb import io, models, runs
-from univg_nb.data import files as samples
-from univg_nb.evaluate import score
-from univg_nb.evaluate.generate import generate
+from univg_nb.evaluate.generate import GenerationOptions, generate
+from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.minimig import export
 
 ITEMS = {"single_test": 600, "test_per_task": 40}
@@ -29,11 +28,11 @@ def evaluate_base(folder: Path, seed: int = 0) -> dict:
     with tempfile.TemporaryDirectory() as place:
         files = export.build(place, NONE | ITEMS, seed)
         for key, name in TESTS.items():
-            items = samples.read(files[key], image_root=place)
+            bench = Benchmark.read(files[key], place)
             replies = Path(place) / f"{key}.jsonl"
-            settings = {"style": "direct", "max_new_tokens": 32, "batch_size": 100}
-            generate(model.eval(), processor, items, replies, **settings)
-            scores = score.score(files[key], replies)
+            options = GenerationOptions("direct", max_new_tokens=32, batch_size=100)
+            generate(model, processor, bench.items, replies, options)
+            scores = score(bench, replies)
             summary = scores["pooled"]
             if key == "mig_bench":
                 tests[name] = {"n": summary["n"], "acc_05": scores["macro_acc_05"]}

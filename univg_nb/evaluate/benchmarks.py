@@ -1,36 +1,35 @@
-"""The benchmarks of a run, and its models evaluated on them.
+"""The benchmarks of a run, and the evaluation of its models on them.
 
-A model has the name of its stage ("base" has none), a benchmark the name of its folder
-under `eval/<model>/`. What is already scored is loaded; it is made again when its
-records or the stage its model came from have changed.
+A model is called after the stage that trained it ("base" after none), a benchmark after
+its folder under `eval/<model>/`. Finished scores are loaded; they are computed again
+when their records, or the stage that trained the model, have changed.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from univg_nb import io, paper, runs
-from univg_nb.data import files as samples
-from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate import (
-    predictions as predictions_module,
+from transformers import PreTrainedModel, ProcessorMixin
+
+from univg_nb import io, models, paper, runs
+from univg_nb.evaluate import scoring
+from univg_nb.evaluate.generate import (
+    GenerationJob,
+    GenerationOptions,
+    SettingsMismatchError,
+    adapt_model_section,
+    generate,
 )
-from univg_nb.evaluate import (
-    score as score_files,
+from univg_nb.evaluate.predictions import (
+    Reply,
+    read_generation_settings,
+    read_predictions,
 )
-from univg_nb.evaluate import (
-    scoring,
-)
-from univg_nb.evaluate.generate import OtherSettings, generate
-from univg_nb.evaluate.predictions import generation_settings
-from univg_nb.figures.tables import MODELS
-from univg_nb.io import sha256_of
+from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.runs import Run
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
-
+# The models of a run in training order.
+MODELS = ("base", "sft_nocot", "sft_lora", "sft_qlora", "grpo_none", "grpo_exp")
 # Zero-shot benchmarks and the key of the scale's `data` section that names their file.
 ZERO_SHOT_FILES = {
     "lisa": "lisa_file",
@@ -40,43 +39,41 @@ ZERO_SHOT_FILES = {
     "revos": "revos_file",
 }
 ZERO_SHOT = tuple(ZERO_SHOT_FILES)
-ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
-# Pixels an image may have there; the released MIG-Bench run has 401,408 (PF sec. 9).
-ZERO_SHOT_MAX_PIXELS = 640_000
 # Each model is asked as it was trained to be asked: the base as the paper asks its
-# baselines (PF sec. 9), the control without chains by the question alone.
+# baselines (docs/paper_facts.md#prompts), the control without chains by the question.
 STYLES = {"base": "direct", "sft_nocot": "plain"}
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark of this run: its file, its items, and the file's hash."""
-
-    name: str
-    records: Path
-    items: list[GroundingSample]
-    sha256: str
-
-
-def style_of(model: str) -> str:
-    """The prompt style (prompts.STYLES) a model of the run is evaluated with."""
+def get_style(model: str) -> str:
+    """Return the prompt style (`prompts.STYLES`) that a model is evaluated with."""
     return STYLES.get(model, "univg")
 
 
-def image_root(run: Run) -> Path:
-    """The folder that image paths of the run's records start from."""
+def get_image_root(run: Run) -> Path:
+    """Return the folder that image paths of the run's records start from."""
     data = run.config["data"]
     if data["source"] == "minimig":
         return run.dir / "data"
     return runs.repo_root() / data.get("image_root", "")
 
 
-def files(run: Run) -> dict[str, Path]:
-    """Records of each kind: what notebook 01 noted, and the scale's other files.
+def get_predictions_path(run: Run, model: str, name: str) -> Path:
+    """Return the file that records the replies of `model` on the benchmark `name`."""
+    return run.dir / "eval" / model / name / "predictions.jsonl"
 
-    Raises ValueError when stage `data` is not finished.
+
+def read_replies(run: Run, model: str, name: str) -> dict[int, list[Reply]]:
+    """Read the recorded replies of `model` on the benchmark `name`, by item."""
+    return read_predictions(get_predictions_path(run, model, name))
+
+
+def find_files(run: Run) -> dict[str, Path]:
+    """Return the records files of a run by name: stage `data`'s, and the scale's.
+
+    Raises:
+        ValueError: when stage `data` is not finished.
     """
-    marker = _marker(run, "data")
+    marker = _read_marker(run, "data")
     if marker.get("status") != "finished":
         raise ValueError(
             f"{run.dir}: stage 'data' is not finished there; run notebook 01 first"
@@ -87,149 +84,138 @@ def files(run: Run) -> dict[str, Path]:
     if "mig_bench" in found:  # the folders under eval/ say "mig"
         found["mig"] = found.pop("mig_bench")
     for name, key in ZERO_SHOT_FILES.items():
-        if name not in found and key in data:
-            found[name] = root / data[key]
+        if key in data:
+            found.setdefault(name, root / data[key])
     if "refcoco_dir" in data:
-        folder = root / data["refcoco_dir"]
-        there = {path.stem: path for path in folder.glob("*.json")}
+        there = {
+            path.stem: path for path in (root / data["refcoco_dir"]).glob("*.json")
+        }
         found |= {name: there[name] for name in paper.REFCOCO_FILES if name in there}
     return found
 
 
-def model_section(config: dict[str, Any], zero_shot: bool) -> dict[str, Any]:
-    """The scale's `model` section for a benchmark: photographs of the released
-    zero-shot files may be larger (PF sec. 9)."""
-    if zero_shot and config["data"]["source"] == "released":
-        return config["model"] | {"max_pixels": ZERO_SHOT_MAX_PIXELS}
-    return config["model"]
+def load_benchmark(run: Run, name: str) -> Benchmark:
+    """Read a benchmark of the run.
 
-
-def load(run: Run, name: str) -> Benchmark:
-    """Read one benchmark. Raises ValueError for one that this run has no file of."""
-    known = files(run)
+    Raises:
+        ValueError: for a benchmark that the run has no file of.
+    """
+    known = find_files(run)
     if name not in known:
         raise ValueError(
             f"benchmark {name!r}: scale {run.scale!r} names no file for it; it has "
             f"{', '.join(known)}"
         )
-    records = known[name]
-    items = samples.read(records, image_root=image_root(run))
-    return Benchmark(name, records, items, sha256_of(records))
+    return Benchmark.read(known[name], get_image_root(run), name)
 
 
-def models_of(run: Run) -> list[str]:
-    """Models this run can evaluate, in training order: the base and every finished
-    stage that left an adapter."""
-    return [
+def list_models(run: Run) -> list[str]:
+    """Return the models that the run has: "base" and every finished stage's."""
+    finished = {
         model
         for model in MODELS
-        if model == "base"
-        or (
-            _marker(run, model).get("status") == "finished"
-            and (run.dir / model / "adapter").is_dir()
-        )
-    ]
+        if _read_marker(run, model).get("status") == "finished"
+        and (run.dir / model / "adapter").is_dir()
+    }
+    return [model for model in MODELS if model == "base" or model in finished]
 
 
-def load_model(run: Run, model: str) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-    """Weights and processor of a model of the run, ready to generate."""
-    from univg_nb import models  # torch only when a model is really needed
-
-    adapter = None if model == "base" else run.dir / model / "adapter"
+def load_model(run: Run, model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load the weights and the processor of a model of the run, to generate with."""
+    adapters = [] if model == "base" else [run.dir / model / "adapter"]
     four_bit = run.config["sft"].get("adapter") == "qlora" or model == "sft_qlora"
-    quantize = "nf4" if four_bit and adapter else None
-    network, processor = models.load(
-        run.config["model"],
-        adapter,
-        quantize=quantize,
-        merge=adapter is not None and quantize is None,
-    )
-    return network.eval(), processor
+    quantize = "nf4" if four_bit and adapters else None
+    return models.load_for_inference(run.config["model"], adapters, quantize)
 
 
 def evaluate(
     run: Run, model: str, names: list[str], fresh: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Scores of `model` on each benchmark, {name: content of scores.json}.
+    """Evaluate a model on benchmarks, greedily and with the answer parser.
 
-    Finished ones are loaded; the others are generated (greedily, as the scale's
-    `evaluate` section says), scored with the answer parser and written. The model is
-    loaded only if something is missing.
+    The model is loaded only if scores are missing.
+
+    Args:
+        run: the run.
+        model: one of `list_models`.
+        names: benchmarks, as in `find_files`.
+        fresh: generate and score again what is finished.
+
+    Returns:
+        The content of scores.json for each benchmark by name.
     """
     scores: dict[str, dict[str, Any]] = {}
     network = None
     for name in names:
-        bench = load(run, name)
-        folder = run.dir / "eval" / model / name
-        stage = _marker(run, model).get("hash", "")
-        if not fresh and _is_current(folder, bench, stage):
-            scores[name] = io.read_json(folder / "scores.json")
+        bench = load_benchmark(run, name)
+        predictions = get_predictions_path(run, model, name)
+        path = predictions.with_name("scores.json")
+        stage = _read_marker(run, model).get("hash", "")
+        if not fresh and _is_current(path, bench, stage):
+            scores[name] = io.read_json(path)
             continue
         if network is None:
             network, _ = load_model(run, model)
         began = time.perf_counter()
-        _generate(run, network, model, bench, stage, fresh)
-        scores[name] = score(bench, folder / "predictions.jsonl")
-        io.write_json(folder / "scores.json", scores[name])
+        _generate(run, network, model, bench, fresh)
+        scores[name] = score(bench, predictions)
+        io.write_json(path, scores[name])
         seconds = time.perf_counter() - began
         runs.record_stage(run.dir, f"eval/{model}/{name}", seconds)
     return scores
 
 
 def _generate(
+    run: Run, network: PreTrainedModel, model: str, bench: Benchmark, fresh: bool
+) -> None:
+    """Continue the model's replies, or replace those made under other settings."""
+    section = adapt_model_section(run.config, bench.name in ZERO_SHOT)
+    facts = {
+        "model": model,
+        "stage": _read_marker(run, model).get("hash", ""),
+        "records": bench.records.name,
+        "records_sha256": bench.sha256,
+    }
+    processor = models.load_processor(section)
+    options = GenerationOptions(get_style(model), **run.config["evaluate"])
+    out = get_predictions_path(run, model, bench.name)
+    before = read_generation_settings(out) or {}
+    fresh = fresh or any(before.get(key) != value for key, value in facts.items())
+    work = network, processor, bench.items, out, options
+    try:
+        generate(*work, GenerationJob(fresh=fresh, facts=facts))
+    except SettingsMismatchError:
+        generate(*work, GenerationJob(fresh=True, facts=facts))
+
+
+def score_items(
     run: Run,
-    network: "PreTrainedModel",
     model: str,
     bench: Benchmark,
-    stage: str,
-    fresh: bool,
-) -> None:
-    """Replies of `network` to the benchmark: an interrupted file is continued, one made
-    under other settings (by other weights, say) begun anew."""
-    from univg_nb import models
-
-    section = model_section(run.config, bench.name in ZERO_SHOT)
-    facts = {"model": model, "stage": stage, "records": bench.records.name}
-    facts["records_sha256"] = bench.sha256
-    options = {"style": style_of(model), "facts": facts, **run.config["evaluate"]}
-    processor = models.load_processor(section)
-    out = predictions(run, model, bench.name)
-    before = generation_settings(out) or {}
-    fresh = fresh or any(before.get(key) != value for key, value in facts.items())
-    try:
-        generate(network, processor, bench.items, out, fresh=fresh, **options)
-    except OtherSettings:
-        generate(network, processor, bench.items, out, fresh=True, **options)
-
-
-def score(bench: Benchmark, predictions: Path, parser: str = "answer") -> dict:
-    """The content of scores.json for a benchmark already read."""
-    return score_files.scores_of(bench.items, bench.records, predictions, parser=parser)
-
-
-def item_scores(
-    run: Run, model: str, bench: Benchmark, parser: str = "answer", rule: str = "one"
+    options: scoring.ScoringOptions = scoring.DEFAULT_OPTIONS,
 ) -> list[scoring.ItemScore]:
-    """Every item of `bench` scored for `model`, from its recorded replies."""
-    replies = predictions_module.read_predictions(predictions(run, model, bench.name))
-    return scoring.score_items(bench.items, replies, parser=parser, rule=rule)
+    """Score every item of a benchmark from the recorded replies of a model.
+
+    Args:
+        run: the run.
+        model: a model that was evaluated.
+        bench: the benchmark.
+        options: how replies are read.
+    """
+    replies = read_replies(run, model, bench.name)
+    return scoring.score_items(bench.items, replies, options)
 
 
-def predictions(run: Run, model: str, name: str) -> Path:
-    """Where the replies of `model` on a benchmark are recorded."""
-    return run.dir / "eval" / model / name / "predictions.jsonl"
-
-
-def _marker(run: Run, stage: str) -> dict[str, Any]:
+def _read_marker(run: Run, stage: str) -> dict[str, Any]:
     path = run.dir / stage / "stage.json"
     return io.read_json(path) if path.is_file() else {}
 
 
-def _is_current(folder: Path, bench: Benchmark, stage: str) -> bool:
-    """Whether the folder's scores are of these records and of this model."""
-    path = folder / "scores.json"
-    if not path.is_file():
+def _is_current(scores: Path, bench: Benchmark, stage: str) -> bool:
+    """Whether scores.json is of these records and of this model."""
+    if not scores.is_file():
         return False
-    found = io.read_json(path)
+    found = io.read_json(scores)
     made_by = (found.get("generation") or {}).get("stage", stage)
-    return found["records_sha256"] == bench.sha256 and made_by == stage
+    same_file = found["records_sha256"] == bench.sha256
+    return same_file and made_by == stage and "items" in found

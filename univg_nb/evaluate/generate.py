@@ -1,254 +1,255 @@
-"""Recorded replies of a model: batched by length and resumable.
+"""Replies of a model to a benchmark, batched by length and resumable.
 
-One row of `predictions.jsonl` per reply: {"index": i, "response": "...", "id": ...,
-"tokens": n, "truncated": bool}; `index` is the item's position in the records file, and
-"sample": k is added when several replies per item are drawn. Beside it,
-`predictions.settings.json` holds what the replies depend on; a run resumes only under
-equal settings. Several processes share the work by batches, each with a file of its own
-(`predictions.part-0-of-8.jsonl`); the last to finish puts them together. torch is
-imported when a reply is made: scoring does without.
+`predictions.jsonl` has one row for each reply: {"index": i, "id": ..., "response":
+"...", "tokens": n, "truncated": bool}, and "sample": k if several replies to an item
+are drawn; `index` is the item's position in the records file. The settings that replies
+depend on lie beside it; a run resumes only under equal settings. Several processes
+share the batches, each with a file of its own; the last to finish joins the files. The
+device is the one that torch sees: CUDA_VISIBLE_DEVICES is never set
+(docs/paper_facts.md#e6).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
-from univg_nb import io
-from univg_nb.data.images import missing_images
+from univg_nb import config as config_module
+from univg_nb import io, models
+from univg_nb.data import files, prompts
+from univg_nb.data.images import count_image_tokens, find_missing_images
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.predictions import settings_path
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
-
-    from univg_nb.evaluate.served import Served
+from univg_nb.evaluate import replies
+from univg_nb.evaluate.predictions import (
+    get_settings_path,
+    read_generation_settings,
+)
+from univg_nb.evaluate.score import Benchmark
+from univg_nb.evaluate.served import ServedModel
+from univg_nb.fast.sampling import noise_seed
 
 Cell = tuple[int, int]  # (index of the item, number of its reply)
 
+ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
+# Most pixels of an image there; the released MIG-Bench run has 401,408
+# (docs/paper_facts.md#evaluation).
+ZERO_SHOT_MAX_PIXELS = 640_000
 
-class OtherSettings(ValueError):
-    """A predictions file that was made under other settings, or under unknown ones."""
+
+class SettingsMismatchError(ValueError):
+    """A predictions file was made under other settings, or under unknown ones."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How replies are generated.
+
+    Attributes:
+        style: prompt style, one of `prompts.STYLES`.
+        max_new_tokens: most tokens of a reply.
+        batch_size: replies generated together; it does not change them.
+        temperature: 0 is greedy; above it replies are sampled.
+        num_return_sequences: replies to each item; more than one only if sampled.
+        seed: of sampling. Each reply has noise of its own, fixed by (seed, index,
+            number of the reply).
+    """
+
+    style: str = "univg"
+    max_new_tokens: int = 256
+    batch_size: int = 64
+    temperature: float = 0.0
+    num_return_sequences: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option out of range."""
+        for name in ("max_new_tokens", "batch_size", "num_return_sequences"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.temperature < 0:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or more, got {self.temperature}"
+            )
+        if self.num_return_sequences > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} greedy replies "
+                "would be equal; set a temperature above 0"
+            )
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """Which replies a process generates, and what it notes about them.
+
+    Attributes:
+        indices: items to answer; None for all.
+        fresh: replace what the file holds.
+        shard: (k, n) generates every n-th batch from the k-th on. The n processes need
+            nothing else from each other.
+        facts: recorded with the settings but not compared, as the name of the model.
+    """
+
+    indices: Iterable[int] | None = None
+    fresh: bool = False
+    shard: tuple[int, int] = (0, 1)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+DEFAULT_OPTIONS = GenerationOptions()
+WHOLE_JOB = GenerationJob()
 
 
 def generate(
-    model: PreTrainedModel | Served,
+    model: PreTrainedModel | ServedModel,
     processor: ProcessorMixin,
     samples: Sequence[GroundingSample],
     out: str | Path,
-    *,
-    style: str = "univg",
-    max_new_tokens: int = 256,
-    batch_size: int = 64,
-    temperature: float = 0.0,
-    num_return_sequences: int = 1,
-    seed: int = 0,
-    indices: Iterable[int] | None = None,
-    facts: dict | None = None,
-    fresh: bool = False,
-    shard: tuple[int, int] = (0, 1),
-    progress: bool = True,
-) -> dict:
-    """Write a reply to every sample (or to `indices`) into the JSONL file `out`.
+    options: GenerationOptions = DEFAULT_OPTIONS,
+    job: GenerationJob = WHOLE_JOB,
+) -> dict[str, Any]:
+    """Write a reply to every sample into a JSONL file; what it holds is kept.
 
-    `model` is one in this process, or one that a vLLM server holds (served.Served).
-    temperature 0 is greedy. Above 0, `num_return_sequences` replies per item are
-    sampled, each from its own noise fixed by (seed, index, k): neither the batch size
-    nor a restart changes them. `facts` (names of model and records, say) are recorded
-    with the settings but not compared: weights and items are, by their hashes. What
-    `out` already holds is kept; `fresh` starts over. `shard` (k, n) makes every n-th
-    batch from the k-th on; the n processes need nothing else from each other, and `out`
-    is the file a single process would have written, once all have finished.
+    Neither the batch size nor a restart nor the number of processes changes a reply, up
+    to float rounding.
 
-    Returns {"replies", "new", "truncated", "tokens", "seconds"}: replies now recorded
-    (of this shard), and what this call made. Raises ValueError for a missing image, for
-    an `out` made under other settings (OtherSettings), and for options out of range.
+    Args:
+        model: a model of this process, or one that a vLLM server holds.
+        processor: its processor.
+        samples: all items of the records file.
+        out: predictions.jsonl.
+        options: how replies are generated.
+        job: which of them this call generates.
+
+    Returns:
+        "replies" and "truncated" (all that this shard's file has), "new", "tokens" and
+        "seconds" (of this call).
+
+    Raises:
+        ValueError: for a missing image, and for an index or shard out of range.
+        SettingsMismatchError: for an `out` that was made under other settings.
     """
-    _check_options(max_new_tokens, batch_size, temperature, num_return_sequences)
-    number, count = shard
+    number, count = job.shard
     if not 0 <= number < count:
         raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
-    wanted = _wanted(samples, indices)
-    from univg_nb.fast.sampling import noise_seed
-
-    made_by, reply = _model(model, processor)
-    used = {
-        "style": style,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "num_return_sequences": num_return_sequences,
-        "seed": seed if temperature > 0 else None,
+    indices = sorted(set(range(len(samples)) if job.indices is None else job.indices))
+    _check_images(samples, indices)
+    if isinstance(model, ServedModel):
+        identity, reply = model.identify(), partial(model.reply, processor)
+    else:
+        weights = [models.hash_weights(model), models.hash_weights(model, adapter=True)]
+        identity = {"attention": model.config._attn_implementation}
+        identity["weights_hash"] = weights
+        reply = partial(replies.reply, model, processor)
+    # image folders may differ from place to place
+    content = [(s.id, s.task, s.question, s.answer) for s in samples]
+    settings = asdict(options) | {
+        "seed": options.seed if options.temperature > 0 else None,
         "image_size": dict(processor.image_processor.size),
-        "items_hash": _items_hash(samples),
-    } | made_by
-    whole = Path(out)
-    out = part_path(whole, *shard)
-    if fresh:
-        for path in {out, whole}:
+        "items_hash": io.config_hash(content),
+        **identity,
+    }
+    del settings["batch_size"]  # replies do not depend on it
+    how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
+    whole, part = Path(out), get_part_path(out, number, count)
+    if job.fresh:
+        for path in {part, whole}:
             path.unlink(missing_ok=True)
-            settings_path(path).unlink(missing_ok=True)
-    done = _recorded(whole, used).keys() | _recorded(out, used).keys()
-    everything = plan_batches(
-        processor, samples, wanted, style, batch_size, num_return_sequences
-    )
-    mine = everything[number::count]
-    # A batch cut short by a kill is made anew in its old company, and only its missing
-    # rows are added: the file ends up as if nothing had happened.
-    plan = [batch for batch in mine if not done.issuperset(batch)]
-    if not out.is_file():
-        io.write_json(settings_path(out), used | (facts or {}))
-        io.write_text(out, "")
-    began = time.perf_counter()
-    rows: list[dict] = []
-    with tqdm(
-        total=sum(map(len, plan)), desc=out.parent.name, disable=not progress
-    ) as bar:
-        for batch in plan:
-            made = reply(
-                [samples[i] for i, _ in batch],
-                style=style,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seeds=[noise_seed(seed, i, k) for i, k in batch],
-            )
-            for (i, k), one in zip(batch, made, strict=True):
-                if (i, k) in done:
-                    continue
-                row = {"index": i, "id": samples[i].id} | dataclasses.asdict(one)
-                if num_return_sequences > 1:
+            get_settings_path(path).unlink(missing_ok=True)
+    rows = _read_rows(whole, settings) | _read_rows(part, settings)
+    batches = plan_batches(processor, samples, indices, options)
+    mine = batches[number::count]
+    # A batch cut short by a kill is regenerated whole, and only its missing rows are
+    # added: the file ends up as that of an undisturbed run.
+    todo = [batch for batch in mine if not rows.keys() >= set(batch)]
+    if not part.is_file():
+        io.write_json(get_settings_path(part), settings | job.facts)
+        io.write_text(part, "")
+    began, new = time.perf_counter(), []
+    for batch in tqdm(todo, desc=part.parent.name):
+        seeds = [noise_seed(options.seed, i, k) for i, k in batch]
+        made = reply([samples[i] for i, _ in batch], seeds=seeds, **how)
+        for (i, k), one in zip(batch, made, strict=True):
+            if (i, k) not in rows:
+                row = {"index": i, "id": samples[i].id} | asdict(one)
+                if options.num_return_sequences > 1:
                     row["sample"] = k
-                io.append_jsonl(out, row)
-                rows.append(row)
-            bar.update(len(batch))
+                io.append_jsonl(part, row)
+                rows[i, k] = row
+                new.append(row)
     if count > 1:
-        _join(whole, count, everything, used)
-    recorded = _recorded(whole, used) | _recorded(out, used)
-    ours = {cell for batch in mine for cell in batch}
-    kept = [row for cell, row in recorded.items() if count == 1 or cell in ours]
+        cells = [cell for batch in batches for cell in batch]
+        _join_parts(whole, count, cells, settings)
+        rows = {cell: rows[cell] for batch in mine for cell in batch}
     return {
-        "replies": len(kept),
-        "new": len(rows),
-        "truncated": sum(row["truncated"] for row in kept),
-        "tokens": sum(r["tokens"] for r in rows),
+        "replies": len(rows),
+        "new": len(new),
+        "truncated": sum(row["truncated"] for row in rows.values()),
+        "tokens": sum(row["tokens"] for row in new),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def _model(
-    model: PreTrainedModel | Served, processor: ProcessorMixin
-) -> tuple[dict, Callable[..., list]]:
-    """What identifies a model among the settings, and how it is asked."""
-    from univg_nb import models
-    from univg_nb.evaluate import replies
-    from univg_nb.evaluate.served import Served
-
-    if isinstance(model, Served):
-        return model.settings(), partial(model.reply, processor)
-    weights = [models.weights_hash(model), models.weights_hash(model, adapter=True)]
-    known = {"attention": model.config._attn_implementation, "weights_hash": weights}
-    return known, partial(replies.reply, model, processor)
-
-
-def _check_options(
-    max_new_tokens: int, batch_size: int, temperature: float, replies: int
-) -> None:
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("num_return_sequences", replies),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if replies > 1 and temperature == 0:
+def _check_images(samples: Sequence[GroundingSample], indices: list[int]) -> None:
+    """Raise ValueError for items that lack an image."""
+    missing = find_missing_images(samples, indices)
+    for index, path in missing.items():
         raise ValueError(
-            f"num_return_sequences={replies} greedy replies would be equal; "
-            "set a temperature above 0"
-        )
-
-
-def _wanted(
-    samples: Sequence[GroundingSample], indices: Iterable[int] | None
-) -> list[int]:
-    """The indices to answer, in order; each must exist and have its images."""
-    wanted = sorted(set(range(len(samples)) if indices is None else indices))
-    if wanted and not 0 <= wanted[0] <= wanted[-1] < len(samples):
-        raise ValueError(
-            f"indices {wanted[0]}..{wanted[-1]} reach beyond the {len(samples)} samples"
-        )
-    missing = missing_images(samples, wanted)
-    if missing:
-        index, path = next(iter(missing.items()))
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} items lack an image, first item "
+            f"{len(missing)} of {len(indices)} items lack an image, first item "
             f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
             "image root, or leave these items out with --allow-missing"
         )
-    return wanted
 
 
-def _items_hash(samples: Sequence[GroundingSample]) -> str:
-    """Identifies the records' content; image folders may differ from place to place."""
-    return io.config_hash([(s.id, s.task, s.question, s.answer) for s in samples])
+def get_part_path(out: str | Path, number: int, count: int) -> Path:
+    """Return the file of one of `count` processes; `out` if there is only one."""
+    suffix = f".part-{number}-of-{count}{Path(out).suffix}"
+    return Path(out) if count == 1 else Path(out).with_suffix(suffix)
 
 
-def part_path(out: str | Path, number: int, count: int) -> Path:
-    """The file of one of `count` processes; `out` itself if there is only one."""
-    out = Path(out)
-    if count == 1:
-        return out
-    return out.with_suffix(f".part-{number}-of-{count}{out.suffix}")
-
-
-def _recorded(out: Path, used: dict) -> dict[Cell, dict]:
-    """The rows `out` already holds, {} without such a file.
-
-    Raises OtherSettings unless they were made under the settings `used`.
-    """
+def _read_rows(out: Path, settings: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
+    """Read the rows that were made under `settings`; {} without a file."""
     if not out.is_file():
         return {}
-    beside = settings_path(out)
-    if not beside.is_file():
-        raise OtherSettings(
-            f"{out} exists without {beside.name}, so what made it is unknown; "
-            "choose another file, or replace it with --fresh"
-        )
-    before = io.read_json(beside)
-    differ = [k for k in used if before.get(k) != used[k]]
+    before = read_generation_settings(out) or {}
+    differ = [key for key in settings if before.get(key) != settings[key]]
     if differ:
         key = differ[0]
-        raise OtherSettings(
+        raise SettingsMismatchError(
             f"{out} was made under other settings ({', '.join(differ)}): "
-            f"{key} = {before.get(key)!r} there, now {used[key]!r}; choose another "
+            f"{key} = {before.get(key)!r} there, now {settings[key]!r}; choose another "
             "file, or replace it with --fresh"
         )
     return {(row["index"], row.get("sample", 0)): row for row in io.read_jsonl(out)}
 
 
-def _join(whole: Path, count: int, plan: list[list[Cell]], used: dict) -> None:
-    """Write `whole` from the parts, if all of them are there.
+def _join_parts(
+    whole: Path, count: int, cells: list[Cell], settings: dict[str, Any]
+) -> None:
+    """Write `whole` from the parts, if all of them are complete.
 
     Every process tries; those that finish together write the same file.
     """
-    parts = [part_path(whole, number, count) for number in range(count)]
+    parts = [get_part_path(whole, number, count) for number in range(count)]
     if not all(path.is_file() for path in parts):
         return
-    rows = _recorded(whole, used)
-    for path in parts:
-        rows |= _recorded(path, used)
-    cells = [cell for batch in plan for cell in batch]
+    rows: dict[Cell, dict[str, Any]] = {}
+    for path in (whole, *parts):
+        rows |= _read_rows(path, settings)
     if not rows.keys() >= set(cells):
         return
-    cells += rows.keys() - set(cells)  # items that an earlier run was asked for
-    io.write_json(settings_path(whole), io.read_json(settings_path(parts[0])))
+    cells = [*cells, *(rows.keys() - set(cells))]  # of an earlier run's items
+    io.write_json(get_settings_path(whole), io.read_json(get_settings_path(parts[0])))
     lines = [json.dumps(rows[cell], ensure_ascii=False) + "\n" for cell in cells]
     io.write_text(whole, "".join(lines))
 
@@ -257,30 +258,152 @@ def plan_batches(
     processor: ProcessorMixin,
     samples: Sequence[GroundingSample],
     indices: Sequence[int],
-    style: str,
-    batch_size: int,
-    num_return_sequences: int = 1,
-) -> list[list[tuple[int, int]]]:
-    """Batches of cells (index, k), items of like length together to waste no padding.
+    options: GenerationOptions,
+) -> list[list[Cell]]:
+    """Put prompts of similar length into batches, so that little padding is needed.
 
-    Image tokens are foretold from the files' headers. Depends on all of `indices`, not
-    on what is done, so that a resumed run makes the same batches.
+    Image tokens are counted from the files' headers. The batches depend on all of
+    `indices`, not on what is done, so that a resumed run makes the same ones.
+
+    Returns:
+        Batches of cells (index of the item, number of its reply).
     """
-    from univg_nb.evaluate.replies import prompt_text
-    from univg_nb.train.collator import expected_tokens
-
-    texts = [prompt_text(processor, samples[i], style) for i in indices]
-    lengths = (
-        [len(ids) for ids in processor.tokenizer(texts).input_ids] if texts else []
-    )
-    sizes: dict[str, int] = {}
-    for i in indices:
-        for path in samples[i].images:
-            if path not in sizes:
-                sizes[path] = expected_tokens(path, processor, samples[i].id)
+    if not indices:
+        return []
+    texts = [replies.prompt_text(processor, samples[i], options.style) for i in indices]
+    lengths = map(len, processor.tokenizer(texts).input_ids)
+    owners = {path: samples[i].id for i in indices for path in samples[i].images}
+    sizes = {
+        path: count_image_tokens(path, processor, owner)
+        for path, owner in owners.items()
+    }
     order = sorted(
         (length + sum(sizes[path] for path in samples[i].images), i)
         for i, length in zip(indices, lengths, strict=True)
     )
-    cells = [(i, k) for _, i in order for k in range(num_return_sequences)]
-    return [cells[a : a + batch_size] for a in range(0, len(cells), batch_size)]
+    size = options.batch_size
+    cells = [(i, k) for _, i in order for k in range(options.num_return_sequences)]
+    return [cells[start : start + size] for start in range(0, len(cells), size)]
+
+
+# ---------------------------------------------------------------- command line
+
+
+def adapt_model_section(config: Mapping[str, Any], zero_shot: bool) -> dict[str, Any]:
+    """Return a scale's `model` section as a benchmark is run with it.
+
+    The photographs of the released zero-shot files may be larger.
+
+    Args:
+        config: the configuration of the scale.
+        zero_shot: whether the benchmark is a zero-shot one.
+    """
+    if zero_shot and config["data"]["source"] == "released":
+        return config["model"] | {"max_pixels": ZERO_SHOT_MAX_PIXELS}
+    return dict(config["model"])
+
+
+def _load_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Load the scale with the benchmark's pixel limit, then `--set` on top."""
+    if options.scale is None and options.model != "tiny":
+        raise ValueError(
+            f"--model {options.model}: give --scale too (small, full or a .yaml file); "
+            "it holds the pixel limits, dtype and batch size"
+        )
+    config = config_module.load_scale(options.scale or "tiny")
+    row = next(files.iter_rows(options.records), {})
+    kind = files.detect_format(row, options.records)
+    config["model"] = adapt_model_section(config, kind in ZERO_SHOT_FORMATS)
+    config["model"]["name_or_path"] = options.model
+    for assignment in options.set:
+        config = config_module.override(config, assignment)
+    return config
+
+
+def _connect(
+    section: Mapping[str, Any], options: argparse.Namespace
+) -> tuple[ServedModel, ProcessorMixin]:
+    """Return a model that a server holds, and the processor for the same name."""
+    if options.adapter or options.quantize:
+        raise ValueError(
+            "--server answers with what it serves: merge the adapter (python -m "
+            "univg_nb merge), serve that folder and name it with --model, without "
+            "--adapter and --quantize"
+        )
+    processor = models.load_processor(section)
+    own = models.load_processor({"name_or_path": options.model})
+    most = own.image_processor.size["longest_edge"]
+    asked = processor.image_processor.size["longest_edge"]
+    if most < asked:
+        raise ValueError(
+            f"the processor in {options.model} shrinks images to {most} pixels, and so "
+            f"would a server, but {asked} are asked for; serve a folder that "
+            "python -m univg_nb merge wrote"
+        )
+    return ServedModel(options.server, options.model), processor
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb generate",
+        description="Write the replies of a model to a benchmark. Several GPUs share "
+        "the work under torchrun (RANK and WORLD_SIZE say which part is done).",
+        epilog="example: python -m univg_nb generate --records MIG_data.json "
+        "--model tiny --out p.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--records", required=True, help="annotation file in any released format")
+    add("--image-root", help="folder that image paths start from")
+    add("--out", required=True, help="predictions.jsonl; continued if it exists")
+    add("--fresh", action="store_true", help="replace an existing --out")
+    add("--only", nargs="+", action="extend", default=[], help="ids or indices")
+    add("--allow-missing", action="store_true", help="leave out items without image")
+    add("--model", required=True, help='"tiny", a local folder or a hub name')
+    add("--adapter", nargs="+", default=[], help="adapters, each on top of the last")
+    add("--quantize", choices=("nf4",))
+    add("--server", metavar="URL", help="ask a vLLM server that serves --model")
+    config_module.add_scale_arguments(parser, "tiny")
+    parser.set_defaults(scale=None)  # required for another --model
+    add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
+    add("--max-new-tokens", type=int, help="default: the scale's")
+    add("--batch-size", type=int, help="default: the scale's")
+    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    add("--num-return-sequences", type=int, default=1)
+    add("--seed", type=int, default=0, help="of sampling")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Generate replies from the command line."""
+    options = _make_parser().parse_args(arguments)
+    bench = Benchmark.read(options.records, options.image_root)
+    indices = bench.select(options.only)
+    if options.allow_missing:
+        absent = find_missing_images(bench.items, indices)
+        indices = [i for i in indices if i not in absent]
+        print(f"{len(absent)} items left out: an image is missing")
+    config = _load_config(options)
+    if options.server:
+        model, processor = _connect(config["model"], options)
+    else:
+        model, processor = models.load_for_inference(
+            config["model"], options.adapter, options.quantize
+        )
+    how = GenerationOptions(
+        style=options.style,
+        max_new_tokens=options.max_new_tokens or config["evaluate"]["max_new_tokens"],
+        batch_size=options.batch_size or config["evaluate"]["batch_size"],
+        temperature=options.temperature,
+        num_return_sequences=options.num_return_sequences,
+        seed=options.seed,
+    )
+    facts = {"model": options.model, "adapters": options.adapter}
+    facts |= {"quantize": options.quantize, "records": bench.records.name}
+    shard = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    job = GenerationJob(indices, options.fresh, shard, facts)
+    summary = generate(model, processor, bench.items, options.out, how, job)
+    print(
+        f"{summary['replies']} replies in {options.out} ({summary['new']} new, "
+        f"{summary['truncated']} truncated) in {summary['seconds']} s"
+    )

@@ -1,52 +1,61 @@
-"""How sure a number is: intervals for accuracies, tests for paired differences.
+"""How certain a number is: intervals of accuracies, tests of paired differences.
 
-Benchmarks here have a few hundred items and their smallest tasks about a hundred, where
-one standard error is 4 to 5 points (PF sec. 7). So no accuracy is shown without an
-interval, and two models are compared on the same items.
+The benchmarks have a few hundred items and their smallest tasks about a hundred, where
+one standard error is 4 to 5 points (docs/paper_facts.md#tables). So every accuracy has
+an interval, and two models are compared on the same items.
 """
 
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
+_Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 _CHUNK = 2_000_000  # resampled values held at once: 16 MB
 
 
-def _z(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}: 0.95 is usual")
-    return NormalDist().inv_cdf((1 + level) / 2)
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of k successes in n trials.
 
+    Unlike p +- z s.e. it stays inside 0..1 and is not empty at k = 0 or k = n.
 
-def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of k successes in n trials, both ends in 0..1.
+    Args:
+        k: successes.
+        n: trials; 0 gives (0, 1).
 
-    Unlike p +- z s.e. it stays inside 0..1 and is not empty at k = 0 or k = n. Nothing
-    tried (n = 0) gives (0, 1). Raises ValueError unless 0 <= k <= n.
+    Returns:
+        Both ends, 0..1.
+
+    Raises:
+        ValueError: unless 0 <= k <= n.
     """
     if not 0 <= k <= n:
         raise ValueError(f"{k} successes of {n} trials is impossible")
-    z = _z(level)
     if n == 0:
         return 0.0, 1.0
-    p = k / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    p, z = k / n, _Z
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # at the ends the exact values are 0 and 1; rounding must not lose them
-    low = 0.0 if k == 0 else max(0.0, centre - half)
-    high = 1.0 if k == n else min(1.0, centre + half)
+    low = 0.0 if k == 0 else max(0.0, center - half)
+    high = 1.0 if k == n else min(1.0, center + half)
     return low, high
 
 
-def macro_interval(
-    hits: Sequence[int], totals: Sequence[int], level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of the unweighted mean of several accuracies (the paper's AVG), in 0..1.
+def macro_interval(hits: Sequence[int], totals: Sequence[int]) -> tuple[float, float]:
+    """Return the 95 % interval of the unweighted mean of several accuracies.
 
     The tasks' errors are independent, so the variance is sum p(1-p)/n over T^2, with p
     shrunk as (k+2)/(n+4) so that a task at 0 or 1 still counts as uncertain.
+
+    Args:
+        hits: successes of each task.
+        totals: trials of each task, at least 1.
+
+    Returns:
+        Both ends, 0..1.
     """
     if len(hits) != len(totals) or not hits or min(totals) < 1:
         raise ValueError(
@@ -56,11 +65,11 @@ def macro_interval(
     mean = sum(k / n for k, n in zip(hits, totals, strict=True)) / len(hits)
     shrunk = [((k + 2) / (n + 4), n) for k, n in zip(hits, totals, strict=True)]
     error = math.sqrt(sum(p * (1 - p) / n for p, n in shrunk)) / len(hits)
-    half = _z(level) * error
+    half = _Z * error
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _pair(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
@@ -73,15 +82,20 @@ def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndar
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], n_boot: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
-    """Is model a better than model b on the same items?
+    """Test by resampling items whether model a is better than model b on them.
 
-    a, b: (N,) per-item values in the same order, hits (0/1) or IoUs. Items are drawn
-    with replacement, both models' values together.
-    Returns mean_diff = mean(a - b), its 95 % percentile interval lo, hi, and a
-    two-sided p: twice the smaller share of resamples on either side of 0, counting the
-    sample itself, so never exactly 0.
+    Args:
+        a: values of each item, (N,), hits (0/1) or IoUs.
+        b: those of the other model, in the same order.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Returns:
+        mean_diff = mean(a - b), its 95 % percentile interval lo, hi, and a two-sided p:
+        twice the smaller share of resamples on either side of 0, counting the sample
+        itself, so never exactly 0.
     """
-    first, second = _paired(a, b)
+    first, second = _pair(a, b)
     difference = first - second  # (N,)
     rng = np.random.default_rng(seed)
     means = np.empty(n_boot)
@@ -101,13 +115,18 @@ def paired_bootstrap(
     }
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
-    """Exact McNemar test on hits of two models on the same items, (N,) each.
+def mcnemar_test(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
+    """Run the exact McNemar test on hits of two models on the same items.
 
-    Returns b: items only the first model got, c: items only the second got, and the
-    two-sided binomial p of that split. Items both got or both missed say nothing.
+    Args:
+        a: hits of the first model, (N,).
+        b: hits of the second model, (N,).
+
+    Returns:
+        b: items only the first model got; c: items only the second got; p: the
+        two-sided binomial p of that split.
     """
-    first, second = (values > 0 for values in _paired(a, b))
+    first, second = (values > 0 for values in _pair(a, b))
     only_first = int(np.sum(first & ~second))
     only_second = int(np.sum(second & ~first))
     n = only_first + only_second

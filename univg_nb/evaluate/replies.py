@@ -130,7 +130,7 @@ def _new_tokens(
     left = config.max_new_tokens
     known = set(config.eos_token_id)
     ends = torch.tensor(config.eos_token_id, device=model.device)
-    positions = models.base_model(model).model  # keeps `rope_deltas` (B, 1)
+    positions = models.get_base_model(model).model  # keeps `rope_deltas` (B, 1)
     while rows:
         config.max_new_tokens = left
         half = HalfEnded(ends)

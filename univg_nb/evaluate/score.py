@@ -1,11 +1,13 @@
-"""Scores and comparisons of files: what `scores.json` holds, and of which benchmark.
+"""Scores of files: what `scores.json` holds, as a table too, and of which benchmark.
 
-Neither torch nor transformers is imported here. A score is one of a records file, a
-parser and a rule; all of them are written beside it.
+A score belongs to a records file, a parser and a rule; all of them are written beside
+it. Neither torch nor transformers is imported here.
 """
 
+import argparse
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,156 +15,119 @@ from univg_nb import io
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import scoring
-from univg_nb.evaluate.predictions import generation_settings, read_predictions
-from univg_nb.io import sha256_of
+from univg_nb.evaluate.predictions import read_generation_settings, read_predictions
+from univg_nb.evaluate.scoring import ScoringOptions
 from univg_nb.paper import MIG_TASKS, TASK_COLUMN
-
-# DOC of score_text:
-# """Scores and comparisons as lines of text, for the command line."""
 
 MIG_ORIGINAL_SHA256 = "8f6e8fce3720dc6e17462533426d455463cda38b441edc2d70d65afa15681300"
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """A records file to score models on: its path, items and hash.
+
+    `name` is what a run calls it ("mig", "lisa", ...).
+    """
+
+    records: Path
+    items: list[GroundingSample]
+    sha256: str
+    name: str = ""
+
+    @classmethod
+    def read(
+        cls, records: str | Path, image_root: str | Path | None = None, name: str = ""
+    ) -> "Benchmark":
+        """Read a records file of any released format.
+
+        Args:
+            records: the file.
+            image_root: folder of the images; needed for pictures, and where boxes are
+                pixels and rows do not say the images' sizes.
+            name: what a run calls it.
+        """
+        items = files.read(records, image_root=image_root)
+        return cls(Path(records), items, io.sha256_of(records), name)
+
+    def identify(self) -> dict[str, str]:
+        """Return which benchmark it is ("name") and what tells it ("by").
+
+        The original and the revised MIG-Bench differ by 10 points for one model
+        (docs/paper_facts.md#tables), so a score without this cannot be compared.
+        """
+        counts = Counter(sample.task for sample in self.items)
+        if self.sha256 == MIG_ORIGINAL_SHA256:
+            return {"name": "MIG-Bench original", "by": "sha256"}
+        if counts == {task.name: task.original for task in MIG_TASKS}:
+            return {"name": "MIG-Bench original", "by": "counts"}
+        if counts == {task.name: task.revised for task in MIG_TASKS}:
+            return {"name": "MIG-Bench revised", "by": "counts"}
+        drawn = all(sample.id.startswith("minimig") for sample in self.items)
+        if drawn and set(counts) == set(TASK_COLUMN):
+            return {"name": "MiniMIG", "by": "tasks"}
+        return {"name": "unknown", "by": "none"}
+
+    def select(self, only: Sequence[str]) -> list[int]:
+        """Return the indices of the items named by id or index; all if none is.
+
+        Raises:
+            ValueError: for a name that no item has.
+        """
+        ids = {sample.id: i for i, sample in enumerate(self.items)}
+        ids |= {str(i): i for i in range(len(self.items)) if str(i) not in ids}
+        for name in only:
+            if name not in ids:
+                raise ValueError(
+                    f"--only {name}: no item has this id, and the indices are "
+                    f"0..{len(self.items) - 1}"
+                )
+        return [ids[name] for name in only] or list(range(len(self.items)))
+
+
 def score(
-    records: str | Path,
+    bench: Benchmark,
     predictions: str | Path,
-    *,
-    image_root: str | Path | None = None,
-    only: Iterable[str] = (),
-    out: str | Path | None = None,
-    **options: Any,
-) -> dict:
-    """Score a predictions file against a records file; the content of scores.json.
+    options: ScoringOptions = scoring.DEFAULT_OPTIONS,
+    indices: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Score a predictions file.
 
-    `options` are those of `scores_of`. `only` keeps the named items (ids or indices).
-    `image_root` is needed where boxes are pixels and rows do not say the images' sizes.
-    Written to `out` when given.
+    Args:
+        bench: what was predicted.
+        predictions: predictions.jsonl.
+        options: how replies are read.
+        indices: items to score; None for all.
+
+    Returns:
+        The content of scores.json: the numbers of `scoring.summarize_items` and what
+        they belong to.
+
+    Raises:
+        ValueError: as `scoring.score_items`.
     """
-    items = files.read(records, image_root=image_root)
-    if only:
-        options["indices"] = select(items, only)
-    result = scores_of(items, records, predictions, **options)
-    if out is not None:
-        io.write_json(out, result)
-    return result
+    items, replies = bench.items, read_predictions(predictions)
+    scored = scoring.score_items(items, replies, options, indices)
+    wanted = range(len(items)) if indices is None else indices
+    missing = Counter(items[i].task for i in wanted if i not in replies)
+    return scoring.summarize_items(scored, missing) | {
+        "parser": options.parser,
+        "rule": options.rule,
+        "stretch": options.stretch,
+        "benchmark": bench.identify(),
+        "records": bench.records.name,
+        "records_sha256": bench.sha256,
+        "items_in_records": len(items),
+        "generation": read_generation_settings(predictions),
+    }
 
 
-def scores_of(
-    items: Sequence[GroundingSample],
-    records: str | Path,
-    predictions: str | Path,
-    *,
-    parser: str = "answer",
-    rule: str = "one",
-    stretch: bool = False,
-    indices: Iterable[int] | None = None,
-    allow_missing: bool = False,
-    expected: bool = False,
-) -> dict:
-    """`score` for items already read from `records`.
-
-    See scoring.score_items for parser, rule, stretch and errors, scoring.summarise for
-    the numbers; `expected` scores sampled replies instead (scoring.expected).
-    """
-    replies = read_predictions(predictions)
-    wanted = sorted(set(range(len(items)) if indices is None else indices))
-    how = {"parser": parser, "rule": rule, "stretch": stretch}
-    options = how | {"indices": wanted, "allow_missing": allow_missing}
-    if expected:
-        result = scoring.expected(items, replies, **options)
-    else:
-        missing = Counter(items[i].task for i in wanted if i not in replies)
-        scored = scoring.score_items(items, replies, **options)
-        result = scoring.summarise(scored, missing)
-    sha256 = sha256_of(records)
-    return (
-        result
-        | how
-        | {
-            "benchmark": benchmark(items, sha256),
-            "records": Path(records).name,
-            "records_sha256": sha256,
-            "items_in_records": len(items),
-            "generation": generation_settings(predictions),
-        }
-    )
-
-
-def compare(
-    records: str | Path,
-    a: str | Path,
-    b: str | Path,
-    *,
-    image_root: str | Path | None = None,
-    parser: str = "answer",
-    rule: str = "one",
-    allow_missing: bool = False,
-    out: str | Path | None = None,
-) -> dict:
-    """Model b against model a on the same items: paired differences b - a, with tests.
-
-    With `allow_missing` only items that both files predict are compared. See
-    scoring.compare_items for the result.
-    """
-    items = files.read(records, image_root=image_root)
-    both = [read_predictions(path) for path in (a, b)]
-    indices = both[0].keys() & both[1].keys() if allow_missing else None
-    scored = [
-        scoring.score_items(items, replies, parser=parser, rule=rule, indices=indices)
-        for replies in both
-    ]
-    result = scoring.compare_items(*scored)
-    result |= {"a": str(a), "b": str(b), "parser": parser, "rule": rule}
-    result |= {"records_sha256": sha256_of(records)}
-    if out is not None:
-        io.write_json(out, result)
-    return result
-
-
-def select(items: Sequence[GroundingSample], only: Iterable[str]) -> list[int]:
-    """Indices of the items named by id or by index; all of them if none is named."""
-    ids = {sample.id: i for i, sample in enumerate(items)}
-    chosen = []
-    for name in only:
-        if name in ids:
-            chosen.append(ids[name])
-        elif name.isdecimal() and int(name) < len(items):
-            chosen.append(int(name))
-        else:
-            raise ValueError(
-                f"--only {name}: no item has this id, and the indices are "
-                f"0..{len(items) - 1}"
-            )
-    return chosen or list(range(len(items)))
-
-
-def benchmark(samples: Sequence[GroundingSample], sha256: str) -> dict:
-    """Which benchmark a file is: {"name", "by"}, by = sha256 | counts | tasks | none.
-
-    The original and the revised MIG-Bench differ by 10 points for one model (PF sec.
-    7), so a score without this is not a number one can compare.
-    """
-    counts = Counter(s.task for s in samples)
-    if sha256 == MIG_ORIGINAL_SHA256:
-        return {"name": "MIG-Bench original", "by": "sha256"}
-    if counts == {task.name: task.original for task in MIG_TASKS}:
-        return {"name": "MIG-Bench original", "by": "counts"}
-    if counts == {task.name: task.revised for task in MIG_TASKS}:
-        return {"name": "MIG-Bench revised", "by": "counts"}
-    if set(counts) == set(TASK_COLUMN) and all(
-        s.id.startswith("minimig") for s in samples
-    ):
-        return {"name": "MiniMIG", "by": "tasks"}
-    return {"name": "unknown", "by": "none"}
-
-
-def _name(task: str) -> str:
-    """The paper's column, or the task's own name; the zero-shot files give none."""
+def format_task(task: str) -> str:
+    """Return the paper's name of a task, or its own; the zero-shot files give none."""
     return TASK_COLUMN.get(task, task) or "(no task)"
 
 
-def score_table(result: dict) -> str:
-    """scores.json as a table: a line per task, then the averages."""
+def format_scores(result: dict[str, Any]) -> str:
+    """Format the content of scores.json as a table: its tasks, then the averages."""
     lines = [
         f"{'task':<18}{'n':>6}{'Acc@0.5':>9}{'95 % interval':>16}"
         f"{'@0.3':>7}{'@0.7':>7}{'mIoU':>7}  replies"
@@ -171,47 +136,62 @@ def score_table(result: dict) -> str:
         notes = {k: v for k, v in row["status"].items() if k != "ok"}
         notes |= {"missing": row["missing"]} if row["missing"] else {}
         text = ", ".join(f"{k} {v}" for k, v in notes.items()) or "all ok"
-        if not row["n"]:
-            lines.append(f"{_name(task):<18}{0:>6}  {text}")
-            continue
-        low, high = row["ci_05"]
-        lines.append(
-            f"{_name(task):<18}{row['n']:>6}{row['acc_05']:>9.1%}"
-            f"{f'{low:.1%} .. {high:.1%}':>16}{row['acc_03']:>7.1%}"
-            f"{row['acc_07']:>7.1%}{row['mean_iou']:>7.3f}  {text}"
-        )
+        line = f"{format_task(task):<18}{row['n']:>6}"
+        if row["n"]:
+            low, high = row["ci_05"]
+            line += f"{row['acc_05']:>9.1%}{f'{low:.1%} .. {high:.1%}':>16}"
+            line += f"{row['acc_03']:>7.1%}{row['acc_07']:>7.1%}{row['mean_iou']:>7.3f}"
+        lines.append(f"{line}  {text}")
     if result["macro_acc_05"] is not None:
         lines.append(f"macro Acc@0.5 (the paper's AVG): {result['macro_acc_05']:.2%}")
     return "\n".join(lines)
 
 
-def expected_table(result: dict) -> str:
-    """Expected scores of sampled replies (scoring.expected) as a table."""
-    lines = [
-        f"{'task':<18}{'n':>6}{'replies':>9}{'E[IoU]':>16}{'Acc@0.5':>9}{'best':>7}"
-    ]
-    for task, row in [*result["tasks"].items(), ("pooled", result["pooled"])]:
-        mean = f"{row['mean_iou']:.3f} ± {row['se_iou']:.3f}"
-        lines.append(
-            f"{_name(task):<18}{row['n']:>6}{row['replies']:>9}"
-            f"{mean:>16}{row['acc_05']:>9.1%}{row['best_iou']:>7.3f}"
-        )
-    return "\n".join(lines)
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `score`, `compare` and `report` have in common."""
+    add = parser.add_argument
+    add("--records", required=True, help="annotation file in any released format")
+    add("--image-root", help="folder that image paths start from")
+    add("--parser", choices=scoring.PARSERS, default="answer")
+    add(
+        "--rule",
+        choices=scoring.RULES,
+        default="one",
+        help="items with several boxes: the released one box, or any of them",
+    )
+    add("--allow-missing", action="store_true", help="leave out items without a reply")
 
 
-def compare_table(result: dict) -> str:
-    """A comparison as lines of text; differences are B minus A."""
-    lines = [
-        f"{'task':<18}{'n':>6}{'A':>8}{'B':>8}{'B - A':>8}{'95 % interval':>18}"
-        f"{'only A':>8}{'only B':>8}{'McNemar p':>11}{'d mIoU':>9}"
-    ]
-    for task, row in [*result["tasks"].items(), ("overall", result["overall"])]:
-        difference, test = row["acc_05"], row["mcnemar"]
-        interval = f"{difference['lo']:+.1%} .. {difference['hi']:+.1%}"
-        lines.append(
-            f"{_name(task):<18}{row['n']:>6}{row['acc_05_a']:>8.1%}"
-            f"{row['acc_05_b']:>8.1%}{difference['mean_diff']:>+8.1%}{interval:>18}"
-            f"{test['b']:>8}{test['c']:>8}{test['p']:>11.3g}"
-            f"{row['mean_iou']['mean_diff']:>+9.3f}"
-        )
-    return "\n".join(lines)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score predictions from the command line and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb score",
+        description="Score replies: accuracy with intervals for each task.",
+        epilog="example: python -m univg_nb score --records MIG_data.json "
+        "--predictions p.jsonl --out scores.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_scoring_arguments(parser)
+    add = parser.add_argument
+    add("--predictions", required=True, help="predictions.jsonl")
+    add(
+        "--only", nargs="+", action="extend", default=[], help="ids or indices of items"
+    )
+    add(
+        "--migician-stretch",
+        action="store_true",
+        help="stretch the boxes as for Migician's published row, and no other",
+    )
+    add("--out", help="scores.json to write")
+    options = parser.parse_args(arguments)
+    bench = Benchmark.read(options.records, options.image_root)
+    how = ScoringOptions(
+        options.parser, options.rule, options.migician_stretch, options.allow_missing
+    )
+    indices = bench.select(options.only)
+    result = score(bench, options.predictions, how, indices)
+    if options.out:
+        io.write_json(options.out, result)
+    print(f"benchmark {result['benchmark']['name']} · {len(bench.items)} items in all")
+    print(f"parser {how.parser} · rule {how.rule}")
+    print(format_scores(result))

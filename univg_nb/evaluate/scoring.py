@@ -1,48 +1,75 @@
 """Scores of recorded replies: accuracy at IoU thresholds, intervals, paired tests.
 
-Nothing here needs a model or torch, so 4,295 items are scored in about a second. Metric
-and parsers: PF sec. 9. What the released scorers do wrong is kept behind an option
-where a published number depends on it (`parser="released"`) and refused otherwise.
+This module needs neither a model nor torch; 4,295 items are scored in about a second.
+The metric and the parsers are those of docs/paper_facts.md#evaluation. A defect of the
+released scorers is kept as an option where a published number depends on it
+(`parser="released"`), and corrected otherwise.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from univg_nb.data.boxes import NO_ANSWER, NO_BOX, OK, Box, iou, parse_box, stretched
+from univg_nb.data.boxes import NO_ANSWER, NO_BOX, OK, Box, iou, parse_box, stretch_box
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import intervals
-from univg_nb.evaluate.predictions import Reply as Reply
-from univg_nb.evaluate.predictions import read_predictions as read_predictions
-from univg_nb.io import sha256_of as sha256_of
+from univg_nb.evaluate.predictions import Reply
 from univg_nb.paper import TASK_COLUMN
 
 PARSERS = ("answer", "released")
 RULES = ("one", "any")
-# What can become of an item, best first; see failure_kind.
-KINDS = (
-    "hit",
-    "near miss (IoU 0.3 to 0.5)",
-    "off (0.05 to 0.3)",
-    "elsewhere",
-    "no usable box",
-)
-_KIND_LIMITS = (0.5, 0.3, 0.05)
-_CURVE = tuple(round(0.05 * k, 2) for k in range(1, 20))
+# What can become of an item, best first, and the least IoU of each kind.
+_LEAST_IOU = {
+    "hit": 0.5,
+    "near miss (IoU 0.3 to 0.5)": 0.3,
+    "off (0.05 to 0.3)": 0.05,
+    "elsewhere": 0.0,
+}
+KINDS = (*_LEAST_IOU, "no usable box")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How replies are read and compared with the target.
+
+    Attributes:
+        parser: "answer" or "released", see `boxes.parse_box`.
+        rule: "one" compares with the one box that the released scorers take, "any" with
+            the best of all instances of the item (docs/paper_facts.md#e8).
+        stretch: stretch the boxes first, as for Migician's published row and no other
+            (`boxes.stretch_box`).
+        allow_missing: leave out items without a reply instead of refusing them.
+    """
+
+    parser: Literal["answer", "released"] = "answer"
+    rule: Literal["one", "any"] = "one"
+    stretch: bool = False
+    allow_missing: bool = False
+
+
+DEFAULT_OPTIONS = ScoringOptions()
 
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One scored item: its best-known box, its IoU in 0..1, and how parsing went.
+    """The score of one item; a row of "items" in scores.json.
 
-    `status` is the parser's (boxes.parse_box), or "truncated" for a cut-off reply in
-    which no box was found.
+    Attributes:
+        index: position of the item in the records file.
+        id: the item's id there.
+        task: the item's task.
+        iou: IoU of the box with the target, 0..1.
+        status: the parser's (`boxes.parse_box`), or "truncated" for a cut-off reply
+            without a box.
+        box: the box that was read, on 0..1000; None if there is none.
+        truncated: whether the reply ran out of tokens.
     """
 
     index: int
-    sample_id: str
+    id: str
     task: str
     iou: float
     status: str
@@ -52,64 +79,25 @@ class ItemScore:
 
 def score_items(
     samples: Sequence[GroundingSample],
-    replies: dict[int, list[Reply]],
-    *,
-    parser: str = "answer",
-    rule: str = "one",
-    stretch: bool = False,
+    replies: Mapping[int, list[Reply]],
+    options: ScoringOptions = DEFAULT_OPTIONS,
     indices: Iterable[int] | None = None,
-    allow_missing: bool = False,
 ) -> list[ItemScore]:
-    """Score the first reply of every item (or of `indices`), in index order.
+    """Score the only reply of every item.
 
-    parser: "answer" or "released" (boxes.parse_box).
-    rule: "one" compares with the one box the released scorers take, "any" with the best
-        of all instances of the item (E8: the released rule fails a right answer there).
-    stretch: boxes are stretched first as for Migician's row (boxes.stretched); for no
-        other model.
-    Raises ValueError for a missing prediction (unless allow_missing), for an index
-    beyond the records, and for several replies to an item (use `expected`).
+    Args:
+        samples: all items of the records file.
+        replies: replies of each item by its index, from `read_predictions`.
+        options: how replies are read.
+        indices: items to score; None for all.
+
+    Returns:
+        One score for each item, in index order.
+
+    Raises:
+        ValueError: for an item without a reply or with several, and for a reply to an
+            item beyond the records.
     """
-    return [
-        _score_reply(samples[i], i, replies[i][0], parser, rule, stretch)
-        for i in _wanted(samples, replies, indices, allow_missing, single=True)
-    ]
-
-
-def _score_reply(
-    sample: GroundingSample,
-    index: int,
-    reply: Reply,
-    parser: str,
-    rule: str,
-    stretch: bool,
-) -> ItemScore:
-    parsed = parse_box(reply.text, mode=parser)
-    truths = sample.boxes if rule == "any" and sample.boxes else (sample.answer,)
-    value = 0.0
-    if parsed.box is not None:
-        box = stretched(parsed.box) if stretch else parsed.box
-        value = max(iou(box, truth) for truth in truths)
-    lost = reply.truncated and parsed.status in (NO_ANSWER, NO_BOX)
-    return ItemScore(
-        index=index,
-        sample_id=sample.id,
-        task=sample.task,
-        iou=value,
-        status="truncated" if lost else parsed.status,
-        box=parsed.box,
-        truncated=reply.truncated,
-    )
-
-
-def _wanted(
-    samples: Sequence[GroundingSample],
-    replies: dict[int, list[Reply]],
-    indices: Iterable[int] | None,
-    allow_missing: bool,
-    single: bool,
-) -> list[int]:
-    """The indices to score, after the checks that make a score trustworthy."""
     wanted = sorted(set(range(len(samples)) if indices is None else indices))
     beyond = [i for i in replies if i >= len(samples)]
     if beyond:
@@ -117,154 +105,147 @@ def _wanted(
             f"prediction for item {beyond[0]}, but the records hold {len(samples)} "
             "items: these predictions belong to another file"
         )
-    several = [i for i in wanted if len(replies.get(i, ())) > 1]
-    if single and several:
-        raise ValueError(
-            f"item {several[0]} has {len(replies[several[0]])} sampled replies; "
-            "score them with --expected"
-        )
     missing = [i for i in wanted if i not in replies]
-    if missing and not allow_missing:
+    if missing and not options.allow_missing:
         raise ValueError(
             f"{len(missing)} of {len(wanted)} items have no prediction, first "
             f"{samples[missing[0]].id!r} (index {missing[0]}); generate them, or pass "
             "--allow-missing to score the others"
         )
-    return [i for i in wanted if i in replies]
+    several = [i for i in wanted if len(replies.get(i, ())) > 1]
+    if several:
+        raise ValueError(
+            f"item {several[0]} has {len(replies[several[0]])} sampled replies, but "
+            "one is scored; generate with --num-return-sequences 1"
+        )
+    return [
+        _score_reply(samples[i], i, replies[i][0], options)
+        for i in wanted
+        if i in replies
+    ]
 
 
-def summarise(items: Sequence[ItemScore], missing: Counter | None = None) -> dict:
-    """Counts and rates of scored items: the `tasks` and averages of scores.json.
+def _score_reply(
+    sample: GroundingSample, index: int, reply: Reply, options: ScoringOptions
+) -> ItemScore:
+    parsed = parse_box(reply.text, mode=options.parser)
+    targets = sample.boxes if options.rule == "any" else ()
+    value = 0.0
+    if parsed.box is not None:
+        box = stretch_box(parsed.box) if options.stretch else parsed.box
+        value = max(iou(box, target) for target in targets or (sample.answer,))
+    lost = reply.truncated and parsed.status in (NO_ANSWER, NO_BOX)
+    status = "truncated" if lost else parsed.status
+    return ItemScore(
+        index, sample.id, sample.task, value, status, parsed.box, reply.truncated
+    )
 
-    Per task: n, hit_03/05/07 (counts), acc_03/05/07 and mean_iou (0..1), ci_05 (95 %
-    Wilson interval), status (counts that add up to n), truncated, missing. A task whose
-    items are all missing has n = 0, None for its rates, and no part in the macro mean.
-    "curve" is the pooled accuracy over IoU thresholds: {"iou": [...], "acc": [...]}.
+
+def summarize_items(
+    items: Sequence[ItemScore], missing: Counter | None = None
+) -> dict[str, Any]:
+    """Compute the numbers of scores.json from scored items.
+
+    Args:
+        items: the scored items.
+        missing: number of items without a reply, by task.
+
+    Returns:
+        "tasks" and "pooled" with n, hit_03, hit_05, hit_07 (counts), acc_03, acc_05,
+        acc_07 and mean_iou (0..1), ci_05 (95 % Wilson interval), status (counts that
+        add up to n), truncated and missing; a task of which nothing is scored has n = 0
+        and None for its rates. "macro_*": unweighted means over the scored tasks, with
+        macro_ci_05. "pooled_acc_05". "curve": the pooled accuracy over IoU thresholds.
+        "items": the fields of each `ItemScore`.
     """
     missing = missing or Counter()
-    groups: dict[str, list[ItemScore]] = {t: [] for t in missing}
+    groups: dict[str, list[ItemScore]] = {task: [] for task in missing}
     for item in items:
         groups.setdefault(item.task, []).append(item)
     tasks = {
-        task: _summary(groups[task]) | {"missing": missing[task]}
+        task: _summarize(groups[task]) | {"missing": missing[task]}
         for task in sort_tasks(groups)
     }
-    pooled = _summary(items) | {"missing": missing.total()}
-    scored = [t for t in tasks.values() if t["n"]]
+    pooled = _summarize(items) | {"missing": missing.total()}
+    scored = [row for row in tasks.values() if row["n"]]
     macro = {
-        f"macro_{key}": float(np.mean([t[key] for t in scored])) if scored else None
+        f"macro_{key}": float(np.mean([row[key] for row in scored])) if scored else None
         for key in ("acc_03", "acc_05", "acc_07", "mean_iou")
     }
-    if scored:
-        hits, totals = [t["hit_05"] for t in scored], [t["n"] for t in scored]
+    if len(scored) == 1:  # the mean of one task has that task's interval
+        macro["macro_ci_05"] = scored[0]["ci_05"]
+    elif scored:
+        hits, totals = [row["hit_05"] for row in scored], [row["n"] for row in scored]
         macro["macro_ci_05"] = list(intervals.macro_interval(hits, totals))
     return {
         "tasks": tasks,
         "pooled": pooled,
         **macro,
         "pooled_acc_05": pooled["acc_05"],
-        "curve": _curve(items),
+        "curve": _compute_curve(items),
+        "items": [asdict(item) for item in items],
     }
 
 
-def _summary(items: Sequence[ItemScore]) -> dict:
+def _summarize(items: Sequence[ItemScore]) -> dict[str, Any]:
     n = len(items)
-    values = np.array([i.iou for i in items])
-    row: dict = {"n": n}
+    values = np.array([item.iou for item in items])
+    row: dict[str, Any] = {"n": n}
     for name, threshold in (("03", 0.3), ("05", 0.5), ("07", 0.7)):
         hits = int((values >= threshold).sum())
         row |= {f"hit_{name}": hits, f"acc_{name}": hits / n if n else None}
     row["mean_iou"] = float(values.mean()) if n else None
-    row["ci_05"] = list(intervals.wilson(row["hit_05"], n)) if n else None
-    row["status"] = dict(sorted(Counter(i.status for i in items).items()))
-    row["truncated"] = sum(i.truncated for i in items)
+    row["ci_05"] = list(intervals.wilson_interval(row["hit_05"], n)) if n else None
+    row["status"] = dict(sorted(Counter(item.status for item in items).items()))
+    row["truncated"] = sum(item.truncated for item in items)
     return row
 
 
-def _curve(items: Sequence[ItemScore]) -> dict[str, list[float]] | None:
+def _compute_curve(items: Sequence[ItemScore]) -> dict[str, list[float]] | None:
     if not items:
         return None
-    values = np.array([i.iou for i in items])
-    reached = (values[:, None] >= np.array(_CURVE)).mean(axis=0)  # (N, 19) -> (19,)
-    return {"iou": list(_CURVE), "acc": reached.tolist()}
+    thresholds = np.round(0.05 * np.arange(1, 20), 2)
+    reached = np.array([item.iou for item in items])[:, None] >= thresholds  # (N, 19)
+    return {"iou": thresholds.tolist(), "acc": reached.mean(axis=0).tolist()}
 
 
-def failure_kind(item: ItemScore) -> str:
-    """One of `KINDS`: how far the item's box is from the target, if there is a box.
+def classify_result(item: ItemScore) -> str:
+    """Return the one of `KINDS` that an item is, by its box and IoU.
 
-    "elsewhere" usually is another thing pointed at well, "near miss" the right one with
-    sloppy edges.
+    "elsewhere" usually is another thing whose box is right, "near miss" the target with
+    inexact edges.
     """
     if item.box is None or item.status != OK:
         return KINDS[-1]
-    for kind, limit in zip(KINDS, _KIND_LIMITS, strict=False):
-        if item.iou >= limit:
-            return kind
-    return KINDS[3]
+    return next(kind for kind, least in _LEAST_IOU.items() if item.iou >= least)
 
 
 def sort_tasks(tasks: Iterable[str]) -> list[str]:
-    """Task names in the order of the paper's columns, others after them by name."""
+    """Return task names in the order of the paper's columns, others after them."""
     order = {task: k for k, task in enumerate(TASK_COLUMN)}
-    return sorted(tasks, key=lambda t: (order.get(t, len(order)), t))
-
-
-def expected(
-    samples: Sequence[GroundingSample],
-    replies: dict[int, list[Reply]],
-    *,
-    parser: str = "answer",
-    rule: str = "one",
-    stretch: bool = False,
-    indices: Iterable[int] | None = None,
-    allow_missing: bool = False,
-) -> dict:
-    """Expected scores of sampled replies: what GRPO's reward sees, not the greedy one.
-
-    Returns {"tasks": {task: {n, replies, mean_iou, se_iou, acc_05, best_iou}},
-    "pooled"}: means over items of the mean over their replies; se_iou is the standard
-    error over items; best_iou the mean over items of their best reply. All in 0..1.
-    """
-    per_task: dict[str, list[list[float]]] = {}
-    for i in _wanted(samples, replies, indices, allow_missing, single=False):
-        values = [
-            _score_reply(samples[i], i, reply, parser, rule, stretch).iou
-            for reply in replies[i]
-        ]
-        per_task.setdefault(samples[i].task, []).append(values)
-    everything = [v for rows in per_task.values() for v in rows]
-    return {
-        "tasks": {t: _expected_row(per_task[t]) for t in sort_tasks(per_task)},
-        "pooled": _expected_row(everything),
-    }
-
-
-def _expected_row(rows: list[list[float]]) -> dict:
-    if not rows:
-        raise ValueError("no item has a prediction; generate some first")
-    means = np.array([np.mean(r) for r in rows])
-    spread = means.std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0.0
-    return {
-        "n": len(rows),
-        "replies": sum(len(r) for r in rows),
-        "mean_iou": float(means.mean()),
-        "se_iou": float(spread),
-        "acc_05": float(np.mean([np.mean(np.array(r) >= 0.5) for r in rows])),
-        "best_iou": float(np.mean([max(r) for r in rows])),
-    }
+    return sorted(tasks, key=lambda task: (order.get(task, len(order)), task))
 
 
 def compare_items(
     a: Sequence[ItemScore], b: Sequence[ItemScore], n_boot: int = 10_000, seed: int = 0
-) -> dict:
-    """Two models on the same items: differences b - a per task and overall.
+) -> dict[str, Any]:
+    """Compare two models on the same items.
 
-    Each row: n, acc_05_a, acc_05_b, acc_05 and mean_iou (paired bootstrap: mean_diff,
-    lo, hi, p), mcnemar (on hits at IoU 0.5: b, c, p). Raises ValueError when the item
-    sets differ.
+    Args:
+        a: scores of the first model.
+        b: scores of the second model.
+        n_boot: resamples of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns:
+        "tasks" by name and "overall", each with n, acc_05_a, acc_05_b, the paired
+        bootstrap of b - a for acc_05 and mean_iou, and mcnemar on hits at IoU 0.5.
+
+    Raises:
+        ValueError: when the models were scored on different items, or on none.
     """
-    if [i.index for i in a] != [i.index for i in b]:
-        only = {i.index for i in a} ^ {i.index for i in b}
+    if [item.index for item in a] != [item.index for item in b]:
+        only = {item.index for item in a} ^ {item.index for item in b}
         raise ValueError(
             f"the two runs differ in {len(only)} items, first index {min(only)}; "
             "compare predictions of the same items"
@@ -272,13 +253,11 @@ def compare_items(
     if not a:
         raise ValueError("nothing to compare: no item has a prediction in both runs")
 
-    def row(keep: list[int]) -> dict:
-        # (n,) each
-        iou_a = np.array([a[k].iou for k in keep])
+    def compare(keep: list[int]) -> dict[str, Any]:
+        iou_a = np.array([a[k].iou for k in keep])  # (n,)
         iou_b = np.array([b[k].iou for k in keep])
         hit_a, hit_b = iou_a >= 0.5, iou_b >= 0.5
         boot = {"n_boot": n_boot, "seed": seed}
-        # The bootstrap takes (a, b) and gives mean(a - b): ours is b's gain over a.
         return {
             "n": len(keep),
             "acc_05_a": float(hit_a.mean()),
@@ -287,13 +266,13 @@ def compare_items(
                 hit_b.astype(float), hit_a.astype(float), **boot
             ),
             "mean_iou": intervals.paired_bootstrap(iou_b, iou_a, **boot),
-            "mcnemar": intervals.mcnemar(hit_a, hit_b),
+            "mcnemar": intervals.mcnemar_test(hit_a, hit_b),
         }
 
     tasks: dict[str, list[int]] = {}
     for k, item in enumerate(a):
         tasks.setdefault(item.task, []).append(k)
     return {
-        "tasks": {t: row(tasks[t]) for t in sort_tasks(tasks)},
-        "overall": row(list(range(len(a)))),
+        "tasks": {task: compare(tasks[task]) for task in sort_tasks(tasks)},
+        "overall": compare(list(range(len(a)))),
     }

@@ -1,51 +1,47 @@
-"""Replies by a vLLM server: `vllm serve MODEL`, then `evaluate generate --server URL`.
+"""Replies of a vLLM server: `vllm serve MODEL`, then `generate --server URL`.
 
-For large models on GPUs: vLLM batches by itself and keeps no ended row. The prompt, the
-pixels and the ban on vision tokens are those of `replies`; the adapters must have been
-merged into the folder that is served (`merge`).
+For large models on GPUs: vLLM batches requests by itself. The prompt, the pixels and
+the ban on vision tokens are those of `replies`; adapters must have been merged into the
+folder that is served (`merge`).
 """
 
 from __future__ import annotations
 
-import base64
-import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
 
 import openai
-from PIL.Image import Image
+from transformers import ProcessorMixin
 
-from univg_nb.cot.teacher import Teacher, client_of
 from univg_nb.data import prompts
-from univg_nb.data.images import open_image
+from univg_nb.data.images import encode_data_url, open_image
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.replies import VISION_TOKENS, Made
+from univg_nb.evaluate.replies import Made
+from univg_nb.fast.sampling import VISION_TOKENS
 from univg_nb.fast.vllm import resized
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model behind an OpenAI-compatible endpoint.
 
     Attributes:
         base_url: such as "http://127.0.0.1:8000/v1"; a key, where one is needed, is
             read from the environment (OPENAI_API_KEY).
         model: its name at the endpoint: for vLLM the folder or hub name it serves.
-        timeout: seconds a reply may take.
+        timeout: seconds that a reply may take.
     """
 
     base_url: str
     model: str
     timeout: float = 600.0
 
-    def settings(self) -> dict[str, Any]:
-        """What its replies depend on, as far as this side can know."""
+    def identify(self) -> dict[str, Any]:
+        """Return what its replies depend on, as far as this side can know."""
         return {"attention": "server", "weights_hash": ["served", self.model]}
 
     def reply(
@@ -53,71 +49,73 @@ class Served:
         processor: ProcessorMixin,
         samples: Sequence[GroundingSample],
         *,
+        seeds: Sequence[int],
         style: str = "univg",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-        seeds: Sequence[int] = (),
     ) -> list[Made]:
-        """One reply to each sample, all asked at once. See replies.reply.
+        """Return one reply to each sample, all asked at once.
 
-        `processor` gives the pixel limits and the banned tokens' numbers: pictures are
-        sent as it resizes them, since vLLM takes no limits with a request unless it is
-        told to trust its clients. Raises ValueError for an unreadable image and for a
-        server that cannot be reached or refuses.
+        Images are sent as `processor` resizes them, since vLLM takes no limits with a
+        request unless it is told to trust its clients.
+
+        Args:
+            processor: gives the pixel limits and the ids of the banned tokens.
+            samples: the items to answer.
+            seeds: of sampling, one for each sample.
+            style: prompt style, one of `prompts.STYLES`.
+            max_new_tokens: most tokens of a reply.
+            temperature: 0 is greedy.
+
+        Raises:
+            ValueError: for an unreadable image, and for a server that cannot be reached
+                or refuses.
         """
-        banned = processor.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
-        ask = partial(
-            self._ask,
-            client_of(Teacher(self.base_url, self.model, timeout=self.timeout)),
-            {
-                path: _url(resized(open_image(path, s.id), processor.image_processor))
-                for s in samples
-                for path in s.images
-            },
-            style=style,
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            logit_bias={str(token): -100 for token in banned},
-        )
+        client = self._connect()
+        known = processor.tokenizer.get_vocab()
+        banned = [known[token] for token in VISION_TOKENS if token in known]
+        owners = {path: sample.id for sample in samples for path in sample.images}
+        urls = {}
+        for path, owner in owners.items():
+            image = resized(open_image(path, owner), processor.image_processor)
+            urls[path] = encode_data_url(image, "PNG", compress_level=1)
+
+        def ask(sample: GroundingSample, seed: int) -> Made:
+            content: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": urls[path]}}
+                for path in sample.images
+            ]
+            content.append({"type": "text", "text": prompts.user_text(sample, style)})
+            answer = client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                seed=seed,
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                logit_bias={str(token): -100 for token in banned},
+            )
+            (choice,) = answer.choices
+            return Made(
+                response=choice.message.content or "",
+                tokens=answer.usage.completion_tokens if answer.usage else 0,
+                truncated=choice.finish_reason == "length",
+            )
+
         try:
             with ThreadPoolExecutor(max(1, len(samples))) as pool:
-                return list(pool.map(ask, samples, seeds or [0] * len(samples)))
+                return list(pool.map(ask, samples, seeds))
         except openai.APIError as error:
             raise ValueError(
                 f"{self.base_url}, model {self.model!r}: {error}; start it with "
                 f"`vllm serve {self.model}` and run again, what is finished is kept"
             ) from error
 
-    def _ask(
-        self,
-        client: openai.OpenAI,
-        urls: dict[str, str],
-        sample: GroundingSample,
-        seed: int,
-        style: str,
-        **options: Any,
-    ) -> Made:
-        parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": urls[path]}}
-            for path in sample.images
-        ]
-        parts.append({"type": "text", "text": prompts.user_text(sample, style)})
-        answer = client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": parts}],
-            seed=seed,
-            **options,
+    def _connect(self) -> openai.OpenAI:
+        # A proxy of the environment does not lead to this machine.
+        local = urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+        return openai.OpenAI(
+            base_url=self.base_url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            timeout=self.timeout,
+            http_client=openai.DefaultHttpxClient(trust_env=not local),
         )
-        (choice,) = answer.choices
-        return Made(
-            response=choice.message.content or "",
-            tokens=answer.usage.completion_tokens if answer.usage else 0,
-            truncated=choice.finish_reason == "length",
-        )
-
-
-def _url(picture: Image) -> str:
-    """It as a data URL; PNG loses nothing."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

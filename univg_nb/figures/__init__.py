@@ -1,1 +1,6 @@
-"""figures"""
+"""Figures: boxes on images, plots, the paper's figures and tables, the report page.
+
+Everything is drawn from what a run wrote. `report`, `tables` and `demo` are commands.
+"""
+
+__all__ = ["demo", "diagrams", "drawing", "plots", "report", "tables"]

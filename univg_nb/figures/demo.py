@@ -1,30 +1,36 @@
-"""Ask a model something: one to six images and a question give thinking and a box.
+"""Ask a model: one to six images and a question give thinking and a box.
 
-`ask` is the function, `panel` the same as a form for a notebook (ipywidgets).
+`ask` is the function, `build_panel` the same as a form for a notebook (ipywidgets), and
+`python -m univg_nb ask` the same from a shell.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
-from univg_nb import runs
+from univg_nb import models
+from univg_nb.config import load_scale
+from univg_nb.data import prompts
 from univg_nb.data.boxes import ParsedBox, parse_box
 from univg_nb.data.images import open_image
-from univg_nb.data.sample import GroundingSample, asked_image, image_numbers
+from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
+from univg_nb.evaluate import replies
 from univg_nb.figures import drawing
 
 if TYPE_CHECKING:
     import ipywidgets
-    from transformers import PreTrainedModel, ProcessorMixin
 
 MOST_IMAGES = 6
-_GAP = 8  # px between pictures
+_GAP = 8  # px between images
 _ANYWHERE = (0, 0, 1000, 1000)  # a sample needs an answer; here nobody knows it
 
 
@@ -37,25 +43,27 @@ class Answer:
     picture: Image.Image
 
 
-def load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor: "tiny", a local folder, or a hub name like GD-ML/UniVG-R1.
+def load_model(
+    name: str, adapters: Sequence[str | Path] = ()
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model and its processor.
 
-    Others than the shipped one get the pixel limits of the scale `full`, and bf16 with
-    FlashAttention where there are a GPU and the package. A hub name needs the network
-    (HF_HUB_OFFLINE=0) once.
+    Models other than the shipped one get the pixel limits of the scale `full`, and bf16
+    with FlashAttention where there are a GPU and the package.
+
+    Args:
+        name: "tiny", a local folder, or a hub name like GD-ML/UniVG-R1 (which needs the
+            network once: HF_HUB_OFFLINE=0).
+        adapters: folders of adapters, each on top of the one before.
     """
-    import torch
-
-    from univg_nb import models
-
-    section = runs.load_scale("tiny" if name == "tiny" else "full")["model"]
+    section = load_scale("tiny" if name == "tiny" else "full")["model"]
     section["name_or_path"] = name
     if name != "tiny":
         gpu = torch.cuda.is_available()
         flash = gpu and importlib.util.find_spec("flash_attn") is not None
         section["attn_implementation"] = "flash_attention_2" if flash else "sdpa"
         section["dtype"] = "bfloat16" if gpu else "float32"
-    return models.load(section)
+    return models.load_for_inference(section, adapters)
 
 
 def ask(
@@ -68,15 +76,23 @@ def ask(
     think: bool = True,
     max_new_tokens: int = 256,
 ) -> Answer:
-    """The model's greedy reply to a question about `images`.
+    """Return the model's greedy reply to a question about images.
 
     The box is drawn on the image that the question names ("in the second image"); where
-    it names none or several, on the last one that the thinking mentions, else on all.
-    think=False asks in single-image mode, for a box alone. Raises ValueError for no
-    question, for no or more than six images, and for a file that is no image.
-    """
-    from univg_nb.evaluate.replies import reply
+    it names none or several, on the last one that the thinking names, else on all.
 
+    Args:
+        model: the model.
+        processor: its processor.
+        images: one to six image files.
+        question: what to look for.
+        style: prompt style, one of `prompts.STYLES`.
+        think: False asks in single-image mode, for a box alone.
+        max_new_tokens: most tokens of the reply.
+
+    Raises:
+        ValueError: for no question, no or too many images, and a file that is no image.
+    """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise ValueError(
             f"{len(images)} images given; choose one to {MOST_IMAGES} of them"
@@ -86,21 +102,22 @@ def ask(
     paths = tuple(map(str, images))
     sample = GroundingSample("demo", "", paths, question.strip(), _ANYWHERE, cot=think)
     options = {"style": style, "max_new_tokens": max_new_tokens}
-    (made,) = reply(model, processor, [sample], **options)
+    (made,) = replies.reply(model, processor, [sample], **options)
     parsed = parse_box(made.response)
-    asked = asked_image(sample)
-    place = asked - 1 if asked is not None and asked <= len(paths) else None
-    if place is None:
+    target = find_target_image(sample)
+    if target is None:
         named = [n for n in image_numbers(made.response) if 1 <= n <= len(paths)]
-        place = named[-1] - 1 if named else None
-    return Answer(made.response, parsed, _sheet(paths, parsed, place))
+        target = named[-1] if named else None
+    return Answer(made.response, parsed, _draw_sheet(paths, parsed, target))
 
 
-def _sheet(paths: Sequence[str], parsed: ParsedBox, place: int | None) -> Image.Image:
-    """The images side by side, the box on number `place` (None: on each)."""
+def _draw_sheet(
+    paths: Sequence[str], parsed: ParsedBox, target: int | None
+) -> Image.Image:
+    """Draw the images side by side, the box on number `target` (None: on each)."""
     drawn = []
-    for index, path in enumerate(paths):
-        shown = parsed.box is not None and place in (index, None)
+    for number, path in enumerate(paths, start=1):
+        shown = parsed.box is not None and target in (number, None)
         boxes = [(parsed.box, drawing.RED, "")] if shown else []
         drawn.append(drawing.draw_boxes(open_image(path), boxes, 300))
     width = sum(picture.width + _GAP for picture in drawn) - _GAP
@@ -112,7 +129,7 @@ def _sheet(paths: Sequence[str], parsed: ParsedBox, place: int | None) -> Image.
     return sheet
 
 
-def panel(
+def build_panel(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     examples: Mapping[str, GroundingSample],
@@ -121,11 +138,19 @@ def panel(
     style: str = "univg",
     max_new_tokens: int = 256,
 ) -> ipywidgets.VBox:
-    """A form: choose an example or upload images, write a question, press Ask.
+    """Build a form: choose an example or upload images, write a question, press Ask.
 
-    examples: {name: sample} to start from. folder: where uploaded images are kept. A
-    mistake is shown below the form. Without a browser nothing is asked.
+    A mistake is shown below the form. Without a browser nothing is asked.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        examples: samples to start from, by name.
+        folder: where uploaded images are kept.
+        style: prompt style, one of `prompts.STYLES`.
+        max_new_tokens: most tokens of a reply.
     """
+    # of the extra `course`: the command needs neither
     import ipywidgets as widgets
     from IPython.display import display
 
@@ -142,12 +167,19 @@ def panel(
 
     def answer(_: object) -> None:
         output.clear_output()
+        options = {"style": style, "max_new_tokens": max_new_tokens}
         with output:
-            images = _keep(upload.value, folder) or examples[choice.value].images
-            options = {"think": think.value, "max_new_tokens": max_new_tokens}
+            images = (
+                _keep_uploads(upload.value, folder) or examples[choice.value].images
+            )
             try:
                 found = ask(
-                    model, processor, images, question.value, style=style, **options
+                    model,
+                    processor,
+                    images,
+                    question.value,
+                    think=think.value,
+                    **options,
                 )
             except ValueError as error:
                 print(error)
@@ -162,7 +194,7 @@ def panel(
     return widgets.VBox([pictures, question, think, button, output])
 
 
-def _keep(uploads: Sequence[Mapping], folder: str | Path) -> list[Path]:
+def _keep_uploads(uploads: Sequence[Mapping], folder: str | Path) -> list[Path]:
     """Write uploaded files into `folder`, under names of our own; their paths."""
     kept = []
     for number, upload in enumerate(uploads, start=1):
@@ -172,3 +204,35 @@ def _keep(uploads: Sequence[Mapping], folder: str | Path) -> list[Path]:
         path.write_bytes(bytes(upload["content"]))
         kept.append(path)
     return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask a model from the command line, print its reply and write the image."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb ask",
+        description="Ask a model about one to six images.",
+        epilog="example: python -m univg_nb ask --model tiny a.png b.png "
+        '"Find the cup of the first image in the second image."',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE")
+    add("question", help="what to look for, in quotes")
+    add("--model", required=True, help='"tiny", a local folder or a hub name')
+    add("--adapter", action="append", default=[], help="folder; may be repeated")
+    add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
+    add("--no-think", action="store_true", help="ask for a box alone")
+    add("--max-new-tokens", type=int, default=256, help="default: 256")
+    add("--out", default="answer.png", help="image to write (default: answer.png)")
+    options = parser.parse_args(arguments)
+    found = ask(
+        *load_model(options.model, options.adapter),
+        options.images,
+        options.question,
+        style=options.style,
+        think=not options.no_think,
+        max_new_tokens=options.max_new_tokens,
+    )
+    found.picture.save(options.out)
+    print(f"{found.reply}\nbox {found.parsed.box}: {found.parsed.status}")
+    print(f"drawn in {options.out}")

@@ -1,7 +1,7 @@
-"""Boxes on pictures: the one look that every notebook uses.
+"""Boxes on images, drawn the same way everywhere.
 
-The target is green, predictions take the other colours. Colours are Okabe and Ito's,
-which stay apart for colour-blind readers.
+The target is green, predictions have the other colors. These are Okabe and Ito's, which
+color-blind readers can tell apart.
 """
 
 import math
@@ -19,65 +19,66 @@ from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample, find_target_image
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
-RED, SKY, PURPLE, GREY = "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F"
-TARGET_COLOUR = GREEN
-PREDICTION_COLOURS = (RED, BLUE, ORANGE, PURPLE, SKY)
-LONG_SIDE = 448  # px; MiniMIG's 256 px pictures are enlarged, photographs reduced
+RED, SKY, PURPLE, GRAY = "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F"
+TARGET_COLOR = GREEN
+PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)
+LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
 
-LabelledBox = tuple[Sequence[float], str, str]
+LabeledBox = tuple[Sequence[float], str, str]  # box, color, label
+Rectangle = tuple[float, float, float, float]
 
 
 def draw_boxes(
-    image: Image.Image, boxes: Iterable[LabelledBox], long_side: int = LONG_SIDE
+    image: Image.Image, boxes: Iterable[LabeledBox], long_side: int = LONG_SIDE
 ) -> Image.Image:
-    """A copy of `image` scaled to `long_side` pixels with boxes drawn on it.
+    """Draw boxes on a scaled copy of an image, later ones on top with thinner lines.
 
-    boxes: (box, colour, label) each; box (x1, y1, x2, y2) on 0..1000, clipped to the
-    picture; colour a name or "#rrggbb"; label "" for none. Later boxes lie on top with
-    thinner lines. Labels avoid each other as far as there is room. Raises ValueError
-    for a colour Pillow does not know.
+    Args:
+        image: the image.
+        boxes: (box, color, label) each: a box (x1, y1, x2, y2) on 0..1000, clipped to
+            the image; a color's name or "#rrggbb"; a label or "".
+        long_side: pixels of the copy's longer side.
+
+    Raises:
+        ValueError: for a color that Pillow does not know.
     """
     scale = long_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=max(11, long_side // 28))
-    labelled = list(boxes)
-    corners = [_corners(box, width, height) for box, _, _ in labelled]
-    for index, corner in enumerate(corners):
-        colour = labelled[index][1]
-        x1, y1, x2, y2 = corner
-        # thinner and thinner, so that boxes on the same place can all be seen
+    labeled = list(boxes)
+    corners = [_clip_box(box, width, height) for box, _, _ in labeled]
+    for index, (x1, y1, x2, y2) in enumerate(corners):
+        # thinner and thinner, so that boxes at the same place can all be seen
         line = max(3, long_side // 64 - 2 * index)
-        # white rim, so that the line shows on a ground of its own colour
-        rim = (x1 - 1, y1 - 1, x2 + 1, y2 + 1)
-        draw.rectangle(rim, outline="white", width=1)
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
-    taken: list[tuple[float, float, float, float]] = []
-    for (_, colour, label), corner in zip(labelled, corners, strict=True):
+        # a white rim, so that the line shows on a ground of its own color
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
+        draw.rectangle((x1, y1, x2, y2), outline=labeled[index][1], width=line)
+    taken: list[Rectangle] = []
+    for (_, color, label), corner in zip(labeled, corners, strict=True):
         if label:
-            _draw_label(draw, label, colour, corner, font, (width, height), taken)
+            taken.append(_draw_label(draw, label, color, corner, taken))
     return picture
 
 
-def _corners(box: Sequence[float], width: int, height: int) -> tuple[int, ...]:
-    """Box in whole pixels inside the picture; an inverted one is turned round."""
+def _clip_box(box: Sequence[float], width: int, height: int) -> Rectangle:
+    """Return a box in whole pixels inside the image, an inverted one turned around."""
     x1, y1, x2, y2 = to_pixels(tuple(box), width, height)
-    xs = sorted(min(max(round(x), 0), width - 1) for x in (x1, x2))
-    ys = sorted(min(max(round(y), 0), height - 1) for y in (y1, y2))
-    return xs[0], ys[0], xs[1], ys[1]
+    left, right = sorted(min(max(round(x), 0), width - 1) for x in (x1, x2))
+    top, bottom = sorted(min(max(round(y), 0), height - 1) for y in (y1, y2))
+    return left, top, right, bottom
 
 
 def _draw_label(
     draw: ImageDraw.ImageDraw,
     label: str,
-    colour: str,
-    corner: tuple[int, ...],
-    font: ImageFont.FreeTypeFont,
-    size: tuple[int, int],
-    taken: list[tuple[float, float, float, float]],
-) -> None:
-    """Put the label at the first place by its box where no other label is."""
+    color: str,
+    corner: Rectangle,
+    taken: Sequence[Rectangle],
+) -> Rectangle:
+    """Put a label at the first place by its box where no other label is."""
+    width, height = draw.im.size
+    font = ImageFont.load_default(size=max(11, max(width, height) // 28))
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     w, h = right - left + 6, bottom - top + 6
     x1, y1, x2, y2 = corner
@@ -86,24 +87,24 @@ def _draw_label(
     places += [(x1, y1 - row * h) for row in (2, 3)]
     rectangles = []
     for x, y in places:
-        x = min(max(x, 0), max(0, size[0] - w))
+        x = min(max(x, 0), max(0, width - w))
         rectangles.append((x, y, x + w, y + h))
-    inside = [r for r in rectangles if r[1] >= 0 and r[3] <= size[1]]
+    inside = [r for r in rectangles if r[1] >= 0 and r[3] <= height]
     free = [r for r in inside if not any(_overlap(r, other) for other in taken)]
     place = (free or inside or [(x1, 0, x1 + w, h)])[0]
-    taken.append(place)
-    red, green, blue = ImageColor.getrgb(colour)[:3]
+    red, green, blue = ImageColor.getrgb(color)[:3]
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
-    draw.rectangle(place, fill=colour)
+    draw.rectangle(place, fill=color)
     ink = "white" if dark else "black"
     draw.text((place[0] + 3 - left, place[1] + 3 - top), label, fill=ink, font=font)
+    return place
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def target_image(sample: GroundingSample) -> int | None:
+def get_target_index(sample: GroundingSample) -> int | None:
     """Return the index of the image that holds the answer box, or None if unknown.
 
     This is `data.sample.find_target_image`, counted from 0.
@@ -120,16 +121,22 @@ def show_sample(
     columns: int = 3,
     title: bool = True,
 ) -> Figure:
-    """The sample's images, its answer in green and predictions with their IoU.
+    """Show a sample's images, its answer in green and predictions with their IoU.
 
-    predictions: {name: box on 0..1000, or None for a reply without a box}.
-    target: image the boxes belong to (from 0); by default `target_image` decides, and
-    if it cannot, they are drawn on every image and the caption says so.
-    columns: images per row. title=False leaves the question out.
-    Returns a Figure closed for pyplot, so a notebook shows it once.
+    Args:
+        sample: the sample.
+        predictions: boxes on 0..1000 by name, None for a reply without a box.
+        target: index of the image that the boxes belong to; by default
+            `get_target_index`. If that is unknown, they are drawn on every image and
+            the legend says so.
+        columns: images in a row.
+        title: whether the question is shown.
+
+    Returns:
+        A figure that is closed for pyplot, so that a notebook shows it once.
     """
-    target = target_image(sample) if target is None else target
-    drawn, handles = _boxes_of(sample, predictions or {})
+    target = get_target_index(sample) if target is None else target
+    drawn, handles = _label_boxes(sample, predictions or {})
     count = len(sample.images)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -137,13 +144,12 @@ def show_sample(
     plt.close(figure)
     for index, path in enumerate(sample.images):
         marked = drawn if target is None or index == target else []
-        picture = draw_boxes(open_image(path, sample.id), marked)
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(picture)
+        axes.imshow(draw_boxes(open_image(path, sample.id), marked))
         axes.set_axis_off()
         name = f"image {index + 1}" if count > 1 else ""
         if index == target and count > 1:
-            axes.set_title(f"{name} (target)", fontweight="bold", color=TARGET_COLOUR)
+            axes.set_title(f"{name} (target)", fontweight="bold", color=TARGET_COLOR)
         else:
             axes.set_title(name)
     if target is None:
@@ -156,23 +162,23 @@ def show_sample(
     return figure
 
 
-def _boxes_of(
+def _label_boxes(
     sample: GroundingSample, predictions: Mapping[str, Box | None]
-) -> tuple[list[LabelledBox], list[Line2D]]:
-    """What to draw, target first, and a legend line for each."""
+) -> tuple[list[LabeledBox], list[Line2D]]:
+    """Return the boxes to draw, target first, and a legend entry for each."""
     targets = sample.boxes or (sample.answer,)
-    drawn: list[LabelledBox] = [(box, TARGET_COLOUR, "target") for box in targets]
-    handles = [_handle(TARGET_COLOUR, f"target {sample.answer}")]
+    drawn: list[LabeledBox] = [(box, TARGET_COLOR, "target") for box in targets]
+    entries = [(TARGET_COLOR, f"target {sample.answer}")]
     for index, (name, box) in enumerate(predictions.items()):
-        colour = PREDICTION_COLOURS[index % len(PREDICTION_COLOURS)]
+        color = PREDICTION_COLORS[index % len(PREDICTION_COLORS)]
         if box is None:
-            handles.append(_handle(colour, f"{name}: no box"))
-            continue
-        label = f"{name} {iou(box, sample.answer):.2f}"
-        drawn.append((box, colour, label))
-        handles.append(_handle(colour, f"{name}: IoU {iou(box, sample.answer):.2f}"))
+            entries.append((color, f"{name}: no box"))
+        else:
+            value = iou(box, sample.answer)
+            drawn.append((box, color, f"{name} {value:.2f}"))
+            entries.append((color, f"{name}: IoU {value:.2f}"))
+    handles = [
+        Line2D([], [], color=color, linewidth=3, label=label)
+        for color, label in entries
+    ]
     return drawn, handles
-
-
-def _handle(colour: str, label: str) -> Line2D:
-    return Line2D([], [], color=colour, linewidth=3, label=label)

@@ -20,9 +20,9 @@ HASTY = "I see it."  # a chain that says nothing
 
 def own(run: runs.Run) -> tuple[list[GroundingSample], Benchmark]:
     """The run's questions of stage 2 and its benchmark."""
-    file, root = benchmarks.files(run)["stage2"], benchmarks.image_root(run)
+    file, root = benchmarks.find_files(run)["stage2"], benchmarks.get_image_root(run)
     rows = files.read(file, image_root=root)[: run.config["data"].get("stage2")]
-    return rows, benchmarks.load(run, "mig")
+    return rows, benchmarks.load_benchmark(run, "mig")
 
 
 def more_of_minimig(
@@ -40,7 +40,7 @@ def more_of_minimig(
     test = stage.dir / "mig_bench.json"
     items = files.read(test, image_root=stage.dir)
     rows = files.read(stage.dir / "stage2_rl.json", image_root=stage.dir)
-    return rows, Benchmark("mig", test, items, sha256_of(test))
+    return rows, Benchmark(test, items, sha256_of(test), "mig")
 
 
 def hasty(

@@ -143,9 +143,9 @@ def picture() -> Image.Image:
     size = (columns * (side + gap) - gap, len(rows) * (side + gap) - gap)
     sheet = Image.new("RGB", size, "white")
     for row, item in enumerate(rows):
-        target = drawing.target_image(item.sample)
+        target = drawing.get_target_index(item.sample)
         for column, image in enumerate(item.images):
-            marked = [(item.sample.answer, drawing.TARGET_COLOUR, "")]
+            marked = [(item.sample.answer, drawing.TARGET_COLOR, "")]
             image = drawing.draw_boxes(image, marked if column == target else [], side)
             sheet.paste(image, (column * (side + gap), row * (side + gap)))
     return sheet

@@ -1,0 +1,77 @@
+"""The benchmarks of a run: found, evaluated once, continued after an interruption."""
+
+import builders
+import pytest
+
+from univg_nb import io, runs
+from univg_nb.config import load_scale
+from univg_nb.data import files
+from univg_nb.evaluate import benchmarks
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return builders.save_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    return builders.questions(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def run(tmp_path, tiny, items):
+    """A run folder of scale tiny with the random model and three items of MIG."""
+    config = load_scale("tiny")
+    config["model"]["name_or_path"] = str(tiny)
+    config["evaluate"] = {"max_new_tokens": 2, "batch_size": 1}
+    files.write(items[:3], tmp_path / "data" / "mig.json", "mig_bench")
+    marker = {"status": "finished", "results": {"files": {"mig_bench": "mig.json"}}}
+    io.write_json(tmp_path / "data" / "stage.json", marker)
+    return runs.Run("tiny", tmp_path, 0, config)
+
+
+def test_an_interrupted_evaluation_of_a_run_is_continued(run):
+    first = benchmarks.evaluate(run, "base", ["mig"])["mig"]
+    assert first["pooled"]["n"] == 3
+    out = benchmarks.get_predictions_path(run, "base", "mig")
+    rows = out.read_text().splitlines(keepends=True)
+    (out.parent / "scores.json").unlink()
+    kept = rows[0].replace('"response": "', '"response": "kept')
+    out.write_text(kept + rows[1][:9])
+    benchmarks.evaluate(run, "base", ["mig"])
+    assert out.read_text() == "".join([kept, *rows[1:]])
+    # other settings: nothing of it may stay
+    (out.parent / "scores.json").unlink()
+    run.config["evaluate"]["max_new_tokens"] = 1
+    benchmarks.evaluate(run, "base", ["mig"])
+    assert "kept" not in out.read_text()
+
+
+def test_a_full_run_knows_all_zero_shot_and_refcoco_files(run, tmp_path):
+    data = run.config["data"]
+    data |= {"source": "released", "refcoco_dir": str(tmp_path / "rec")}
+    data |= {
+        "lisa_test_file": "t.json",
+        "llmseg_file": "l.json",
+        "revos_file": "r.json",
+    }
+    (tmp_path / "rec").mkdir()
+    for name in ("refcoco_val", "refcocog_test", "refgta"):
+        (tmp_path / "rec" / f"{name}.json").write_text("[]")
+    found = benchmarks.find_files(run)
+    assert set(found) == {
+        *("mig", "lisa_test", "llmseg", "revos", "refcoco_val", "refcocog_test"),
+    }
+
+
+def test_scores_are_made_again_for_other_records_and_kept_for_equal_ones(run):
+    first = benchmarks.evaluate(run, "base", ["mig"])["mig"]
+    bench = benchmarks.load_benchmark(run, "mig")
+    scored = benchmarks.score_items(run, "base", bench)
+    assert [item.id for item in scored] == [row["id"] for row in first["items"]]
+    path = benchmarks.get_predictions_path(run, "base", "mig").with_name("scores.json")
+    io.write_json(path, first | {"pooled": "kept"})
+    assert benchmarks.evaluate(run, "base", ["mig"])["mig"]["pooled"] == "kept"
+    files.write(bench.items[:2], bench.records, "mig_bench")
+    assert benchmarks.evaluate(run, "base", ["mig"])["mig"]["pooled"]["n"] == 2

@@ -1,0 +1,325 @@
+"""Generation: any batch size, resumed, shared between processes, killed."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import builders
+import pytest
+
+from univg_nb import models
+from univg_nb.config import load_scale
+from univg_nb.data import files
+from univg_nb.data.images import flatten_image_paths
+from univg_nb.data.sample import GroundingSample
+from univg_nb.evaluate import generate as generation
+from univg_nb.evaluate import predictions as predictions_module
+from univg_nb.evaluate import replies
+from univg_nb.evaluate.generate import (
+    GenerationJob,
+    GenerationOptions,
+    SettingsMismatchError,
+    adapt_model_section,
+    generate,
+    get_part_path,
+    main,
+    plan_batches,
+)
+from univg_nb.evaluate.predictions import get_settings_path
+from univg_nb.evaluate.score import Benchmark, score
+from univg_nb.evaluate.scoring import score_items, summarize_items
+from univg_nb.fast import sampling
+
+KILLS = 10
+REAL = os.environ.get("UNIVG_MIG_BENCH")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return builders.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return models.load_for_inference({"name_or_path": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    return builders.questions(tmp_path_factory.mktemp("images"))
+
+
+def run(loaded, items, out, *, indices=None, fresh=False, shard=(0, 1), **options):
+    job = GenerationJob(indices, fresh, shard)
+    return generate(*loaded, items, out, GenerationOptions(**options), job)
+
+
+def responses(path):
+    found = predictions_module.read_predictions(path)
+    return {i: [r.text for r in several] for i, several in found.items()}
+
+
+def test_greedy_replies_are_the_same_for_any_batch_size(loaded, items, tmp_path):
+    for size in (1, 4, 9):
+        out = tmp_path / f"{size}.jsonl"
+        run(loaded, items, out, max_new_tokens=8, batch_size=size)
+    one, four, nine = (responses(tmp_path / f"{size}.jsonl") for size in (1, 4, 9))
+    assert one == four == nine
+    assert list(one) == list(range(9))
+    assert len({text for [text] in one.values()}) > 1
+
+
+def test_sampled_replies_depend_on_seed_and_item_only(loaded, items, tmp_path):
+    def draw(name, **options):
+        run(
+            loaded,
+            items[:3],
+            tmp_path / name,
+            max_new_tokens=8,
+            temperature=1.0,
+            num_return_sequences=3,
+            **options,
+        )
+        return responses(tmp_path / name)
+
+    small = draw("a.jsonl", batch_size=4)
+    assert small == draw("b.jsonl", batch_size=12)
+    assert small != draw("c.jsonl", batch_size=12, seed=1)
+    # not necessarily three: ids beyond the small tokenizer decode to nothing
+    assert all(len(set(texts)) > 1 for texts in small.values())
+    seeds = {
+        sampling.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)
+    }
+    assert len(seeds) == 8
+
+
+def test_a_run_cut_anywhere_ends_as_an_undisturbed_one(loaded, items, tmp_path):
+    out = tmp_path / "p.jsonl"
+    items = items[:5]
+    options = {"max_new_tokens": 2, "batch_size": 2}
+    run(loaded, items, out, **options)
+    whole = out.read_bytes()
+    cuts = random.Random(0).sample(range(len(whole)), 5)
+    for cut in [0, len(whole) - 1, *cuts]:
+        out.write_bytes(whole[:cut])
+        run(loaded, items, out, **options)
+        assert out.read_bytes() == whole, cut
+    summary = run(loaded, items, out, **options)
+    assert (summary["new"], summary["replies"]) == (0, 5)
+
+
+def test_resuming_under_other_settings_or_weights_is_refused(loaded, items, tmp_path):
+    model, _ = loaded
+    out = tmp_path / "p.jsonl"
+    run(loaded, items[:2], out, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"max_new_tokens = 2 there, now 3.*--fresh"):
+        run(loaded, items[:2], out, max_new_tokens=3)
+    with pytest.raises(ValueError, match="items_hash"):
+        run(loaded, items[:3], out, max_new_tokens=2)
+    weight = model.lm_head.weight.data
+    weight[5, 5] += 1
+    with pytest.raises(ValueError, match="weights_hash"):
+        run(loaded, items[:2], out, max_new_tokens=2)
+    weight[5, 5] -= 1
+    run(loaded, items[:2], out, max_new_tokens=3, fresh=True)
+    get_settings_path(out).unlink()
+    with pytest.raises(ValueError, match="made under other settings"):
+        run(loaded, items[:2], out, max_new_tokens=3)
+
+
+def test_batches_hold_prompts_of_like_length(loaded, items):
+    _, processor = loaded
+    plan = plan_batches(processor, items, range(9), GenerationOptions(batch_size=3))
+    lengths = [
+        [int(replies.encode(processor, [items[i]])["input_ids"].shape[1]) for i, _ in b]
+        for b in plan
+    ]
+    assert [n for batch in lengths for n in batch] == sorted(
+        n for b in lengths for n in b
+    )
+    assert sorted(i for batch in plan for i, _ in batch) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"num_return_sequences": 2}, "set a temperature"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**options)
+
+
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_changes_nothing(folder, tmp_path):
+    items = builders.questions(tmp_path, 20)
+    builders.make_replies(folder, items, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    # A forkserver: libraries are imported once, and no thread of this one is forked.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["builders", "univg_nb.evaluate.generate"])
+    out, rng = tmp_path / "cut.jsonl", random.Random(0)
+    killed, cuts = 0, set()
+    while killed < KILLS:
+        child = context.Process(target=builders.make_replies, args=(folder, items, out))
+        child.start()
+        # At a random place of the file, then a random moment later: some kills hit a
+        # row half written, some a batch half made, some a model half loaded.
+        already = out.stat().st_size if out.exists() else 0
+        place = already + rng.randrange(len(whole) // 8)
+        while child.is_alive() and (not out.exists() or out.stat().st_size < place):
+            time.sleep(0.0005)
+        time.sleep(0.03 * rng.random())
+        child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        killed += child.exitcode != 0
+        cuts.add(out.stat().st_size if out.exists() else 0)
+        if child.exitcode == 0:  # it was done: begin again
+            assert out.read_bytes() == whole
+            out.unlink()
+            get_settings_path(out).unlink()
+    assert len(cuts) > 3, "the kills did not fall at different places"
+    builders.make_replies(folder, items, out)
+    assert out.read_bytes() == whole
+
+
+def test_shards_make_the_file_that_one_process_makes(loaded, tmp_path):
+    items = builders.questions(tmp_path, 20)
+    items = items[:7]
+    options = {"max_new_tokens": 3, "batch_size": 2}
+    alone, out = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    run(loaded, items, alone, **options)
+    first = run(loaded, items, out, shard=(0, 2), **options)
+    assert not out.exists()
+    second = run(loaded, items, out, shard=(1, 2), **options)
+    assert (first["replies"], second["replies"]) == (4, 3)
+    assert out.read_bytes() == alone.read_bytes()
+    settings = [get_settings_path(path).read_text() for path in (out, alone)]
+    assert settings[0] == settings[1]
+    again = run(loaded, items, out, shard=(1, 2), **options)
+    assert (again["new"], again["replies"]) == (0, 3)
+    # a stopped process is continued, whoever finished before
+    part = get_part_path(out, 0, 2)
+    part.write_bytes(part.read_bytes()[:-9])
+    out.unlink()
+    assert run(loaded, items, out, shard=(0, 2), **options)["new"] == 1
+    assert out.read_bytes() == alone.read_bytes()
+    with pytest.raises(SettingsMismatchError, match="max_new_tokens"):
+        run(loaded, items, out, shard=(0, 2), **options | {"max_new_tokens": 4})
+    with pytest.raises(ValueError, match="shard 2 of 2: count from 0"):
+        run(loaded, items, out, shard=(2, 2), **options)
+
+
+def test_released_zero_shot_files_get_their_own_pixel_limit(tmp_path):
+    full, tiny = load_scale("full"), load_scale("tiny")
+    assert adapt_model_section(full, True)["max_pixels"] == 640_000
+    assert adapt_model_section(full, False)["max_pixels"] == 401_408
+    # drawn pictures are small: there the scale's own limit holds
+    assert adapt_model_section(tiny, True) == tiny["model"]
+    row = {"image_path": "a.png", "instruction": "cup", "boxes": [[0, 0, 9, 9]]}
+    (tmp_path / "lisa.json").write_text(json.dumps([row]))
+
+    def limit(*more):
+        arguments = ["--records", str(tmp_path / "lisa.json"), "--out", "p"]
+        arguments += ["--model", "m", "--scale", "full", *more]
+        options = generation._make_parser().parse_args(arguments)
+        return generation._load_config(options)["model"]["max_pixels"]
+
+    assert limit() == 640_000
+    assert limit("--set", "model.max_pixels=5000") == 5000
+
+
+def test_the_command_continues_a_file_and_shares_it(folder, tmp_path, monkeypatch):
+    items = builders.questions(tmp_path, 3)
+    files.write(items, tmp_path / "r.json", "mig_bench")
+    out = tmp_path / "p.jsonl"
+    arguments = ["--records", str(tmp_path / "r.json"), "--out", str(out)]
+    arguments += ["--model", str(folder), "--max-new-tokens", "2"]
+    with pytest.raises(ValueError, match="give --scale too"):
+        main(arguments)
+    arguments += ["--scale", "tiny", "--batch-size", "1"]
+    main([*arguments, "--only", "s1", "--seed", "3"])
+    assert list(responses(out)) == [1]
+    main(arguments)
+    assert sorted(responses(out)) == [0, 1, 2]
+    whole = out.read_bytes()
+    # torchrun says which part a process does
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        main([*arguments, "--fresh"])
+    assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_E5_questions_stay_as_they_are(loaded, items, tmp_path):
+    before = [sample.question for sample in items]
+    run(loaded, items, tmp_path / "p.jsonl", max_new_tokens=1)
+    assert [sample.question for sample in items] == before
+
+
+def test_E7_the_prompt_is_never_scored_with_the_reply(loaded, items, tmp_path):
+    out = tmp_path / "p.jsonl"
+    run(loaded, items, out, max_new_tokens=3)
+    for i, [text] in responses(out).items():
+        assert "(10,20),(30,40)" not in text, i
+        assert "Find" not in text and "assistant" not in text
+        assert not text.startswith("\n")
+
+
+def test_E7_a_missing_image_is_an_error(loaded, items, tmp_path):
+    gone = GroundingSample("lost", "diff", ("no/where.png",), "?", (0, 0, 1, 1))
+    out = tmp_path / "p.jsonl"
+    with pytest.raises(ValueError, match=r"'lost' \(index 1\): no/where.png"):
+        run(loaded, [items[0], gone], out)
+    assert not out.exists()
+
+
+def test_E9_truncated_replies_are_counted(loaded, items, tmp_path):
+    model, processor = loaded
+    out = tmp_path / "p.jsonl"
+    assert run(loaded, items, out, max_new_tokens=3)["truncated"] == 9
+    items_scored = score_items(items, predictions_module.read_predictions(out))
+    result = summarize_items(items_scored)["pooled"]
+    assert (result["truncated"], result["status"]) == (9, {"truncated": 9})
+    # a reply that ends by itself is not: let the model's second token be an end token
+    made = replies.reply(model, processor, items[:1], max_new_tokens=6)
+    inputs = replies.encode(processor, items[:1])
+    config = replies.generation_config(model, processor, 6)
+    tokens = model.generate(**inputs, generation_config=config)[0]
+    second = int(tokens[inputs["input_ids"].shape[1] + 1])
+    ends = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [ends, second]
+    stopped = replies.reply(model, processor, items[:1], max_new_tokens=6)
+    model.generation_config.eos_token_id = ends
+    assert (made[0].truncated, made[0].tokens) == (True, 6)
+    assert not stopped[0].truncated and stopped[0].tokens <= 2
+
+
+@pytest.mark.skipif(not REAL, reason="UNIVG_MIG_BENCH is not set")
+def test_real_pair_goes_from_file_to_score(loaded, tmp_path):
+    bench = Benchmark.read(REAL)
+    names = {"case076_1.jpg", "case076_2.jpg"}
+    [index] = [
+        i
+        for i, sample in enumerate(bench.items)
+        if {Path(path).name for path in sample.images} == names
+    ]
+    out = tmp_path / "p.jsonl"
+    # the annotation's folders are not there, and nothing is guessed unasked
+    with pytest.raises(ValueError, match=r"case076_1.jpg does not exist"):
+        run(loaded, bench.items, out, indices=[index])
+    items = flatten_image_paths(bench.items, [index], Path(REAL).parent)
+    run(loaded, items, out, indices=[index], max_new_tokens=8)
+    result = score(bench, out, indices=[index])
+    assert result["tasks"]["correspondence"]["n"] == 1
+    assert result["tasks"]["correspondence"]["truncated"] == 1
+    assert result["benchmark"]["name"] == "MIG-Bench original"
+    assert result["generation"]["weights_hash"]
