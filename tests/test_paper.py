@@ -1,4 +1,4 @@
-"""The published numbers hang together, save where a misprint is on record."""
+"""The published numbers agree with each other, except for the recorded misprints."""
 
 import pytest
 
@@ -15,22 +15,22 @@ def misprinted(table, row, column):
 def test_averages_are_the_mean_of_their_cells(table):
     for row, cells in table.rows.items():
         assert len(cells) == len(table.columns) + 1
-        off = abs(table.recomputed_average(row) - cells[-1])
+        off = abs(table.compute_average(row) - cells[-1])
         # cells are rounded, and so is the average of the unrounded ones
         assert (off > 0.0101) == misprinted(table, row, "AVG"), (row, off)
 
 
 def test_misprints_record_what_is_printed():
     for table in paper.TABLES:
-        frame = table.frame()
+        frame = table.to_frame()
         for misprint in table.misprints:
             assert frame.loc[misprint.row, misprint.column] == misprint.printed
             if misprint.column == "AVG":
-                assert table.recomputed_average(misprint.row) == misprint.likely
+                assert table.compute_average(misprint.row) == misprint.likely
             else:
                 n = BY_TASK[misprint.column].revised
-                assert paper.hits_behind(misprint.printed, n) is None
-                assert paper.hits_behind(misprint.likely, n) is not None
+                assert paper.find_hits(misprint.printed, n) is None
+                assert paper.find_hits(misprint.likely, n) is not None
 
 
 def test_item_counts():
@@ -42,7 +42,7 @@ def test_item_counts():
         zip(paper.TABLE_1.columns, paper.TABLE_1.rows["UniVG-R1"], strict=False)
     )
     for column, task in BY_TASK.items():
-        assert paper.hits_behind(cells[column], task.revised) == task.hits
+        assert paper.find_hits(cells[column], task.revised) == task.hits
 
 
 def test_cells_are_exact_fractions_of_the_revised_benchmark():
@@ -53,18 +53,18 @@ def test_cells_are_exact_fractions_of_the_revised_benchmark():
     for table in (paper.TABLE_1, paper.TABLE_4):
         for row in re_run[table.number]:
             for column, percent in zip(table.columns, table.rows[row], strict=False):
-                fits = paper.hits_behind(percent, BY_TASK[column].revised) is not None
+                fits = paper.find_hits(percent, BY_TASK[column].revised) is not None
                 assert fits != misprinted(table, row, column), (row, column)
 
 
 def test_copied_rows_fit_only_the_original_benchmark():
     group, reason = BY_TASK["GG"], BY_TASK["Reason"]
     for row in paper.ROWS_ON_ORIGINAL_BENCH:
-        cells = paper.TABLE_1.frame().loc[row]
-        assert paper.hits_behind(cells["GG"], group.original) is not None
-        assert paper.hits_behind(cells["GG"], group.revised) is None
+        cells = paper.TABLE_1.to_frame().loc[row]
+        assert paper.find_hits(cells["GG"], group.original) is not None
+        assert paper.find_hits(cells["GG"], group.revised) is None
         fits = [
-            paper.hits_behind(cells["Reason"], n) is not None
+            paper.find_hits(cells["Reason"], n) is not None
             for n in (reason.original, reason.revised)
         ]
         expected = {"mPLUG-Owl3": [False, False]}.get(row, [True, False])
@@ -72,16 +72,16 @@ def test_copied_rows_fit_only_the_original_benchmark():
 
 
 def test_zero_shot_sizes():
-    ours = paper.TABLE_2.frame().loc["UniVG-R1"]
-    assert paper.hits_behind(ours["LISA test"], 779) == 465
-    assert paper.hits_behind(ours["ReasonVOS"], 458) == 269
+    ours = paper.TABLE_2.to_frame().loc["UniVG-R1"]
+    assert paper.find_hits(ours["LISA test"], 779) == 465
+    assert paper.find_hits(ours["ReasonVOS"], 458) == 269
 
 
 def test_headlines():
-    one, two = paper.TABLE_1.frame()["AVG"], paper.TABLE_2.frame()["AVG"]
+    one, two = paper.TABLE_1.to_frame()["AVG"], paper.TABLE_2.to_frame()["AVG"]
     assert round(one["UniVG-R1"] - one["Migician"], 1) == 9.1
     assert round(two["UniVG-R1"] - two["Migician"], 1) == 23.4
-    stages = paper.TABLE_4.frame()["AVG"]
+    stages = paper.TABLE_4.to_frame()["AVG"]
     gains = [
         ("CoT-SFT 90k", "SFT 90k", 1.70),
         ("+ GRPO 10k", "CoT-SFT 90k", 1.65),

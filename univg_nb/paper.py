@@ -1,8 +1,8 @@
-"""The numbers the paper prints, each with its source; nothing here was measured by us.
+"""The numbers that the paper prints, each with its source; we measured none of them.
 
-Source for all: PAPER_FACTS (PF) sec. 6, 7 and 9, read from the paper's own screenshots
-(arXiv 2505.14231) unless a table says otherwise. Accuracies are Acc@0.5 in percent, the
-last column of a table its printed average.
+They were read from images of the paper's tables and figures (arXiv 2505.14231) unless a
+table says otherwise; docs/paper_facts.md#tables says how sure each is. Accuracies are
+Acc@0.5 in percent, and the last column of a table is its printed average.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,15 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Task:
-    """A MIG-Bench task: name in the JSON, column in the paper, numbers of items.
+    """A task of MIG-Bench.
 
-    `revised` is inferred from exact k/N fits of the printed percentages, `original`
-    counted in the public file (PF sec. 7, 9). `hits` are UniVG-R1's, inferred likewise.
+    Attributes:
+        name: in the JSON file.
+        column: in the paper's tables.
+        original: number of items, counted in the public file.
+        revised: number of items in the revised benchmark, inferred: with it the printed
+            percentages are exact k/N.
+        hits: items that UniVG-R1 got right, inferred likewise.
     """
 
     name: str
@@ -43,7 +48,7 @@ _MIG_COLUMNS = tuple(TASK_COLUMN.values())
 
 @dataclass(frozen=True)
 class Misprint:
-    """A printed number that cannot be right: what it probably is, and why."""
+    """A printed number that cannot be right, the likely number, and the reason."""
 
     row: str
     column: str
@@ -54,7 +59,7 @@ class Misprint:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One printed table. `rows` maps a row's name to its cells, the average last."""
+    """One printed table; `rows` maps a row's name to its cells, the average last."""
 
     number: int
     title: str
@@ -63,31 +68,30 @@ class PaperTable:
     rows: dict[str, tuple[float, ...]]
     misprints: tuple[Misprint, ...] = ()
 
-    def frame(self) -> pd.DataFrame:
-        """The table as printed: rows x (columns + "AVG"), in percent."""
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table as printed: rows x (columns and "AVG"), in percent."""
         return pd.DataFrame.from_dict(
             self.rows, orient="index", columns=[*self.columns, "AVG"]
         )
 
-    def recomputed_average(self, row: str) -> float:
-        """Unweighted mean of the row's cells, to 2 places as the paper prints it."""
+    def compute_average(self, row: str) -> float:
+        """Return the unweighted mean of a row's cells, to 2 places as printed."""
         cells = self.rows[row][:-1]
         return round(sum(cells) / len(cells), 2)
 
 
-def hits_behind(percent: float, n: int) -> int | None:
-    """The k whose 100 k/n prints as `percent` (2 places), or None if there is none."""
+def find_hits(percent: float, n: int) -> int | None:
+    """Return the k whose 100 k/n prints as `percent` (2 places), or None."""
     k = round(percent * n / 100)
     # half a unit of the last printed place, plus room for binary rounding
     return k if abs(100 * k / n - percent) <= 0.005 + 1e-9 else None
 
 
-# A model, a line, as printed.
 # fmt: off
 TABLE_1 = PaperTable(
     1,
     "Revised MIG-Bench, Acc@0.5 %",
-    "PF sec. 7, paper Table 1",
+    "paper, Table 1",
     _MIG_COLUMNS,
     {
         "Qwen2-VL-72B": (
@@ -123,13 +127,13 @@ TABLE_1 = PaperTable(
     ),
 )
 # Four rows fit only the item counts of the original benchmark, so they look copied from
-# Migician's paper; Qwen2-VL-72B fits neither benchmark in half its cells (PF sec. 7).
+# Migician's paper; Qwen2-VL-72B fits neither benchmark in half of its cells.
 ROWS_ON_ORIGINAL_BENCH = ("Mantis", "LLaVA-OV-7B", "MiniCPM2.6", "mPLUG-Owl3")
 
 TABLE_2 = PaperTable(
     2,
     "Zero-shot, Acc@0.5 %",
-    "PF sec. 7, paper Table 2",
+    "paper, Table 2",
     ("LISA val", "LISA test", "LLMSeg", "ReasonVOS", "ReVOS"),
     {
         "Qwen2-VL-7B": (52.00, 49.17, 35.53, 9.83, 23.55, 34.02),
@@ -141,7 +145,7 @@ TABLE_2 = PaperTable(
 TABLE_3 = PaperTable(
     3,
     "RefCOCO/+/g, Acc@0.5 %",
-    "PF sec. 7: reported by another paper, not seen in this one",
+    "reported by another paper, not seen in this one",
     (
         "RefCOCO val", "RefCOCO testA", "RefCOCO testB",
         "RefCOCO+ val", "RefCOCO+ testA", "RefCOCO+ testB",
@@ -157,22 +161,17 @@ TABLE_3 = PaperTable(
 )
 
 # The files that RefCOCO/+/g are distributed in, and the columns they stand for.
-REFCOCO_FILES = dict(
-    zip(
-        (
-            "refcoco_val", "refcoco_testA", "refcoco_testB",
-            "refcocop_val", "refcocop_testA", "refcocop_testB",
-            "refcocog_val", "refcocog_test",
-        ),
-        TABLE_3.columns,
-        strict=True,
-    )
+_FILES = (
+    "refcoco_val", "refcoco_testA", "refcoco_testB",
+    "refcocop_val", "refcocop_testA", "refcocop_testB",
+    "refcocog_val", "refcocog_test",
 )
+REFCOCO_FILES = dict(zip(_FILES, TABLE_3.columns, strict=True))
 
 TABLE_4 = PaperTable(
     4,
     "Stages on the revised MIG-Bench, Acc@0.5 %",
-    "PF sec. 7, paper Table 4",
+    "paper, Table 4",
     _MIG_COLUMNS,
     {
         "Qwen2-VL-7B": TABLE_1.rows["Qwen2-VL-7B"],
@@ -224,52 +223,24 @@ FIGURE_1 = {
 
 @dataclass(frozen=True)
 class Figure3:
-    """Shares of easy, medium and hard groups while training (PF sec. 6).
+    """Shares of easy, medium and hard groups during training.
 
-    Read off the drawn, smoothed curves: +-0.015. Trends are the ends of the dashed
-    lines, at the first and the last iteration.
+    They were read off the drawn, smoothed curves, to within `tolerance`
+    (docs/paper_facts.md#figure-3). A trend holds the two ends of a dashed line.
     """
 
+    # fmt: off
     iteration: tuple[int, ...] = (10, 60, 110, 160, 200, 260, 310, 360, 410, 450, 495)
     easy: tuple[float, ...] = (
-        0.35,
-        0.37,
-        0.49,
-        0.50,
-        0.51,
-        0.53,
-        0.44,
-        0.52,
-        0.56,
-        0.67,
-        0.63,
+        0.35, 0.37, 0.49, 0.50, 0.51, 0.53, 0.44, 0.52, 0.56, 0.67, 0.63
     )
     medium: tuple[float, ...] = (
-        0.36,
-        0.43,
-        0.25,
-        0.29,
-        0.30,
-        0.32,
-        0.36,
-        0.38,
-        0.28,
-        0.21,
-        0.30,
+        0.36, 0.43, 0.25, 0.29, 0.30, 0.32, 0.36, 0.38, 0.28, 0.21, 0.30
     )
     hard: tuple[float, ...] = (
-        0.29,
-        0.20,
-        0.26,
-        0.21,
-        0.18,
-        0.16,
-        0.20,
-        0.11,
-        0.16,
-        0.12,
-        0.08,
+        0.29, 0.20, 0.26, 0.21, 0.18, 0.16, 0.20, 0.11, 0.16, 0.12, 0.08
     )
+    # fmt: on
     easy_trend: tuple[float, float] = (0.385, 0.60)
     hard_trend: tuple[float, float] = (0.258, 0.12)
     tolerance: float = 0.015

@@ -19,11 +19,16 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from univg_nb import io, models
-from univg_nb.data import prompts
+from univg_nb.__main__ import main as run_command
+from univg_nb.data import files, prompts
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import vision_features
 from univg_nb.train import sft
-from univg_nb.train.checkpoints import COMPLETE, find_checkpoint
+from univg_nb.train.checkpoints import (
+    COMPLETE,
+    find_checkpoint,
+    read_training_set,
+)
 from univg_nb.train.collator import (
     IGNORE,
     LengthGroupedBatches,
@@ -425,6 +430,45 @@ def test_nothing_to_train_is_an_error(model_cfg, monkeypatch):
     monkeypatch.setattr(models, "add_lora", frozen)
     with pytest.raises(ValueError, match="nothing to train"):
         sft.build_model(scale(model_cfg), "lora", None)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("stage", "form"), [("stage1", "stage1_cotsft"), ("stage2", "stage2_rl")]
+)
+def test_images_are_looked_for_beside_the_file_and_rows_are_limited(
+    data, folder, stage, form
+):
+    file = folder / f"{form}.json"
+    files.write(data[:3], file, form, folder)
+    options = SimpleNamespace(data=None, scale="smoke")
+    section = {f"{stage}_file": str(file), stage: 2}
+    found = read_training_set(options, {"data": section}, stage)
+    assert [sample.images for sample in found] == [s.images for s in data[:2]]
+    options.data = file
+    assert len(read_training_set(options, {"data": {}}, stage)) == 3
+
+
+def test_the_command_trains(data, folder, tmp_path):
+    file = folder / "stage1_cotsft.json"
+    files.write(data, file, "stage1_cotsft", folder)
+    words = ["sft", "smoke", "--data", str(file), "--out", str(tmp_path / "out")]
+    words += ["--set", "sft.max_steps=1", "--no-chains"]
+    assert run_command(words) == 0
+    summary = io.read_json(tmp_path / "out" / "summary.json")
+    assert (summary["steps"], summary["chains"]) == (1, False)
+
+
+@pytest.mark.slow
+def test_the_module_answers_mistakes_as_the_command_does():
+    """`accelerate launch -m` runs the module and not the command."""
+    words = ["-m", "univg_nb.train.sft", "smoke", "--data", "no.json"]
+    made = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "error: " in made.stderr and "no.json" in made.stderr
+    assert "Traceback" not in made.stderr
 
 
 # ---------------------------------------------------------------- two processes
