@@ -595,7 +595,7 @@ BROKEN = {
     "lisa, no image": (
         [{"image_path": "no.png", "instruction": "x", "boxes": [[1, 2, 3, 4]]}],
         None,
-        "needs? .*size.*image_root",
+        "size is needed: pass image_root",
     ),
     "two frames": (
         [{"image_list": ["a", "b"], "question": "q", "bbox_list": ["", ""]}],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,28 +27,52 @@ _HASH_NEAR = 10  # of 256 bits: re-encoded or rescaled copies, not similar scene
 _CHARS_PER_TOKEN = 3  # low on purpose: English has about four in Qwen2's tokenizer
 
 
-@dataclass
 class _FileScan:
     """What is gathered while the rows of one file go by."""
 
-    context: RowContext
-    format: str
-    decode: bool
-    max_pixels: int
-    max_tokens: int
-    tasks: Counter[str] = field(default_factory=Counter)
-    images_per_item: Counter[int] = field(default_factory=Counter)
-    target_images: Counter[str] = field(default_factory=Counter)
-    problems: list[dict[str, Any]] = field(default_factory=list)
-    seen: dict[int, tuple[int, str]] = field(default_factory=dict)
-    images: dict[str, tuple[int, int] | None] = field(default_factory=dict)
-    hashes: dict[str, np.ndarray] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    rows_without_sample: int = 0
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None,
+        root: str | None,
+        max_pixels: int,
+        max_tokens: int,
+    ) -> None:
+        self.context = RowContext(os.fspath(path), image_root=root, strict=True)
+        self.format = format or ""
+        self.max_pixels, self.max_tokens = max_pixels, max_tokens
+        self.tasks: Counter[str] = Counter()
+        self.images_per_item: Counter[int] = Counter()
+        self.target_images: Counter[str] = Counter()
+        self.problems: list[dict[str, Any]] = []
+        self.seen: dict[int, tuple[int, str]] = {}
+        self.images: dict[str, tuple[int, int] | None] = {}
+        self.hashes: dict[str, np.ndarray] = {}
+        self.tokens: list[int] = []
+        self.rows_without_sample = 0
+        try:
+            for self.context.row, row in enumerate(iter_rows(path)):
+                self.check_row(row)
+        except RowError as error:  # the file itself is broken from here on
+            self.add(error.kind, "error", "", str(error))
 
     def add(self, kind: str, severity: str, sample_id: str, detail: str) -> None:
         problem = {"kind": kind, "severity": severity, "row": self.context.row}
         self.problems.append(problem | {"id": sample_id, "detail": detail})
+
+    def check_row(self, row: dict[str, Any]) -> None:
+        if not self.format:
+            where = f"{self.context.file}, row {self.context.row}"
+            self.format = detect_format(row, where)
+        markers = str(row.get("question", "")).count(IMAGE_MARKER)
+        named = row.get("images")
+        if markers and isinstance(named, list) and markers != len(named):
+            detail = f"{markers} {IMAGE_MARKER} markers for {len(named)} images"
+            self.add("marker_mismatch", "warning", str(row.get("id", "")), detail)
+        samples = self.read_row(row)
+        self.rows_without_sample += not samples
+        for sample in samples:
+            self.check_sample(sample)
 
     def read_row(self, row: dict[str, Any]) -> list[GroundingSample]:
         """Return the samples of a row, and note every problem of reading it.
@@ -96,7 +119,7 @@ class _FileScan:
 
     def check_image(self, path: str, sample_id: str) -> tuple[int, int] | None:
         """Return the size of an image and keep its hash; None if it is not read."""
-        if not self.decode:
+        if self.context.image_root is None:
             return None
         try:
             image = open_image(path, sample_id)
@@ -116,59 +139,25 @@ def _compute_hash(image: Image.Image) -> np.ndarray:
     return np.packbits(bits).view(np.uint64)  # (4,)
 
 
-def _scan_file(
-    path: Path, format: str | None, root: str | None, max_pixels: int, max_tokens: int
-) -> _FileScan:
-    context = RowContext(os.fspath(path), image_root=root, strict=True)
-    scan = _FileScan(context, format or "", root is not None, max_pixels, max_tokens)
-    try:
-        for context.row, row in enumerate(iter_rows(path)):
-            if not scan.format:
-                scan.format = detect_format(row, f"{context.file}, row {context.row}")
-            markers = str(row.get("question", "")).count(IMAGE_MARKER)
-            named = row.get("images")
-            if markers and isinstance(named, list) and markers != len(named):
-                detail = f"{markers} {IMAGE_MARKER} markers for {len(named)} images"
-                scan.add("marker_mismatch", "warning", str(row.get("id", "")), detail)
-            samples = scan.read_row(row)
-            scan.rows_without_sample += not samples
-            for sample in samples:
-                scan.check_sample(sample)
-    except RowError as error:  # the file itself is broken from here on
-        scan.add(error.kind, "error", "", str(error))
-    return scan
-
-
-def _shorten(path: str) -> str:
-    """Return the last two parts of a path: enough to tell datasets' images apart."""
-    return "/".join(path.split("/")[-2:])
-
-
-def _find_twins(ours: _FileScan, theirs: _FileScan) -> Iterator[tuple[str, str, int]]:
-    """Yield (our image, their image, differing bits) of near-identical pictures."""
-    if not ours.hashes or not theirs.hashes:
-        return
-    names = list(theirs.hashes)
-    table = np.stack(list(theirs.hashes.values()))  # (N, 4)
+def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
+    """Note images that both files name, or that look alike."""
+    file = theirs.context.file
+    names = {Path(path).parts[-2:] for path in theirs.images}  # folder and file
+    for path in ours.images:
+        if Path(path).parts[-2:] in names:
+            detail = f"{path} is named in {file} too"
+            ours.add("leak_by_name", "warning", "", detail)
+    twins = list(theirs.hashes)
+    table = np.array(list(theirs.hashes.values()), np.uint64).reshape(-1, 4)  # (N, 4)
     for path, value in ours.hashes.items():
-        if not value.any():
+        if not twins or not value.any():
             continue  # a flat picture is like every other flat picture
         distance = np.bitwise_count(table ^ value).sum(axis=1)  # (N,)
         best = int(distance.argmin())
         if distance[best] <= _HASH_NEAR:
-            yield path, names[best], int(distance[best])
-
-
-def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
-    other = {_shorten(path) for path in theirs.images}
-    file = theirs.context.file
-    for path in ours.images:
-        if _shorten(path) in other:
-            detail = f"{path} is named in {file} too"
-            ours.add("leak_by_name", "warning", "", detail)
-    for path, twin, bits in _find_twins(ours, theirs):
-        detail = f"{path} looks like {twin} of {file} ({bits}/256 bits)"
-        ours.add("leak_by_picture", "warning", "", detail)
+            detail = f"{path} looks like {twins[best]} of {file}"
+            bits = f" ({distance[best]}/256 bits)"
+            ours.add("leak_by_picture", "warning", "", detail + bits)
 
 
 def audit(
@@ -211,10 +200,10 @@ def audit(
     for file in (path, *against):
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file; check the path")
-    scan = _scan_file(Path(path), format, root, max_pixels, max_tokens)
+    limits = (root, max_pixels, max_tokens)
+    scan = _FileScan(path, format, *limits)
     for other in against:
-        theirs = _scan_file(Path(other), None, root, max_pixels, max_tokens)
-        _check_leakage(scan, theirs)
+        _check_leakage(scan, _FileScan(other, None, *limits))
     counts = Counter(problem["kind"] for problem in scan.problems)
     read_any = scan.tokens or scan.rows_without_sample
     return {
@@ -227,7 +216,7 @@ def audit(
         "images_per_item": dict(sorted(scan.images_per_item.items())),
         "target_images": dict(scan.target_images.most_common()),
         "prompt_tokens": {
-            "median": median(scan.tokens) if scan.tokens else 0,
+            "median": median(scan.tokens or [0]),
             "max": max(scan.tokens, default=0),
         },
         "images": {
@@ -279,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m univg_nb audit stage2_rl.json --image-root images",
     )
-    parser.add_argument("file")
+    parser.add_argument("path", metavar="FILE")
     parser.add_argument("--image-root", help="folder of the images; else unchecked")
     parser.add_argument("--format", choices=list(ALL_FORMATS))
     parser.add_argument("--against", nargs="*", default=[], help="test files (leakage)")
@@ -287,16 +276,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-pixels", type=int, default=401_408)
     parser.add_argument("--out", help="write the report here as JSON")
     parser.add_argument("--show", type=int, default=5, help="examples of each problem")
-    options = parser.parse_args(arguments)
-    report = audit(
-        options.file,
-        options.format,
-        options.image_root,
-        against=options.against,
-        max_tokens=options.max_tokens,
-        max_pixels=options.max_pixels,
-    )
-    if options.out:
-        io.write_json(options.out, report)
-    print(render_table(report, options.show))
+    options = vars(parser.parse_args(arguments))
+    out, examples = options.pop("out"), options.pop("show")
+    report = audit(**options)
+    if out:
+        io.write_json(out, report)
+    print(render_table(report, examples))
     return int(report["breaks_training"])

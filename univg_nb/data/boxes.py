@@ -94,23 +94,18 @@ def parse_box(text: str, mode: str = "answer") -> ParsedBox:
     Args:
         text: the reply; only its last `MAX_REPLY` characters are read.
         mode: "answer" takes the last box inside the last closed `<answer>...</answer>`
-            or, in a reply without answer tags, the last box. It reads
-            `(x1,y1),(x2,y2)` and the other notations that the released parser knows,
-            with decimals too (0-1 floats are scaled).
+            or, in a reply without answer tags, the last box, in any notation that the
+            released parser knows, with decimals too (0-1 floats are scaled).
             "released" returns what the released MIG-Bench parser returns, defects
-            included: the first of several boxes (docs/paper_facts.md#e1), and
-            (0, 0, 0, 0) for floats (docs/paper_facts.md#e2) and for a reply without a
-            box. The unit is always 0-1000 (docs/paper_facts.md#e3).
+            included (docs/paper_facts.md#e1 to #e3): the first of several boxes, and
+            (0, 0, 0, 0) for floats and for a reply without a box.
 
     Returns:
-        The box and its status. The statuses of mode "answer" are:
-        `ok`;
-        `no_answer`: no tags and no box, or a tag that is never closed (the reply was
-        cut at its token limit); the box is None;
-        `no_box`: the answer tags hold no box; the box is None;
-        `inverted`: x2 <= x1 or y2 <= y1; the box is as written (its IoU is 0);
-        `out_of_range`: a coordinate is outside 0-1000; the box is as written, or None
-        where a number is 10**9 or more.
+        The box and its status. In mode "answer": `ok`; `no_answer` for no tags and no
+        box, or a tag that is never closed (the reply was cut); `no_box` for answer tags
+        without a box; `inverted` for x2 <= x1 or y2 <= y1; `out_of_range` for a
+        coordinate outside 0-1000. The last two keep the box as written, unless a number
+        is 10**9 or more.
 
     Raises:
         ValueError: the mode is unknown.
@@ -149,8 +144,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the plain intersection over union of two boxes in one unit.
 
     Returns:
-        A number in 0..1; 0.0 if a box is inverted or has no area (so that nothing is
-        divided by zero, docs/paper_facts.md#e4).
+        A number in 0..1; 0.0 if a box has no area (docs/paper_facts.md#e4).
     """
     if not (a[0] < a[2] and a[1] < a[3] and b[0] < b[2] and b[1] < b[3]):
         return 0.0
@@ -185,12 +179,9 @@ def stretch_box(box: Box) -> Box:
     """Stretch a box as the paper does for Migician's row, and for no other row.
 
     y1 moves down by a twentieth and y2 by a tenth, neither beyond 999; see
-    docs/paper_facts.md#evaluation.
+    docs/paper_facts.md#evaluation. Rounding is as the row was made.
     """
     x1, y1, x2, y2 = box
-
-    def move(y: float, factor: float) -> int:
-        # in thousandths, rounded, then cut to a whole number, as the row was made
-        return int(GRID * round(min(0.999, min(y, GRID) / GRID * factor), 3))
-
-    return (x1, move(y1, 1.05), x2, move(y2, 1.10))
+    moved = (min(y, GRID) / GRID * f for y, f in ((y1, 1.05), (y2, 1.10)))
+    top, bottom = (int(GRID * round(min(0.999, y), 3)) for y in moved)
+    return (x1, top, x2, bottom)

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +42,6 @@ _EXPECTED = {
     "revos": "video_id, frames, question, bbox_list",
     "refcoco": "image, problem, solution",
 }
-_BY_KEYS_ALONE = ("lisa", "llmseg", "reasonvos", "revos", "refcoco")
 
 
 def detect_format(row: dict[str, Any], where: str = "row") -> str:
@@ -57,7 +55,8 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
         ValueError: the keys fit no format or several; lists what was expected.
     """
     keys = set(row)
-    found = [n for n in _BY_KEYS_ALONE if keys >= set(_EXPECTED[n].split(", "))]
+    zero_shot = ("lisa", "llmseg", "reasonvos", "revos", "refcoco")
+    found = [n for n in zero_shot if keys >= set(_EXPECTED[n].split(", "))]
     if keys & {"conversations", "messages"}:
         turns = json.dumps(row.get("conversations", row.get("messages")))
         if "type" in keys or ("<|box_start|>" in turns and "<answer>" not in turns):
@@ -158,7 +157,11 @@ def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     row = 0
     with path.open("rb") as stream:
         try:
-            first = _skip_to_content(stream)
+            if stream.peek(3).startswith(codecs.BOM_UTF8):
+                stream.read(3)
+            while stream.peek(1)[:1].isspace():
+                stream.read(1)
+            first = stream.peek(1)[:1]
             if first not in (b"[", b"{"):
                 begin = f"{first.decode(errors='replace')!r} begins the file"
                 raise ValueError(begin if first else "empty file")
@@ -167,38 +170,24 @@ def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 yield value
                 row += 1
         except (ValueError, ijson.JSONError) as error:
+            text = error.args[0]  # of ijson with the text around the broken place
+            text = text if isinstance(text, str) else text.decode(errors="replace")
+            problem = " ".join(text.partition("(right here)")[0].split())
             raise RowError(
                 "bad_json",
-                f"{path}, row {row}: {_describe(error)}; expected a JSON array of "
-                "objects or one object a line, whole and in UTF-8",
+                f"{path}, row {row}: {problem}; expected a JSON array of objects or "
+                "one object a line, whole and in UTF-8",
             ) from error
 
 
-def _skip_to_content(stream: BufferedReader) -> bytes:
-    """Go to the first character that is not blank and return it; b"" if none is."""
-    if stream.peek(3).startswith(codecs.BOM_UTF8):
-        stream.read(3)
-    while stream.peek(1)[:1].isspace():
-        stream.read(1)
-    return stream.peek(1)[:1]
-
-
-def _describe(error: Exception) -> str:
-    """Return what is wrong and, where the parser says it, the text around the place."""
-    text = error.args[0]
-    text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    lines = [line.strip() for line in text.splitlines()[:2]]
-    return " near ".join(line for line in lines if line)
-
-
-def _check_format(name: str) -> None:
-    if name not in ALL_FORMATS:
-        raise ValueError(f"format {name!r} is unknown; use one of {list(ALL_FORMATS)}")
-
-
 def _make_context(
-    path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None
+    path: str | os.PathLike[str],
+    format: str | None,
+    image_root: str | os.PathLike[str] | None,
 ) -> RowContext:
+    if format is not None and format not in ALL_FORMATS:
+        known = list(ALL_FORMATS)
+        raise ValueError(f"format {format!r} is unknown; use one of {known}")
     root = None if image_root is None else os.fspath(image_root)
     return RowContext(os.fspath(path), image_root=root)
 
@@ -221,9 +210,7 @@ def iter_samples(
     Raises:
         ValueError: a row cannot be used; names file, row and remedy.
     """
-    if format is not None:
-        _check_format(format)
-    context = _make_context(path, image_root)
+    context = _make_context(path, format, image_root)
     for context.row, row in enumerate(iter_rows(path)):
         format = format or detect_format(row, f"{context.file}, row {context.row}")
         yield from ALL_FORMATS[format].read(row, context)
@@ -262,8 +249,7 @@ def write(
     Raises:
         ValueError: the format is unknown or cannot hold a sample.
     """
-    _check_format(format)
-    context = _make_context(path, image_root)
+    context = _make_context(path, format, image_root)
     lines = Path(path).suffix == ".jsonl"
     count = 0
     with io.open_atomically(Path(path)) as out:

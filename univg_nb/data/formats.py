@@ -87,15 +87,8 @@ class RowContext:
     def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Drop a leading "./" of each path and join relative ones to image_root."""
         prefix = self._prefix
-        joined = [
-            prefix + path[2:].lstrip("/")
-            if path[:2] == "./"
-            else path
-            if path[:1] == "/"
-            else prefix + path
-            for path in paths
-        ]
-        return tuple(joined)
+        paths = [p[2:].lstrip("/") if p[:2] == "./" else p for p in paths]
+        return tuple([p if p[:1] == "/" else prefix + p for p in paths])
 
     def strip_root(self, paths: Sequence[str]) -> list[str]:
         """Make paths relative to image_root where they lie below it."""
@@ -130,16 +123,12 @@ class RowContext:
 
 
 def parse_training_box(value: Any, context: RowContext) -> Box:
-    """Return a 0-1000 box of a training file as integers.
+    """Return the 0-1000 box of a training file as integers.
 
     A bad target would be trained on without a word, so nothing is clipped here.
 
-    Args:
-        value: what the file holds.
-        context: where it stands.
-
     Raises:
-        RowError: these are not four numbers in 0-1000 that enclose an area.
+        RowError: `value` is not four numbers in 0-1000 that enclose an area.
     """
     if len(value) == 4 and _NUMBERS.issuperset(map(type, value)):
         x1, y1, x2, y2 = value
@@ -149,12 +138,11 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
                 return box
     numbers = context.numbers(value)
     if max(numbers) <= 1 and any(v != int(v) for v in numbers):
-        problem = f"box {numbers} looks like 0-1 floats; multiply by {GRID}"
-        remedy = ", or pass format='mig_bench' if it is a benchmark file"
-        raise context.error("box_unit", problem + remedy)
+        problem = f"box {numbers} has 0-1 floats; multiply by {GRID} or pass format="
+        raise context.error("box_unit", problem)
     if min(numbers) < 0 or max(numbers) > GRID:
-        problem = f"box {numbers} leaves 0-{GRID}; rescale it to the 0-1000 grid"
-        raise context.error("box_out_of_range", problem + " or drop the row")
+        problem = f"box {numbers} leaves 0-{GRID}; rescale it or drop the row"
+        raise context.error("box_out_of_range", problem)
     x1, y1, x2, y2 = map(round, numbers)
     _check_area(numbers, (x1, y1, x2, y2), context)
     return (x1, y1, x2, y2)
@@ -181,9 +169,6 @@ def clip_to_grid(
         size: width and height of the image in that unit.
         context: strict mode refuses a box that leaves the image or has no area.
         highest: larger coordinates become this one.
-
-    Raises:
-        RowError: the box is refused.
     """
     limits = (*size, *size)
     x1, y1, x2, y2 = (
@@ -220,9 +205,6 @@ def build_sample(
         question: the text without image markers and request.
         answer: the target box.
         fields: fields of `GroundingSample` that the format itself gives.
-
-    Raises:
-        RowError: the sample lacks something.
     """
     if not _OWN_NAMES.isdisjoint(row):  # released rows have none of them
         for key, kind in _OWN_KEYS.items():
@@ -246,12 +228,7 @@ def build_sample(
 
 
 def own_keys(sample: GroundingSample, *without: str) -> Row:
-    """Return the optional keys from which reading gives an equal sample.
-
-    Args:
-        sample: what is written.
-        without: keys to leave out, because the format has a place for them.
-    """
+    """Return the optional keys that a sample needs, but for those in `without`."""
     told = not sample.cot or _is_single_image(sample.images)  # else True is understood
     keys = {
         "id": sample.id,
@@ -265,20 +242,15 @@ def own_keys(sample: GroundingSample, *without: str) -> Row:
 
 
 def list_boxes(sample: GroundingSample, context: RowContext) -> tuple[Box, ...]:
-    """Return all boxes of a sample for a format that holds several.
-
-    Args:
-        sample: what is written.
-        context: where it is written.
+    """Return all boxes of a sample, for a format that holds several.
 
     Raises:
-        RowError: `boxes` is one box, or does not begin with the answer.
+        RowError: `sample.boxes` is one box, or does not begin with the answer.
     """
     boxes = sample.boxes or (sample.answer,)
     if boxes[0] != sample.answer or len(sample.boxes) == 1:
-        problem = f"sample {sample.id}: boxes {sample.boxes} against {sample.answer}"
-        remedy = "boxes must be () or several, the answer first"
-        raise context.error("bad_sample", f"{problem}; {remedy}")
+        problem = f"boxes {boxes} of {sample.id}; give () or several, the answer first"
+        raise context.error("bad_sample", problem)
     return boxes
 
 
@@ -316,8 +288,8 @@ def _read_mig(row: Row, context: RowContext) -> Samples:
         context.scale = 1 if unit else GRID
     whole = numbers == [*map(int, numbers)]
     if not unit if context.scale == 1 else unit and not whole:
-        problem = f"answer {numbers} is not in the file's unit (0-{context.scale})"
-        raise context.error("box_unit", f"{problem}; write all answers in one unit")
+        problem = f"answer {numbers} is not in the file's unit; use 0-{context.scale}"
+        raise context.error("box_unit", problem)
     highest = GRID - 1 if context.scale == 1 else GRID
     box = clip_to_grid(numbers, (context.scale, context.scale), context, highest)
     context.get(row, "task", str)
@@ -344,9 +316,10 @@ def _write_mig_revised(sample: GroundingSample, context: RowContext) -> Row:
 
 def _write_mig(sample: GroundingSample, context: RowContext) -> Row:
     if max(sample.answer) >= GRID:
-        problem = f"answer {sample.answer} of sample {sample.id} holds {GRID}, but 0-1 "
-        remedy = "files are read back clipped to 0..999; use format 'mig_bench_revised'"
-        raise context.error("box_out_of_range", problem + remedy)
+        problem = (
+            f"answer {sample.answer} would be clipped to 0..999; use a revised file"
+        )
+        raise context.error("box_out_of_range", problem)
     row = _write_mig_revised(sample, context)
     return row | {"answer": [v / GRID for v in sample.answer]}
 
@@ -378,9 +351,8 @@ def _read_turns(
         if role == "system":
             continue
         if role != roles[len(texts) % 2]:
-            problem = f"turn {len(texts)} is from {role!r}"
-            remedy = f"turns must alternate {roles[0]}, {roles[1]}"
-            raise context.error("bad_turn", f"{problem}; {remedy}")
+            problem = f"turn {len(texts)} is from {role!r}; alternate {roles}"
+            raise context.error("bad_turn", problem)
         texts.append(context.get(turn, what, str))
     if not texts or len(texts) % 2:
         problem = f"{len(texts)} turns; give question and reply in pairs"
@@ -396,9 +368,8 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
     images = context.images(row)
     pairs = _read_turns(row, context, images)
     if len(pairs) != 1:
-        problem = f"{len(pairs)} question/reply pairs"
-        remedy = "stage1_cotsft has one; multi-turn files are format='mgrounding'"
-        raise context.error("bad_turn", f"{problem}; {remedy}")
+        problem = f"{len(pairs)} turns; files with several are format='mgrounding'"
+        raise context.error("bad_turn", problem)
     text, reply = _strip_markers(pairs[0][0]), pairs[0][1]
     if row.get("cot") is not None:
         cot = context.get(row, "cot", bool)
@@ -411,9 +382,8 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
         fields["chain"] = think.partition("<think>")[2]
     boxes = find_boxes(rest if closed else reply)
     if len(boxes) != 1:
-        problem = f"reply {reply[-60:]!r} answers with {len(boxes)} boxes"
-        remedy = "write <answer>(x1,y1),(x2,y2)</answer> with one box"
-        raise context.error("bad_reply", f"{problem}; {remedy}")
+        problem = f"reply {reply[-60:]!r} answers with {len(boxes)} boxes; give one box"
+        raise context.error("bad_reply", problem)
     answer = parse_training_box(boxes[0], context)
     question = strip_request(text, cot)
     yield build_sample(row, context, images, question, answer, **fields)

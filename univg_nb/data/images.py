@@ -10,6 +10,7 @@ import os
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from univg_nb.data.sample import GroundingSample
 
 MIN_SIDE = 28  # one merged patch of Qwen2-VL; smaller images its processor refuses
 MIN_PIXELS = 3136  # Qwen2-VL enlarges smaller images to this size
-MAX_PIXELS = 89_478_485  # Pillow's own limit, made an error instead of a warning
 MAX_RATIO = 200  # the processor's limit on long side / short side
 
 # What Pillow raises on damaged data, depending on the decoder.
@@ -32,28 +32,19 @@ def _open_header(path: str | os.PathLike[str], name: str) -> Image.Image:
         raise ValueError(f"{name} does not exist; check image_root and the download")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # an error from Pillow's own limit on, not from twice as many pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {error}; scale it down") from error
     except _DECODE_ERRORS as error:
-        raise ValueError(
-            f"{name} is not an image Pillow can read ({error}); fetch it again"
-        ) from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        problem = (
-            f"has {width} x {height} pixels, more than {MAX_PIXELS}; scale it down"
-        )
-    elif max(width, height) > MAX_RATIO * min(width, height):
-        problem = (
-            f"is {width} x {height}, longer than {MAX_RATIO} to 1, which the processor "
-            "refuses; crop it"
-        )
-    else:
-        return image
-    image.close()
-    raise ValueError(f"{name} {problem}")
+        problem = f"is not an image Pillow can read ({error}); fetch it again"
+        raise ValueError(f"{name} {problem}") from error
+    if max(image.size) > MAX_RATIO * min(image.size):
+        image.close()
+        shape = f"{image.width} x {image.height}, longer than {MAX_RATIO} to 1"
+        raise ValueError(f"{name} is {shape}, which the processor refuses; crop it")
+    return image
 
 
 def _name(path: str | os.PathLike[str], sample_id: str) -> str:
@@ -93,8 +84,8 @@ def open_image(path: str | os.PathLike[str], sample_id: str = "") -> Image.Image
         sample_id: the sample that an error message names.
 
     Raises:
-        ValueError: the file is missing, no image, truncated, has more than MAX_PIXELS
-            pixels or a ratio beyond MAX_RATIO.
+        ValueError: the file is missing, no image, truncated, larger than Pillow's limit
+            or longer than MAX_RATIO to 1.
     """
     name = _name(path, sample_id)
     with _open_header(path, name) as image:
@@ -118,13 +109,7 @@ def image_size(path: str | os.PathLike[str], sample_id: str = "") -> tuple[int, 
 
 
 def encode_data_url(image: Image.Image, format: str = "PNG", **options: int) -> str:
-    """Return an image as a data URL.
-
-    Args:
-        image: the image.
-        format: "PNG" or "JPEG".
-        options: of Pillow for the format, such as the quality.
-    """
+    """Return an image as a data URL; format and options are those of Pillow's save."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     encoded = base64.b64encode(buffer.getvalue()).decode()
@@ -132,15 +117,12 @@ def encode_data_url(image: Image.Image, format: str = "PNG", **options: int) -> 
 
 
 def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -> str:
-    """Open an image and return it as a JPEG data URL.
+    """Open an image and return it as a JPEG data URL; errors as in `open_image`.
 
     Args:
         path: the image file.
         sample_id: the sample that an error message names.
         max_pixels: larger images are scaled down to this many pixels.
-
-    Raises:
-        ValueError: as in `open_image`.
     """
     image = open_image(path, sample_id)
     shrink = (max_pixels / (image.width * image.height)) ** 0.5
@@ -152,10 +134,7 @@ def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -
 def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
     """Return the tokens an image takes in a prompt, from the file's header alone.
 
-    Args:
-        path: the image file.
-        processor: the processor of the model.
-        sample_id: the sample that an error message names.
+    `processor` is the model's; other arguments and errors as in `open_image`.
     """
     width, height = image_size(path, sample_id)
     image_processor = processor.image_processor
@@ -173,8 +152,8 @@ def estimate_image_tokens(width: int, height: int, max_pixels: int = 401_408) ->
     audit of a file takes seconds and needs no transformers.
 
     Args:
-        width: in pixels.
-        height: in pixels.
+        width: in pixels, like the height.
+        height: see width.
         max_pixels: larger images are scaled down to this many pixels.
     """
     sides = (width, height)
@@ -192,21 +171,10 @@ def estimate_image_tokens(width: int, height: int, max_pixels: int = 401_408) ->
 def find_missing_images(
     samples: Sequence[GroundingSample], indices: Iterable[int]
 ) -> dict[int, str]:
-    """Return {index: first path that is no file} of samples that lack an image.
-
-    Args:
-        samples: all samples.
-        indices: which of them to look at.
-    """
-    known: dict[str, bool] = {}
-    found: dict[int, str] = {}
-    for i in indices:
-        for path in samples[i].images:
-            if path not in known:
-                known[path] = Path(path).is_file()
-            if not known[path]:
-                found.setdefault(i, path)
-    return found
+    """Return {index: first path that is no file} of the samples that lack an image."""
+    is_file = cache(lambda path: Path(path).is_file())  # items share images
+    missing = ((i, [p for p in samples[i].images if not is_file(p)]) for i in indices)
+    return {i: paths[0] for i, paths in missing if paths}
 
 
 def flatten_image_paths(

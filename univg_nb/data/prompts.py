@@ -41,15 +41,10 @@ def user_text(sample: GroundingSample, style: str = "univg") -> str:
 
 
 def strip_request(text: str, cot: bool) -> str:
-    """Return the question of a user turn in style "univg": the inverse of `user_text`.
-
-    Args:
-        text: the user turn, without image markers.
-        cot: whether it asks for a chain; False in single-image mode.
-    """
-    return (
-        text.removesuffix(COT_SUFFIX) if cot else text.removeprefix(SINGLE_IMAGE_PREFIX)
-    )
+    """Return the question of a user turn: the inverse of `user_text`, style "univg"."""
+    if cot:
+        return text.removesuffix(COT_SUFFIX)
+    return text.removeprefix(SINGLE_IMAGE_PREFIX)
 
 
 def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, Any]]:
@@ -57,10 +52,7 @@ def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, An
 
     Image parts are placeholders; the pictures go to the processor separately, opened by
     `images.open_image`. There is no system turn: the chat template adds the model's.
-
-    Args:
-        sample: the question and its images.
-        style: as in `user_text`.
+    `style` is as in `user_text`.
     """
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
     parts.append({"type": "text", "text": user_text(sample, style)})

@@ -77,19 +77,10 @@ def _is_on_grid(box: Box) -> bool:
     return 0 <= x1 <= GRID and 0 <= y1 <= GRID and 0 <= x2 <= GRID and 0 <= y2 <= GRID
 
 
-_ORDINALS = (
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-)
+_ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth"
 _IMAGE_NUMBER = re.compile(
     r"image[ -](\d{1,3}+)(?!\d)|(?<!\d)(\d{1,3}+)(?:st|nd|rd|th) image"
-    rf"|({'|'.join(_ORDINALS)}) image",
+    rf"|({_ORDINALS}) image",
     re.IGNORECASE,
 )
 # Benchmark tasks whose questions always ask about the same image: the source of the
@@ -106,13 +97,9 @@ _LAST_NAMED = ("common_object", "object_tracking", "multi_view")
 
 
 def image_numbers(text: str) -> list[int]:
-    """Return the images a text names, in order.
-
-    Args:
-        text: for example "the cup of image 2", "2nd image", "second image".
-    """
+    """Return the images that a text names ("image 2", "2nd image", "second image")."""
     return [
-        _ORDINALS.index(word.lower()) + 1 if word else int(plain or ordinal)
+        _ORDINALS.split("|").index(word.lower()) + 1 if word else int(plain or ordinal)
         for plain, ordinal, word in _IMAGE_NUMBER.findall(text)
     ]
 
@@ -122,10 +109,7 @@ def find_target_image(sample: GroundingSample) -> int | None:
 
     This is `sample.target_image` where the file says it. The released files do not:
     then the image follows from the task or from the question, if the question names one
-    image only, or else is the last one that the sample's chain names.
-
-    Returns:
-        A number from 1 to `len(sample.images)`, or None.
+    image only, or else is the last one that the sample's chain names. It counts from 1.
     """
     if sample.target_image is not None or len(sample.images) == 1:
         return sample.target_image or 1

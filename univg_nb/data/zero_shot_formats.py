@@ -52,9 +52,8 @@ def _find_size(row: Row, path: str, context: RowContext) -> tuple[int, int]:
     try:
         return image_size(path)
     except ValueError as error:
-        problem = f"pixel boxes need the size of the image: {error}"
-        remedy = "pass image_root= or add the keys width and height"
-        raise context.error("bad_image", f"{problem}; {remedy}") from error
+        problem = f"{error}; its size is needed: pass image_root= or add width, height"
+        raise context.error("bad_image", problem) from error
 
 
 def _to_whole_pixels(box: Box, size: tuple[int, int]) -> list[float]:
@@ -72,25 +71,21 @@ def _unwrap(
     text = sample.question
     if text.startswith(before) and text.endswith(after):
         return text[len(before) : -len(after)]
-    problem = f"question {text[:60]!r} of sample {sample.id}"
-    remedy = f"a sample of this format begins with {before!r}"
-    raise context.error("bad_question", f"{problem}; {remedy}")
+    problem = f"question {text[:60]!r} of {sample.id}; it must begin with {before!r}"
+    raise context.error("bad_question", problem)
 
 
 def _write_pixels(
     sample: GroundingSample, context: RowContext, index: int = 0
 ) -> tuple[str, list[list[float]], Row]:
     """Return the path of an image, the boxes in its pixels and the other keys."""
+    if index == 0 and len(sample.images) != 1:
+        problem = f"sample {sample.id} has {len(sample.images)} images"
+        raise context.error("bad_sample", f"{problem}; this format has one")
     path = context.strip_root(sample.images)[index]
     width, height = size = _find_size({}, context.join_root([path])[0], context)
     boxes = [_to_whole_pixels(box, size) for box in list_boxes(sample, context)]
     return path, boxes, {"width": width, "height": height, **own_keys(sample, "boxes")}
-
-
-def _check_one_image(sample: GroundingSample, context: RowContext) -> None:
-    if len(sample.images) != 1:
-        problem = f"sample {sample.id} has {len(sample.images)} images"
-        raise context.error("bad_sample", f"{problem}; this format has one")
 
 
 # ---------------------------------------------------------------- one image
@@ -102,8 +97,7 @@ def _read_single(row: Row, context: RowContext, *, text: str, boxes: str) -> Sam
     values = context.get(row, boxes, list)
     if values and all(isinstance(v, list) and len(v) == 2 for v in values):
         if len(values) % 2:
-            problem = f"{len(values)} corner points; give pairs"
-            raise context.error("bad_box", problem)
+            raise context.error("bad_box", f"{len(values)} corner points; give pairs")
         values = [a + b for a, b in zip(values[::2], values[1::2], strict=True)]
     if not values:
         raise context.error("bad_box", "no box at all; give at least one")
@@ -118,17 +112,15 @@ def _read_single(row: Row, context: RowContext, *, text: str, boxes: str) -> Sam
 def _write_single(
     sample: GroundingSample, context: RowContext, *, text: str, boxes: str
 ) -> Row:
-    _check_one_image(sample, context)
     path, pixels, rest = _write_pixels(sample, context)
     question = _unwrap(INSTRUCTION, sample, context)
     return {"image_path": path, text: question, boxes: pixels, **rest}
 
 
 def _read_refcoco(row: Row, context: RowContext) -> Samples:
-    """Read RefCOCO/+/g as VLM-R1 distributes them; the task is the file's name.
+    """Read RefCOCO/+/g as VLM-R1 distributes them, in single-image mode.
 
-    `problem` asks, `solution` is a box. Always in single-image mode, wherever the
-    images lie. File names such as refcoco_val are the columns of the paper's Table 3.
+    The task is the file's name (refcoco_val), a column of the paper's Table 3.
     """
     images = context.join_root([context.get(row, "image", str)])
     numbers = context.numbers(context.get(row, "solution", list))
@@ -139,11 +131,9 @@ def _read_refcoco(row: Row, context: RowContext) -> Samples:
 
 
 def _write_refcoco(sample: GroundingSample, context: RowContext) -> Row:
-    _check_one_image(sample, context)
     if sample.cot or sample.boxes:
-        problem = f"sample {sample.id} has cot {sample.cot}, boxes {sample.boxes}"
-        remedy = "this format has one box and asks for no chain"
-        raise context.error("bad_sample", f"{problem}; {remedy}")
+        problem = f"sample {sample.id}; this format has one box and asks for no chain"
+        raise context.error("bad_sample", problem)
     path, (box,), rest = _write_pixels(sample, context)
     return {"image": path, "problem": sample.question, "solution": box, **rest}
 
@@ -154,9 +144,8 @@ def _write_refcoco(sample: GroundingSample, context: RowContext) -> Row:
 def _read_video(row: Row, context: RowContext, images: tuple[str, ...]) -> Samples:
     boxes = context.get(row, "bbox_list", list)
     if len(images) <= SCORED_FRAME or len(boxes) <= SCORED_FRAME:
-        problem = f"{len(images)} frames, {len(boxes)} boxes"
-        remedy = f"the box of frame {SCORED_FRAME + 1} is the answer: give as many"
-        raise context.error("bad_frames", f"{problem}; {remedy}")
+        problem = f"{len(images)} frames, {len(boxes)} boxes; the third is the answer"
+        raise context.error("bad_frames", problem)
     value: Any = boxes[SCORED_FRAME]
     texts = [value] if isinstance(value, str) else value
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
@@ -170,9 +159,8 @@ def _read_video(row: Row, context: RowContext, images: tuple[str, ...]) -> Sampl
 
 def _write_video(sample: GroundingSample, context: RowContext) -> Row:
     if len(sample.images) <= SCORED_FRAME or sample.boxes:
-        problem = f"sample {sample.id}: {len(sample.images)} frames, {sample.boxes}"
-        remedy = f"a video item has more than {SCORED_FRAME} frames and one box"
-        raise context.error("bad_sample", f"{problem}; {remedy}")
+        problem = f"sample {sample.id} has {len(sample.images)} frames"
+        raise context.error("bad_sample", f"{problem}; give three and one box")
     _, (box,), rest = _write_pixels(sample, context, SCORED_FRAME)
     boxes: list[list[float]] = [[] for _ in sample.images]
     boxes[SCORED_FRAME] = box
@@ -198,25 +186,28 @@ def _list_frames(folder: Path) -> tuple[str, ...]:
     return tuple(name for _, name in sorted((int(n[0]), s) for n, s in numbers if n))
 
 
-def _find_frames(folder: str, context: RowContext) -> tuple[str, ...]:
-    if not Path(folder).is_dir():
-        problem = f"video folder {folder} does not exist"
-        remedy = "pass the folder that holds the videos as image_root="
-        raise context.error("bad_image", f"{problem}; {remedy}")
-    return _list_frames(Path(folder))
+def _find_frames(video: str, context: RowContext) -> tuple[Path, tuple[str, ...]]:
+    """Return the folder of a video and its frames."""
+    folder = Path(context.join_root([video])[0])
+    if not folder.is_dir():
+        problem = (
+            f"video folder {folder} does not exist; pass its parent as image_root="
+        )
+        raise context.error("bad_image", problem)
+    return folder, _list_frames(folder)
 
 
 def _read_revos(row: Row, context: RowContext) -> Samples:
     """Read `frames` as positions in the sorted files of the folder `video_id`."""
-    folder = context.join_root([context.get(row, "video_id", str)])[0]
-    names = _find_frames(folder, context)
+    folder, names = _find_frames(context.get(row, "video_id", str), context)
     picked = context.get(row, "frames", list)
     for index in picked:
         if not isinstance(index, int) or not 0 <= index < len(names):
-            problem = f"frame {index!r} of {len(names)} in {folder}"
-            remedy = "check that the video is complete"
-            raise context.error("bad_frames", f"{problem}; {remedy}")
-    images = tuple(str(Path(folder, names[index])) for index in picked)
+            problem = (
+                f"frame {index!r} of {len(names)} in {folder}; fetch the video again"
+            )
+            raise context.error("bad_frames", problem)
+    images = tuple(str(folder / names[index]) for index in picked)
     yield from _read_video(row, context, images)
 
 
@@ -224,14 +215,13 @@ def _write_revos(sample: GroundingSample, context: RowContext) -> Row:
     paths = [Path(path) for path in context.strip_root(sample.images)]
     videos = {str(path.parent) for path in paths}
     if len(videos) != 1:
-        problem = f"sample {sample.id} has frames in {len(videos)} folders"
-        raise context.error("bad_frames", f"{problem}; a ReVOS video is one folder")
+        problem = f"frames of sample {sample.id} in {len(videos)} folders; use one"
+        raise context.error("bad_frames", problem)
     video = videos.pop()
-    names = _find_frames(context.join_root([video])[0], context)
+    _, names = _find_frames(video, context)
     missing = [str(path) for path in paths if path.name not in names]
     if missing:
-        problem = f"{missing} not found; write the images"
-        raise context.error("bad_frames", problem)
+        raise context.error("bad_frames", f"{missing} not found; write the images")
     frames = [names.index(path.name) for path in paths]
     return {"video_id": video, "frames": frames, **_write_video(sample, context)}
 
