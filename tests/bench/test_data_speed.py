@@ -21,7 +21,7 @@ MOST_SECONDS = 5  # audit of the MIG-Bench annotation
 # In a process of its own, so that its peak memory is the reader's.
 READ = """
 import json, resource, sys, time
-from univg_nb.samples import iter_samples
+from univg_nb.data.files import iter_samples
 wall, cpu = time.perf_counter(), time.process_time()
 count = sum(1 for _ in iter_samples(sys.argv[1], image_root="data"))
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
