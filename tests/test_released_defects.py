@@ -61,7 +61,7 @@ def test_T11_a_row_that_was_cut_off_does_not_spoil_the_next(tmp_path):
     (test_grpo: test_T2_nor_on_two_processes), in whole rows."""
     path = tmp_path / "rollouts.jsonl"
     io.append_jsonl(path, {"step": 1})
-    with open(path, "a") as file:
+    with path.open("a") as file:
         file.write(json.dumps({"step": 2})[:5])
     io.append_jsonl(path, {"step": 2})
     assert io.read_jsonl(path) == [{"step": 1}, {"step": 2}]

@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, TrainerCallback
 from univg_nb import io, models
 from univg_nb.base_model.architecture import (
     build_processor,
-    tiny_config,
+    make_config,
     train_tokenizer,
 )
 from univg_nb.data.sample import GroundingSample
@@ -35,7 +35,7 @@ from univg_nb.fast.prompts import EncodedBatch
 from univg_nb.fast.sampling import VISION_TOKENS
 from univg_nb.train import grpo, grpo_trainer, rollouts
 from univg_nb.train.difficulty import difficulty_weight
-from univg_nb.train.final_norm import load_with_trained_norm, find_trained_norm
+from univg_nb.train.final_norm import find_trained_norm, load_with_trained_norm
 
 G = 4
 COLOURS = ["red", "blue", "green", "black"]
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     """A Qwen2-VL far smaller than the shipped one, an SFT adapter, and images."""
     out = tmp_path_factory.mktemp("grpo")
     tokenizer = train_tokenizer(["find the red cup 0123456789 <think></think>"] * 3)
-    config = tiny_config(tokenizer)
+    config = make_config(tokenizer)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size = 64, 96
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 2, 2, 1

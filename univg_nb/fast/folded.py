@@ -12,7 +12,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn import Module
 
 
-
 def can_fold(model: Module) -> bool:
     """Whether folding changes nothing but the speed.
 
@@ -52,7 +51,9 @@ def folded(model: Module) -> Iterator[None]:
                 kept.append((base.weight, base.weight.data))
                 delta = [layer.get_delta_weight(name) for name in layer.active_adapters]
                 base.weight.data = torch.stack([base.weight.data, *delta]).sum(0)
-        for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:  # switched off, it shows the original
+        for wrapper in [
+            m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)
+        ]:  # switched off, it shows the original
             trained = wrapper.modules_to_save[wrapper.active_adapter].parameters()
             original = wrapper.original_module.parameters()
             for ours, theirs in zip(original, trained, strict=True):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from univg_nb import io
 from univg_nb.config import FORMER_NAMES
@@ -40,16 +40,11 @@ def read_training_set(
     config: Mapping[str, Any],
     stage: Literal["stage1", "stage2"],
 ) -> list[GroundingSample]:
-    """Read the samples that a command line asks to train on.
+    """Read the samples that a command line (`--data`, `scale`) asks to train on.
 
-    The file is `--data`, else the scale's data.stage1_file or data.stage2_file, else
-    the one in runs/SCALE/data. Relative image paths start at data.image_root, else at
-    the file's folder. data.stage1 and data.stage2 limit the number of samples.
-
-    Args:
-        options: has `data` and `scale`.
-        config: the scale.
-        stage: which training.
+    The default file is the scale's data.stage1_file or data.stage2_file, else the one
+    in runs/SCALE/data. Relative image paths start at data.image_root, else at the
+    file's folder. data.stage1 and data.stage2 limit the number of samples.
     """
     section = config["data"]
     made = resolve_run_dir("", options.scale) / "data" / DATA_FILES[stage]
@@ -120,29 +115,25 @@ def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks whole checkpoints and shows one progress bar.
 
-    A row of metrics.jsonl is one update: `step` from 1, `seconds` since the start, and
-    what the Trainer logs. `first` is the number of updates made before this call.
-
-    Args:
-        out: folder of the training.
-        fingerprint: identifies configuration and data; see `find_checkpoint`.
-        progress: whether to show the bar.
-        shown: the logged value beside the bar.
+    It adds itself to a trainer in place of the Trainer's own output. A row of
+    metrics.jsonl is one update: `step` from 1, `seconds` since the start, and what the
+    Trainer logs. `first` is the number of updates made before this call.
     """
 
     def __init__(
-        self, out: Path, fingerprint: str, progress: bool, shown: str = "loss"
+        self,
+        trainer: Any,  # has `epoch_sampler`
+        out: Path,
+        fingerprint: str,  # of configuration and data, see `find_checkpoint`
+        progress: bool,
+        shown: str = "loss",  # the logged value beside the bar
     ) -> None:
+        self.trainer = trainer
         self.metrics = out / "metrics.jsonl"
         self.fingerprint = fingerprint
         self.progress = progress
         self.shown = shown
-        self.trainer: Any = None
         self.first = 0
-
-    def attach(self, trainer: Trainer) -> None:
-        """Replace the Trainer's own output by this recorder's."""
-        self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)
 

@@ -132,14 +132,18 @@ def build_trainer(
     if problem := vllm.server_problem(section):
         raise ValueError(problem)
     arguments = grpo_config(section, out, len(train))
-    quantize = "nf4" if config["sft"].get("adapter") == "qlora" else None
+    four_bit = config["sft"].get("adapter") == "qlora"
+    quantize: models.Quantization | None = "nf4" if four_bit else None
     with_norm = section.get("norm_learning_rate") is not None
     load = load_with_trained_norm if with_norm else models.load_for_training
     model, processor = load(config["model"], sft_adapter, quantize)
     if section.get("freeze_vision", True):
         models.freeze_vision(model)
     mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
-    with checkpoints.keep_adapter_exact(model, quantize == "nf4"), models.ignore_rename_warnings():
+    with (
+        checkpoints.keep_adapter_exact(model, quantize == "nf4"),
+        models.ignore_rename_warnings(),
+    ):
         return DifficultyGRPOTrainer(
             model=model,
             args=arguments,
@@ -184,8 +188,7 @@ def train(
     for callback in callbacks:  # before the recorder, which acts on what they ask
         trainer.add_callback(callback)
     progress = not config["grpo"].get("disable_tqdm", False)
-    recorder = checkpoints.Recorder(out, fingerprint, progress, "reward")
-    recorder.attach(trainer)
+    recorder = checkpoints.Recorder(trainer, out, fingerprint, progress, "reward")
     if trainer.is_world_process_zero():
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             checkpoints.drop_rows_after(out / name, checkpoint)
@@ -219,7 +222,8 @@ def summarize(
     trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path, first: int
 ) -> dict[str, Any]:
     """What a training did: means over the first and last tenth of the updates that
-    sampled replies; seconds are those of this call, which began at update `first`."""
+    sampled replies; seconds are those of this call, which began at update `first`.
+    """
     logged = io.read_jsonl(out / "metrics.jsonl")
     rows = [row for row in logged if "reward" in row]
     part = max(1, len(rows) // 10)

@@ -30,7 +30,7 @@ from univg_nb.train.difficulty import (
     group_mean_iou,
     rescaled,
 )
-from univg_nb.train.final_norm import set_norm_learning_rate, find_trained_norm
+from univg_nb.train.final_norm import find_trained_norm, set_norm_learning_rate
 from univg_nb.train.rewards import format_reward, iou_reward
 
 IOU, FORMAT = 0, 1  # columns of the reward matrix
@@ -40,7 +40,8 @@ KL_BROKEN = 0.1  # share of an update's tokens at that limit that stops the trai
 
 class EpochRepeatSampler(RepeatSampler):
     """TRL's order of prompts as a function of (seed, epoch), so that a resumed run
-    finds it again; TRL's own draws on, from a generator that no checkpoint has."""
+    finds it again; TRL's own draws on, from a generator that no checkpoint has.
+    """
 
     epoch = 0
 
@@ -104,7 +105,9 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         made = self.optimizer
         optimizer = super().create_optimizer(model)
         if made is None and self.norm_learning_rate is not None:
-            set_norm_learning_rate(optimizer, find_trained_norm(self.model), self.norm_learning_rate)
+            set_norm_learning_rate(
+                optimizer, find_trained_norm(self.model), self.norm_learning_rate
+            )
         return optimizer
 
     # ------------------------------------------------------------ rewards and weights
@@ -205,7 +208,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     def _bound_kl(self, logps: Tensor, batch: dict[str, Any]) -> None:
         """Bound the exponent of k3 = e^d - d - 1 for the loss that is being taken, and
-        sum up what `_log_sums` writes. d = log(reference / policy) of a token."""
+        sum up what `_log_sums` writes. d = log(reference / policy) of a token.
+        """
         mask = batch["completion_mask"].bool()
         clamped = torch.zeros((), dtype=torch.long)
         if "ref_per_token_logps" in batch:
@@ -229,7 +233,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     def _log_sums(self) -> None:
         """Over all micro-batches and processes of an update: the mean gradient of each
-        difficulty bin, and the tokens at the KL's limit."""
+        difficulty bin, and the tokens at the KL's limit.
+        """
         values = self.sums.to(self.accelerator.device, torch.float32)
         values = self.accelerator.reduce(values, reduction="sum").tolist()
         self.sums.zero_()
@@ -295,7 +300,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """The Trainer's. Before transformers 5.23 it loads the reference and not the
-        adapter that was trained, where a checkpoint has both."""
+        adapter that was trained, where a checkpoint has both.
+        """
         super()._load_from_checkpoint(checkpoint, model)
         older = Version(transformers.__version__) < Version("5.23")
         if older and (Path(checkpoint) / "ref").is_dir():

@@ -117,24 +117,6 @@ def _drop_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
     return (args, {**kwargs, "attention_mask": None}) if module.training else None
 
 
-def make_sft_config(section: Mapping[str, Any], out: Path) -> SFTConfig:
-    """Return the `sft` section of a scale as SFTConfig.
-
-    max_length is left out: TRL would cut samples that `tokenize` refuses.
-    """
-    arguments = SFTConfig(
-        **{
-            "train_sampling_strategy": "group_by_length",
-            "ddp_find_unused_parameters": False,
-            **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
-            "max_length": None,
-            "completion_only_loss": False,  # the collator's labels say it already
-        }
-    )
-    checkpoints.check_world_size(arguments, "sft")
-    return arguments
-
-
 def build_model(
     config: Mapping[str, Any], adapter: Adapter, init_adapter: Path | None
 ) -> tuple[Any, Any]:
@@ -175,7 +157,16 @@ def build_trainer(
 ) -> GroundingSFTTrainer:
     """Prepare everything up to the first step; for the arguments see `train`."""
     section = config["sft"]
-    arguments = make_sft_config(section, out)
+    arguments = SFTConfig(
+        **{
+            "train_sampling_strategy": "group_by_length",
+            "ddp_find_unused_parameters": False,
+            **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
+            "max_length": None,  # TRL would cut samples that `tokenize` refuses
+            "completion_only_loss": False,  # the collator's labels say it already
+        }
+    )
+    checkpoints.check_world_size(arguments, "sft")
     set_seed(arguments.seed)  # before LoRA draws its matrices
     model, processor = build_model(config, adapter, init_adapter)
     dataset = tokenize(samples, processor, chains, section.get("max_length"))
@@ -209,27 +200,25 @@ def train(
     init_adapter: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Fine-tune a model; write out/{config.yaml, metrics.jsonl, adapter/}.
+    """Fine-tune; write out/{config.yaml, metrics.jsonl, adapter/, summary.json}.
 
     Args:
         config: a whole scale.
         out: folder of the training.
         samples: the training set.
         adapter: overrides sft.adapter.
-        chains: False trains the control without reasoning (see `collator.encode`).
-        init_adapter: adapter, or fully trained model, of an earlier training to go on
-            from.
+        chains: False trains the control without reasoning (see `collator.tokenize`).
+        init_adapter: adapter or fully trained model to go on from.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
-        What summary.json holds: steps, seconds, losses, padding_share (of all tokens,
-        0 to 1), samples_per_second, parameters.
+        The summary: steps, seconds, losses, padding_share (of all tokens, 0 to 1),
+        samples_per_second, parameters, ...
 
     Raises:
         ValueError: for a missing image, a sample over sft.max_length, or nothing to
             train.
-        FloatingPointError: for a loss or gradient that is not finite; names step and
-            samples.
+        FloatingPointError: for a loss or gradient that is not finite.
     """
     out = Path(out)
     init_adapter = None if init_adapter is None else Path(init_adapter)
@@ -252,7 +241,7 @@ def train(
         for callback in callbacks:  # before the recorder, which acts on what they ask
             trainer.add_callback(callback)
         progress = not config["sft"].get("disable_tqdm", False)
-        checkpoints.Recorder(out, fingerprint, progress).attach(trainer)
+        checkpoints.Recorder(trainer, out, fingerprint, progress)
         if trainer.is_world_process_zero():
             io.write_text(out / "config.yaml", dump(config))
             checkpoints.drop_rows_after(out / "metrics.jsonl", checkpoint)
