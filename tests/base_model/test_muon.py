@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from univg_nb.base_model.muon import Muon, blocks, orthogonalize
-from univg_nb.base_model.training import optimizers_for
+from univg_nb.base_model.muon import Muon, orthogonalize, split_projection
+from univg_nb.base_model.training import make_optimizers
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (30, 96)])
@@ -47,8 +47,8 @@ def test_three_steps_equal_torch_up_to_its_bfloat16():
 
 def test_a_fused_projection_is_orthogonalize_block_by_block():
     fused = torch.arange(3 * 4 * 4.0).view(12, 4)
-    assert [b.shape for b in blocks(fused)] == [(4, 4)] * 3
-    assert blocks(torch.zeros(8, 4))[0].shape == (8, 4)
+    assert [b.shape for b in split_projection(fused)] == [(4, 4)] * 3
+    assert split_projection(torch.zeros(8, 4))[0].shape == (8, 4)
 
 
 def test_vectors_are_refused():
@@ -60,7 +60,7 @@ def test_every_parameter_has_one_optimizer():
     model = nn.ModuleDict(
         {"layers": nn.Sequential(nn.Linear(4, 8)), "embed": nn.Embedding(5, 4)}
     )
-    muon, adamw = optimizers_for([model], lr=0.1, matrix_lr=0.2)
+    muon, adamw = make_optimizers([model], lr=0.1, matrix_lr=0.2)
     inner = [p for g in muon.param_groups for p in g["params"]]
     rest = [p for g in adamw.param_groups for p in g["params"]]
     assert [tuple(p.shape) for p in inner] == [(8, 4)]

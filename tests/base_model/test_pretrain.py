@@ -11,12 +11,20 @@ from univg_nb.base_model.architecture import (
     train_tokenizer,
 )
 from univg_nb.base_model.data import Albums, Lessons, Plan
-from univg_nb.base_model.dialogue import IMAGE_TOKENS, dialogue
+from univg_nb.base_model.dialogue import IMAGE_TOKENS, tokenize_lesson
+from univg_nb.base_model.evaluate import evaluate_base
 from univg_nb.base_model.guide import NUMBER, AttentionGuide
 from univg_nb.base_model.lessons import sample_lesson
-from univg_nb.base_model.training import UNUSED_LENGTH, shrink_unused
-from univg_nb.base_model.vision import covered_cells, patchify
+from univg_nb.base_model.training import (
+    UNUSED_LENGTH,
+    align_words,
+    shrink_unused,
+    train_language,
+    train_vision,
+)
+from univg_nb.base_model.vision import find_covered_cells, patchify
 from univg_nb.data.boxes import format_box
+from univg_nb.io import read_jsonl
 from univg_nb.minimig.scenes import render
 
 
@@ -38,7 +46,7 @@ def test_patches_equal_the_processors(tokenizer):
 @pytest.mark.parametrize("several", [0.0, 1.0])
 def test_dialogue_is_the_chat_template_with_loss_on_replies(tokenizer, several):
     item = sample_lesson(np.random.default_rng(2), several=several)
-    made = dialogue(item, tokenizer)
+    made = tokenize_lesson(item, tokenizer)
     chat = []
     for k, turn in enumerate(item.turns):
         images = [{"type": "image"}] * (len(item.scenes) if k == 0 else 0)
@@ -58,7 +66,7 @@ def test_dialogue_is_the_chat_template_with_loss_on_replies(tokenizer, several):
 
 def test_a_look_is_from_the_token_before_the_one_it_serves(tokenizer):
     item = sample_lesson(np.random.default_rng(3), several=0.0)
-    made = dialogue(item, tokenizer)
+    made = tokenize_lesson(item, tokenizer)
     digits = {str(d) for d in range(10)}
     for look in made.looks:
         if look.at == look.phrase or len(look.spots) != 1:
@@ -70,9 +78,9 @@ def test_a_look_is_from_the_token_before_the_one_it_serves(tokenizer):
 
 
 def test_cells_of_a_box():
-    assert covered_cells((0, 0, 250, 250)).tolist() == [0]
-    assert covered_cells((100, 100, 140, 140)).tolist() == [0]  # small: the best one
-    assert covered_cells((0, 0, 1000, 1000)).tolist() == list(range(16))
+    assert find_covered_cells((0, 0, 250, 250)).tolist() == [0]
+    assert find_covered_cells((100, 100, 140, 140)).tolist() == [0]  # the best
+    assert find_covered_cells((0, 0, 1000, 1000)).tolist() == list(range(16))
 
 
 def test_batches_and_guide(tokenizer):
@@ -100,7 +108,7 @@ def test_which_image_is_meant_is_looked_up_where_it_is_said(tokenizer):
     for _ in range(40):
         item = sample_album(rng)
         assert 1 <= len(item.scenes) <= 6
-        made = dialogue(item, tokenizer, numbers=True)
+        made = tokenize_lesson(item, tokenizer, numbers=True)
         for look in made.looks:
             if look.phrase != NUMBER:
                 continue
@@ -111,7 +119,7 @@ def test_which_image_is_meant_is_looked_up_where_it_is_said(tokenizer):
             ordinals = ("first", "second", "third", "fourth", "fifth", "sixth")
             # a word of a small vocabulary may end in a later piece
             assert word == str(image + 1) or any(o.endswith(word) for o in ordinals)
-        plain = dialogue(item, tokenizer)
+        plain = tokenize_lesson(item, tokenizer)
         assert plain.ids == made.ids and plain.labels == made.labels
         assert plain.looks == [k for k in made.looks if k.phrase != NUMBER]
     assert said > 50
@@ -146,3 +154,30 @@ def test_albums_come_as_batches(tokenizer):
     looks = batch["looks"]
     assert looks.thing.any(1).all() and (looks.phrase == NUMBER).any()
     assert torch.equal(data[4]["input_ids"], batch["input_ids"])
+
+
+def test_all_stages_run_and_a_finished_stage_is_loaded(tokenizer, tmp_path):
+    sizes = {"vision_batch": 2, "language_batch": 1, "albums_batch": 1}
+    steps = dict.fromkeys(
+        ("vision_steps", "language_steps", "words_steps", "albums_steps"), 2
+    )
+    plan = Plan(**sizes, **steps)
+    trained = []
+    for seed in (0, 1):  # the second time everything is read from the checkpoints
+        model = build_model(tokenizer, seed)
+        start = model.model.visual.patch_embed.proj.weight.detach().clone()
+        train_vision(plan, tmp_path, model)
+        tower = model.model.visual.patch_embed.proj.weight
+        assert not torch.equal(tower, start)
+        heads = torch.load(tmp_path / "vision.pt", weights_only=True)["heads"]
+        align_words(model, heads, tokenizer)
+        train_language(plan, tmp_path, model, tokenizer)
+        trained.append(model.state_dict())
+    assert all(torch.equal(trained[0][k], trained[1][k]) for k in trained[0])
+    log = read_jsonl(tmp_path / "training_log.jsonl")
+    assert [row["stage"] for row in log] == ["vision", "language", "words", "albums"]
+    model.save_pretrained(tmp_path / "model")
+    build_processor(tokenizer).save_pretrained(tmp_path / "model")
+    few = {"single_test": 2, "test_per_task": 1, "stage1": 0, "stage2": 0, "single": 0}
+    tests = evaluate_base(tmp_path / "model", sizes=few | {"zero_shot": 0})["tests"]
+    assert [test["n"] for test in tests.values()] == [2, 10]

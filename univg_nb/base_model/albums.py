@@ -13,6 +13,7 @@ import numpy as np
 from univg_nb.base_model.lessons import (
     Ask,
     Lesson,
+    Look,
     Turn,
     ask_box,
     ask_description,
@@ -28,7 +29,7 @@ from univg_nb.base_model.lessons import (
     sample_scene,
 )
 from univg_nb.minimig.compose import choose
-from univg_nb.minimig.phrases import ORDINALS, add_article, describe_scene
+from univg_nb.minimig.phrases import ORDINALS, add_article, describe_scenes
 from univg_nb.minimig.scenes import Scene
 
 CLOSE = (0.55, 0.9)  # side of a thing seen from close by, as a share of the picture's
@@ -60,12 +61,12 @@ def sample_close_up(rng: np.random.Generator, split: str) -> Scene:
 def ask_all_descriptions(rng: np.random.Generator, scenes: Sequence[Scene]) -> Turn:
     """Ask what each picture shows, in order."""
     question = choose(rng, ("Describe all images.", "What do the images show?"))
-    sentences = [describe_scene(scene, number) for number, scene in enumerate(scenes, 1)]
-    reply, looks, start = " ".join(sentences), (), 0
-    for number, (scene, sentence) in enumerate(zip(scenes, sentences, strict=True), 1):
+    reply = describe_scenes(scenes)
+    looks: tuple[Look, ...] = ()
+    for number, scene in enumerate(scenes, 1):
         names = [add_article(thing.name) for thing in scene.sort_by_position()]
+        start = reply.index(f"Image {number} shows ")
         looks += list_looks(reply, names, scene, number, start)
-        start += len(sentence) + 1
     return Turn(question, reply, looks)
 
 

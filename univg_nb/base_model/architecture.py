@@ -1,18 +1,16 @@
 """The architecture, tokenizer and processor of the shipped tiny Qwen2-VL.
 
-Everything is the library's: ``Qwen2VLForConditionalGeneration`` with small
-numbers, a byte-level BPE in Qwen2's format trained on our own sentences (digits
-stay one token each), Qwen2-VL's special tokens and a chat template of its shape.
+All classes are those of transformers: `Qwen2VLForConditionalGeneration` with small
+sizes, a byte-level BPE in Qwen2's format trained on sentences of this world (each digit
+is a token), Qwen2-VL's special tokens and a chat template of its shape.
 """
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     Qwen2Tokenizer,
     Qwen2VLConfig,
@@ -31,7 +29,7 @@ SPECIAL_TOKENS = [
 VOCAB_SIZE = 1024
 PATCH, MERGE = 8, 2
 MIN_PIXELS, MAX_PIXELS = 16 * 16, 64 * 64
-# Qwen2-VL's dialogue: a default system turn, then user and assistant in turn.
+# Qwen2-VL's dialogue: a default system turn, then user and assistant alternate.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if loop.first and m.role != 'system' %}"
@@ -48,9 +46,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(sentences: Iterable[str]) -> Qwen2Tokenizer:
-    """Trains the byte-level BPE on ``sentences`` with Qwen2's own word splitting."""
-    # An empty Qwen2 tokenizer brings the splitting rule: single digits, words
-    # with their blank, runs of punctuation.
+    """Train a byte-level BPE on `sentences` with Qwen2's rule for splitting words."""
+    # An empty Qwen2 tokenizer has the rule: single digits, words with the blank before
+    # them, runs of punctuation.
     rule = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = rule
@@ -76,7 +74,7 @@ def train_tokenizer(sentences: Iterable[str]) -> Qwen2Tokenizer:
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    """The standard processor; a picture of 256 pixels a side gives 16 tokens."""
+    """Return the standard processor; an image of 256 pixels a side gives 16 tokens."""
     numbers = {
         "patch_size": PATCH,
         "merge_size": MERGE,
@@ -90,8 +88,11 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     )
 
 
-def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
-    """2.8 million parameters: 4 text layers of width 192, 3 vision layers of 128."""
+def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
+    """Return the configuration: 2.8 million parameters.
+
+    There are 4 text layers of width 192 and 3 vision layers of width 128.
+    """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen2VLConfig(
         text_config={
@@ -102,7 +103,7 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
-            # The default 0.02 suits wide models; at width 192 it hardly learns.
+            # With the default of 0.02, made for wide models, it hardly learns.
             "initializer_range": 0.06,
             "rope_parameters": {
                 "rope_type": "default",
@@ -136,9 +137,14 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
 def build_model(
     tokenizer: Qwen2Tokenizer, seed: int
 ) -> Qwen2VLForConditionalGeneration:
-    """The tiny model with random weights drawn from ``seed``."""
+    """Return the model with random weights.
+
+    Args:
+        tokenizer: from `train_tokenizer`.
+        seed: of the weights.
+    """
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer))
+    model = Qwen2VLForConditionalGeneration(make_config(tokenizer))
     model.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
@@ -146,17 +152,3 @@ def build_model(
         bos_token_id=tokenizer.pad_token_id,
     )
     return model
-
-
-def build(out: str | Path, seed: int = 0) -> None:
-    """Writes a model with random weights, tokenizer and processor to ``out``."""
-    from univg_nb.base_model.lessons import generate_corpus
-
-    tokenizer = train_tokenizer(generate_corpus())
-    build_model(tokenizer, seed).save_pretrained(out)
-    build_processor(tokenizer).save_pretrained(out)
-
-
-def load_tokenizer(folder: str | Path) -> Qwen2Tokenizer:
-    """The tokenizer of a folder written by :func:`build` or by pre-training."""
-    return AutoTokenizer.from_pretrained(folder)

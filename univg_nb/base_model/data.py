@@ -1,10 +1,11 @@
-"""The data of the base model's pre-training, made as it is needed.
+"""The data of the base model's pre-training, drawn while it runs.
 
-Item by item from (seed, stage, index): a run that goes on from a checkpoint sees what
-it would have seen without the stop.
+Each item depends on (seed, stage, index) only, so a run that continues from a
+checkpoint sees what it would have seen without the interruption.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,16 @@ from torch.utils.data import Dataset
 from transformers import Qwen2Tokenizer
 
 from univg_nb.base_model.albums import sample_album
-from univg_nb.base_model.dialogue import IMAGE_TOKENS, Dialogue, dialogue
+from univg_nb.base_model.dialogue import IMAGE_TOKENS, Dialogue, tokenize_lesson
 from univg_nb.base_model.guide import Looks
 from univg_nb.base_model.lessons import Lesson, Turn, sample_lesson, sample_scene
-from univg_nb.base_model.vision import cell_targets, covered_cells, grid, patchify, seen
+from univg_nb.base_model.vision import (
+    find_covered_cells,
+    make_cell_targets,
+    make_image_grid_thw,
+    patchify,
+    render_small,
+)
 from univg_nb.minimig.scenes import PLACES
 
 
@@ -25,7 +32,7 @@ from univg_nb.minimig.scenes import PLACES
 class Plan:
     """Sizes of the four stages. Learning rates are the peaks of cosine schedules.
 
-    matrix_lr is Muon's, in every stage; the others are AdamW's for all the rest.
+    `matrix_lr` is Muon's, in every stage; the other rates are AdamW's.
     """
 
     seed: int = 0
@@ -42,10 +49,10 @@ class Plan:
     save_every: int = 100
 
 
-def crowding(progress: float) -> int:
-    """How many things a scene may hold at a share ``progress`` (0..1) of a stage.
+def compute_max_things(progress: float) -> int:
+    """Return the number of things a scene may hold at `progress` (0..1) of a stage.
 
-    Starting with crowded scenes leaves the model on a plateau for long.
+    With crowded scenes from the start, the model stays long on a plateau.
     """
     return 2 if progress < 0.08 else 3 if progress < 0.2 else 5
 
@@ -53,7 +60,7 @@ def crowding(progress: float) -> int:
 class Views(Dataset):
     """Vision stage: item i is (picture uint8, cell targets, place)."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def __len__(self) -> int:
@@ -61,28 +68,32 @@ class Views(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
         rng = np.random.default_rng([self.plan.seed, 1, i])
-        scene = sample_scene(rng, crowding(i / len(self)), "train")
-        picture = torch.from_numpy(seen(scene, rng).copy())
-        return picture, torch.from_numpy(cell_targets(scene)), PLACES.index(scene.place)
+        scene = sample_scene(rng, compute_max_things(i / len(self)), "train")
+        picture = torch.from_numpy(render_small(scene, rng).copy())
+        return (
+            picture,
+            torch.from_numpy(make_cell_targets(scene)),
+            PLACES.index(scene.place),
+        )
 
 
 # Shares of the language stage at which lessons grow from one thing to two, three and
-# five, and from single pictures to several: started crowded, it stays on a plateau.
+# five, and from single pictures to several, for the same reason.
 LANGUAGE_BORDERS = (0.05, 0.15, 0.28)
 
 
 class Lessons(Dataset):
     """Language stage: item i is a batch, ready for the model.
 
-    ``WINDOW`` batches are made together and sorted by length, so that little of a
-    batch is padding; within a window the batches come in random order.
+    `WINDOW` batches are drawn together and sorted by length, so that little of a batch
+    is padding; within a window the batches are in random order.
     """
 
     WINDOW = 5
     STREAM = 2  # of random numbers; the vision stage draws from 1
     NUMBERS = False  # whether "image 2" is told to look at the second picture
 
-    def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer):
+    def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer) -> None:
         self.plan, self.tokenizer = plan, tokenizer
         self._window: tuple[int, list[dict[str, Tensor]]] = (-1, [])
 
@@ -112,8 +123,10 @@ class Lessons(Dataset):
         items = []
         for _ in range(self.WINDOW * size):
             item = self._lesson(rng, progress)
-            pictures = torch.from_numpy(np.stack([seen(s, rng) for s in item.scenes]))
-            made = dialogue(item, self.tokenizer, self.NUMBERS)
+            pictures = torch.from_numpy(
+                np.stack([render_small(s, rng) for s in item.scenes])
+            )
+            made = tokenize_lesson(item, self.tokenizer, self.NUMBERS)
             items.append((pictures, made))
         items.sort(key=lambda item: len(item[1].ids))
         pad = self.tokenizer.pad_token_id
@@ -126,11 +139,11 @@ class Lessons(Dataset):
 
 
 class Words(Lessons):
-    """Third stage: as many turns of a lesson as of words to be repeated, mixed."""
+    """Third stage: turns of a lesson, mixed with as many words to be repeated."""
 
     STREAM = 3
 
-    def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer):
+    def __init__(self, plan: Plan, tokenizer: Qwen2Tokenizer) -> None:
         super().__init__(plan, tokenizer)
         special = set(tokenizer.all_special_ids)
         texts = (
@@ -148,14 +161,14 @@ class Words(Lessons):
         return Lesson(taught.scenes, mixed)
 
     def _repeat(self, rng: np.random.Generator) -> Turn:
-        """Words without sense, so that nothing is learned of how they follow."""
+        """Return a turn of random words, whose order teaches nothing."""
         count = int(rng.integers(4, 13))
         text = "".join(str(w) for w in rng.choice(self.words, count)).strip()
         return Turn(f"Repeat: {text}", text)
 
 
 class Albums(Words):
-    """Fourth stage: several pictures a lesson, mostly to be described one by one."""
+    """Fourth stage: lessons on several pictures, most questions ask to describe one."""
 
     STREAM = 4
     NUMBERS = True
@@ -165,6 +178,7 @@ class Albums(Words):
 
     @property
     def batch(self) -> int:
+        """Dialogues in a batch."""
         return self.plan.albums_batch
 
     def _lesson(self, rng: np.random.Generator, progress: float) -> Lesson:
@@ -176,22 +190,30 @@ class Albums(Words):
 
 def collate(
     items: list[tuple[Tensor, Dialogue]], pad: int, image_token: int
-) -> dict[str, Tensor | Looks]:
-    """Pads dialogues on the right, joins their pictures in order, marks the looks.
+) -> dict[str, Any]:
+    """Pad dialogues on the right, join their pictures in order, and mark the looks.
 
-    No attention mask: under a causal mask nothing looks at padding on the right, and
-    without it attention takes its faster path.
+    There is no attention mask: under a causal mask nothing looks at padding on the
+    right, and without a mask attention takes its faster path.
+
+    Args:
+        items: pictures (N, SIDE, SIDE, 3) and dialogue of each row.
+        pad: id of the padding token.
+        image_token: id of the token that stands for a part of a picture.
+
+    Returns:
+        The model's arguments, and `looks` for the guide.
     """
     pictures = torch.cat([p for p, _ in items])
     ids = pad_sequence([torch.tensor(d.ids) for _, d in items], True, pad)  # (B, T)
     labels = pad_sequence([torch.tensor(d.labels) for _, d in items], True, -100)
     looks = [(row, look) for row, (_, d) in enumerate(items) for look in d.looks]
     places = [torch.nonzero(row == image_token)[:, 0] for row in ids]
-    shown: dict[tuple, Tensor] = {}  # many looks of a row are at the same spots
+    shown: dict[Any, Tensor] = {}  # many looks of a row have the same spots
     for row, look in looks:
         if (row, look.spots) not in shown:
             pictures_at = places[row].view(-1, IMAGE_TOKENS)
-            spots = [pictures_at[i][covered_cells(box)] for i, box in look.spots]
+            spots = [pictures_at[i][find_covered_cells(box)] for i, box in look.spots]
             shown[row, look.spots] = torch.cat(spots)
     columns = [shown[row, look.spots] for row, look in looks]
     number = torch.arange(len(looks)).repeat_interleave(
@@ -206,6 +228,6 @@ def collate(
         "input_ids": ids,
         "labels": labels,
         "pixel_values": patchify(pictures),
-        "image_grid_thw": grid(len(pictures)),
+        "image_grid_thw": make_image_grid_thw(len(pictures)),
         "looks": Looks(row, at, thing, phrase, asking=phrase == at),
     }

@@ -20,10 +20,13 @@ PICTURE = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 
 
 class Attend(NamedTuple):
-    """A token's look: from position ``at`` to ``spots``, (picture, box in 0..1000).
+    """Where one token should look.
 
-    phrase: position of the last token of the words that name it, or -1; ``at`` itself
-    where those words do the looking; NUMBER where "image 2" looks at its picture.
+    Attributes:
+        at: position of the token.
+        spots: what it should look at, (picture from 0, box in 0..1000) each.
+        phrase: position of the last token of the words that name it, or -1; `at` itself
+            where those words look; NUMBER where "image 2" looks at its picture.
     """
 
     at: int
@@ -32,54 +35,73 @@ class Attend(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """A lesson's dialogue as token ids, labels (-100 where no loss is taken), looks."""
+    """A tokenized lesson.
+
+    Attributes:
+        ids: token ids.
+        labels: the same, -100 where no loss is taken.
+        looks: where tokens should look.
+    """
 
     ids: list[int]
     labels: list[int]
     looks: list[Attend]
 
 
-def named(item: Lesson, turn: Turn, look: Look) -> tuple[tuple[int, Box], ...]:
-    """What the words of a question may mean when they are read.
+def find_named(lesson: Lesson, turn: Turn, look: Look) -> tuple[tuple[int, Box], ...]:
+    """Return what the words of a question may mean when they are read.
 
     Which picture is meant is said only after them: a name means every thing of that
-    name, and a phrase that tells things apart by place or size means nothing yet.
+    name, and a phrase that tells things apart by position or size means nothing yet.
+
+    Args:
+        lesson: the lesson.
+        turn: one of its turns.
+        look: one of the turn's `asks`.
     """
-    if len(item.scenes) == 1:
+    if len(lesson.scenes) == 1:
         return ((look.image, look.box),)
     words = turn.question[look.start : look.end]
     return tuple(
         (number, thing.box)
-        for number, scene in enumerate(item.scenes)
+        for number, scene in enumerate(lesson.scenes)
         for thing in scene.things
         if thing.name == words
     )
 
 
-def numbered(text: str, images: int) -> Iterator[tuple[int, int]]:
-    """(where the word ends in ``text``, picture from 0) for each "image 2" and each
-    "second image"."""
+def find_image_numbers(text: str, num_images: int) -> Iterator[tuple[int, int]]:
+    """Yield (end of the word, picture from 0) for "image 2" and "second image".
+
+    Args:
+        text: a question or a reply.
+        num_images: numbers above it are left out.
+    """
     for found in IMAGE_NUMBER.finditer(text):
         digit, ordinal = found.groups()
         number = int(digit) - 1 if digit else ORDINALS.index(ordinal)
-        if number < images:
+        if number < num_images:
             yield found.end(1 if digit else 2), number
 
 
-def dialogue(
-    item: Lesson, tokenizer: Qwen2Tokenizer, numbers: bool = False
+def tokenize_lesson(
+    lesson: Lesson, tokenizer: Qwen2Tokenizer, numbers: bool = False
 ) -> Dialogue:
-    """The chat template applied to all turns; loss on each reply and its end token.
+    """Apply the chat template to all turns; the loss is on replies and their ends.
 
-    numbers: whether the words that say which image look at it.
+    Args:
+        lesson: the lesson.
+        tokenizer: the model's.
+        numbers: whether the words that say which image look at it.
     """
     ids: list[int] = []
     labels: list[int] = []
     looks: list[Attend] = []
-    pictures = PICTURE * len(item.scenes)
-    for k, turn in enumerate(item.turns):
-        opening = (SYSTEM if k == 0 else "\n") + "<|im_start|>user\n"
-        opening += pictures if k == 0 else ""
+    for k, turn in enumerate(lesson.turns):
+        opening = "\n<|im_start|>user\n"
+        if k == 0:
+            pictures = PICTURE * len(lesson.scenes)
+            opening = f"{SYSTEM}<|im_start|>user\n{pictures}"
         asked = f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n"
         prompt = tokenizer(asked, return_offsets_mapping=True)
         answer = tokenizer(turn.reply + "<|im_end|>", return_offsets_mapping=True)
@@ -88,24 +110,23 @@ def dialogue(
             for look in turn.asks:
                 if end == len(opening) + look.end:
                     phrase = len(ids) + place
-                    if spots := named(item, turn, look):
+                    if spots := find_named(lesson, turn, look):
                         looks.append(Attend(phrase, spots, phrase))
         assert not turn.asks or phrase >= 0, turn
-        if numbers and len(item.scenes) > 1:
-            for text, before, tokens in (
-                (turn.question, len(opening), prompt),
-                (turn.reply, 0, answer),
+        if numbers and len(lesson.scenes) > 1:
+            for text, offset, tokens, start in (
+                (turn.question, len(opening), prompt, len(ids)),
+                (turn.reply, 0, answer, len(ids) + len(prompt.input_ids)),
             ):
-                start = len(ids) + (0 if tokens is prompt else len(prompt.input_ids))
                 ends = {end: k for k, (_, end) in enumerate(tokens.offset_mapping)}
-                for end, number in numbered(text, len(item.scenes)):
+                for end, number in find_image_numbers(text, len(lesson.scenes)):
                     spots = ((number, WHOLE),)
-                    looks.append(Attend(start + ends[before + end], spots, NUMBER))
+                    looks.append(Attend(start + ends[offset + end], spots, NUMBER))
         ids += prompt.input_ids
         labels += [-100] * len(prompt.input_ids)
         for place, (_, end) in enumerate(answer.offset_mapping):
             for look in turn.looks:
-                if look.start < end <= look.end:  # seen from the token before
+                if look.start < end <= look.end:  # from the token before
                     at = len(ids) + place - 1
                     looks.append(Attend(at, ((look.image, look.box),), phrase))
         ids += answer.input_ids

@@ -1,54 +1,67 @@
-"""What the base model can do, on held-out scenes: written beside its weights.
-
-    python -m univg_nb.base_model.evaluate MODEL_FOLDER
+"""What the base model can do on held-out scenes, written beside its weights.
 
 Two tests: pointing at a named thing in one picture, which it was taught, and the ten
-tasks, which it was not. Both with the request that the paper gives its baselines.
+tasks, which it was not. Both use the request that the paper gives its baselines.
 """
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from univg_nb import io, models, runs
+from univg_nb import config, io, models
 from univg_nb.evaluate.generate import GenerationOptions, generate
 from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.minimig import export
 
-ITEMS = {"single_test": 600, "test_per_task": 40}
-NONE = {"stage1": 0, "stage2": 0, "single": 0, "zero_shot": 0}
+SIZES = dict.fromkeys(export.SIZES, 0) | {"single_test": 600, "test_per_task": 40}
 TESTS = {"single": "pointing in one picture", "mig_bench": "the ten tasks, macro"}
 
 
-def evaluate_base(folder: Path, seed: int = 0) -> dict:
-    """Scores of the model in ``folder``: {"tests": {name: {n, acc_05, ci_05}}}."""
-    config = {**runs.load_scale("tiny")["model"], "name_or_path": str(folder)}
-    model, processor = models.load_for_inference(config)
+def evaluate_base(
+    folder: Path, seed: int = 0, sizes: dict[str, int] = SIZES
+) -> dict[str, Any]:
+    """Return the scores of a model.
+
+    Args:
+        folder: model folder.
+        seed: of the test items.
+        sizes: number of test items, as for `minimig.export.build`.
+
+    Returns:
+        {"tests": {name: {n, acc_05, ci_05, ...}}, "seed": seed}.
+    """
+    section = config.load_scale("tiny")["model"] | {"name_or_path": str(folder)}
+    model, processor = models.load_for_inference(section)
+    options = GenerationOptions("direct", max_new_tokens=32, batch_size=100)
     tests = {}
-    with tempfile.TemporaryDirectory() as place:
-        files = export.build(place, NONE | ITEMS, seed)
+    with tempfile.TemporaryDirectory() as data:
+        files = export.build(data, sizes, seed)
         for key, name in TESTS.items():
-            bench = Benchmark.read(files[key], place)
-            replies = Path(place) / f"{key}.jsonl"
-            options = GenerationOptions("direct", max_new_tokens=32, batch_size=100)
-            generate(model, processor, bench.items, replies, options)
-            scores = score(bench, replies)
-            summary = scores["pooled"]
+            bench = Benchmark.read(files[key], data)
+            predictions = Path(data) / f"{key}.jsonl"
+            generate(model, processor, bench.items, predictions, options)
+            scores = score(bench, predictions)
+            tests[name] = {k: scores["pooled"][k] for k in ("n", "acc_05", "ci_05")}
             if key == "mig_bench":
-                tests[name] = {"n": summary["n"], "acc_05": scores["macro_acc_05"]}
+                tests[name]["acc_05"] = scores["macro_acc_05"]
                 tests[name]["ci_05"] = scores["macro_ci_05"]
                 by_task = {t: row["acc_05"] for t, row in scores["tasks"].items()}
                 tests[name]["tasks"] = by_task
-            else:
-                tests[name] = {k: summary[k] for k in ("n", "acc_05", "ci_05")}
     return {"tests": tests, "seed": seed}
 
 
-def main() -> None:
-    """Command line."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m univg_nb.base_model.evaluate MODEL_FOLDER")
-    folder = Path(sys.argv[1])
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate a model folder and write evaluation.json into it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb.base_model.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m univg_nb.base_model.evaluate runs/base/model",
+    )
+    parser.add_argument("model", type=Path, help="model folder")
+    folder = parser.parse_args(arguments).model
     result = evaluate_base(folder)
     io.write_json(folder / "evaluation.json", result)
     print(result)

@@ -1,26 +1,26 @@
-"""Makes the shipped base model from nothing: ``make base``.
+"""Train the shipped base model from random weights: `make base`.
 
-Four stages on pictures drawn as they are needed: the vision tower learns to see
-(:mod:`univg_nb.base_model.vision`), the whole model learns the lessons of
-:mod:`univg_nb.base_model.lessons` as dialogues, with loss on the replies only, then to
-repeat words of the whole vocabulary, and last to tell several pictures apart
-(:mod:`univg_nb.base_model.albums`). A run that was stopped goes on from its last
-checkpoint with the same data and weights.
+There are four stages, on pictures that are drawn meanwhile: the vision tower learns to
+see (`vision`); the whole model learns the `lessons` as dialogues, with the loss on the
+replies; it learns to repeat words of the whole vocabulary; and last it learns to tell
+several pictures apart (`albums`). An interrupted run continues from its last checkpoint
+with the same data and weights.
 """
 
 import argparse
-import os
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
 from univg_nb.base_model.architecture import (
     build_model,
@@ -31,18 +31,22 @@ from univg_nb.base_model.data import Albums, Lessons, Plan, Views, Words
 from univg_nb.base_model.guide import AttentionGuide
 from univg_nb.base_model.lessons import generate_corpus
 from univg_nb.base_model.muon import Muon
-from univg_nb.base_model.vision import CellHeads, grid, patchify
-from univg_nb.io import append_jsonl
+from univg_nb.base_model.vision import CellHeads, make_image_grid_thw, patchify
+from univg_nb.io import append_jsonl, open_atomically
 from univg_nb.minimig.pictograms import COLORS, KINDS
 
 TOWER_FROZEN_UNTIL = 0.4  # share of the language stage
+UNUSED_LENGTH = 0.1  # what is left of the embedding of a word that no text uses
 WORDS_SHARE = 0.4  # learning rates of the third stage, as a share of the second's
 ALBUMS_SHARE = 0.7  # and of the fourth
-LOOK_WEIGHT = 0.5  # of each guiding loss beside the loss on the replies
+LOOK_WEIGHT = 0.5  # of each guiding loss, beside the loss on the replies
+
+Losses = Callable[[Any], dict[str, Tensor]]  # of a batch, by name
 
 
-def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.03) -> float:
-    """Warm-up, then a cosine from 1 down to ``floor``."""
+def compute_lr_factor(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: a warm-up, then a cosine."""
+    warmup, floor = 100, 0.03
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (
@@ -50,10 +54,16 @@ def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.03) -> flo
     )
 
 
-def optimizers_for(
+def make_optimizers(
     modules: list[nn.Module], lr: float, matrix_lr: float
 ) -> list[Optimizer]:
-    """Muon for the matrices of layers and merger, AdamW for all other parameters."""
+    """Return Muon for the matrices of layers and merger, AdamW for all the rest.
+
+    Args:
+        modules: what is trained.
+        lr: AdamW's learning rate.
+        matrix_lr: Muon's.
+    """
     params = {
         name: param
         for module in modules
@@ -71,18 +81,26 @@ def optimizers_for(
 
 
 class Stage:
-    """A stage's loop: checkpoint, resume, schedule, log."""
+    """The loop of one stage: checkpoint, resume, schedule, log.
+
+    Args:
+        name: of the stage and its checkpoint.
+        out: folder of checkpoints and log.
+        modules: what is trained, by the name in the checkpoint.
+        lr: AdamW's peak learning rate.
+        matrix_lr: Muon's.
+    """
 
     def __init__(
         self,
         name: str,
         out: Path,
-        modules: dict[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         lr: float,
         matrix_lr: float,
-    ):
+    ) -> None:
         self.name, self.out, self.modules = name, out, modules
-        self.optimizers = optimizers_for([*modules.values()], lr, matrix_lr)
+        self.optimizers = make_optimizers([*modules.values()], lr, matrix_lr)
         self.peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.file = out / f"{name}.pt"
         self.step = 0
@@ -97,22 +115,33 @@ class Stage:
                 module.load_state_dict(state[key])
 
     def save(self) -> None:
-        """Writes the checkpoint whole or not at all."""
+        """Write the checkpoint."""
+        state: dict[str, Any]
         state = {key: module.state_dict() for key, module in self.modules.items()}
         state |= {"optimizers": [o.state_dict() for o in self.optimizers]}
         state["step"] = self.step
-        torch.save(state, self.file.with_suffix(".tmp"))
-        os.replace(self.file.with_suffix(".tmp"), self.file)
+        with open_atomically(self.file, "wb") as file:
+            torch.save(state, file)
 
     def _set_rates(self, share: float) -> None:
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
 
-    def run(self, data: Dataset, batch: int | None, steps: int, losses, every: int):
-        """Trains to ``steps``; ``losses(items)`` returns named losses to add up.
+    def run(
+        self, data: Dataset, batch: int | None, steps: int, losses: Losses, every: int
+    ) -> None:
+        """Train from the last checkpoint to `steps`.
 
-        ``batch`` items of ``data`` make a step; None: an item is a batch already.
+        Args:
+            data: the items, in order.
+            batch: items of a step; None if an item is a batch already.
+            steps: last step.
+            losses: returns the losses of a batch; their sum is minimized.
+            every: steps between checkpoints.
+
+        Raises:
+            ValueError: if the loss is not finite.
         """
         rest = range(self.step * (batch or 1), steps * (batch or 1))
         stream = DataLoader(
@@ -120,7 +149,7 @@ class Stage:
         )
         began = time.monotonic()
         for items in stream:
-            self._set_rates(cosine(self.step, steps))
+            self._set_rates(compute_lr_factor(self.step, steps))
             parts = losses(items)
             total = sum(parts.values())
             if not torch.isfinite(total):
@@ -133,7 +162,7 @@ class Stage:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.step += 1
-            if self.step % 20 == 0:
+            if self.step % 20 == 0 or self.step == steps:
                 row = {"stage": self.name, "step": self.step, "grad_norm": float(norm)}
                 row |= {k: round(float(v.detach()), 4) for k, v in parts.items()}
                 row["seconds"] = round(time.monotonic() - began, 1)
@@ -143,17 +172,24 @@ class Stage:
                 self.save()
 
 
-def train_vision(plan: Plan, out: Path, visual: nn.Module) -> None:
-    """Stage one: the merged tokens learn to tell what stands where."""
+def train_vision(plan: Plan, out: Path, model: Qwen2VLForConditionalGeneration) -> None:
+    """Train the vision tower to tell what is where (stage one).
+
+    Args:
+        plan: sizes and learning rates.
+        out: folder of checkpoints and log.
+        model: the model; only its tower changes.
+    """
+    visual = model.model.visual
     width = visual.config.hidden_size
     heads = CellHeads(width)
-    stage = Stage(
-        "vision", out, {"visual": visual, "heads": heads}, plan.vision_lr, plan
-    )
+    modules = {"visual": visual, "heads": heads}
+    stage = Stage("vision", out, modules, plan.vision_lr, plan.matrix_lr)
 
-    def losses(items):
+    def losses(items: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
         pictures, targets, place = items
-        tokens = visual(patchify(pictures), grid_thw=grid(len(pictures))).pooler_output
+        grid = make_image_grid_thw(len(pictures))
+        tokens = visual(patchify(pictures), grid_thw=grid).pooler_output
         return heads.loss(tokens.view(len(pictures), -1, width), targets, place)
 
     stage.run(
@@ -163,12 +199,19 @@ def train_vision(plan: Plan, out: Path, visual: nn.Module) -> None:
 
 @torch.no_grad()
 def align_words(
-    model: nn.Module, heads: dict[str, Tensor], tokenizer: Qwen2Tokenizer
+    model: Qwen2VLForConditionalGeneration,
+    heads: Mapping[str, Tensor],
+    tokenizer: Qwen2Tokenizer,
 ) -> None:
-    """Starts the words for kinds and colors from what the vision stage learned.
+    """Initialize the embeddings of kinds and colors from the heads of the vision stage.
 
-    A token of a cup then points the way of the word " cup": pictures and words share
+    A token of a cup then has the direction of the word " cup": pictures and words share
     a space, as in a real vision tower trained with captions.
+
+    Args:
+        model: the model.
+        heads: state of `CellHeads`.
+        tokenizer: the model's.
     """
     embeddings = model.get_input_embeddings().weight
     for words, rows in (
@@ -182,43 +225,57 @@ def align_words(
             embeddings[ids[0]] = row / row.norm() * embeddings.norm(dim=1).mean()
 
 
-UNUSED_LENGTH = 0.1  # of an unused word's embedding, as a share of what it was
-
-
 @torch.no_grad()
-def shrink_unused(model: nn.Module, tokenizer: Qwen2Tokenizer) -> None:
-    """Shortens the embeddings of the words that no sentence of this world uses.
+def shrink_unused(
+    model: Qwen2VLForConditionalGeneration, tokenizer: Qwen2Tokenizer
+) -> None:
+    """Shorten the embeddings of the words that no sentence of this world uses.
 
-    They keep the length they were drawn with, twice that of the trained ones, and
-    hundreds of them each take a little of every next token that is not quite sure:
-    greedy replies do not show it, but most sampled ones held a word without sense.
-    Weight decay does this over a long pre-training.
+    They keep their initial length, twice that of the trained ones, and hundreds of them
+    each take a little probability of every uncertain next token: greedy replies do not
+    show it, but most sampled ones contained a meaningless word. In a long pre-training
+    weight decay has the same effect.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
     """
     used = {*tokenizer.all_special_ids}
-    for text in generate_corpus():
-        used.update(tokenizer(text).input_ids)
+    used.update(*tokenizer([*set(generate_corpus())]).input_ids)
     embeddings = model.get_input_embeddings().weight  # (V, H), the head's too
     unused = [i for i in range(len(embeddings)) if i not in used]
     embeddings[unused] *= UNUSED_LENGTH
 
 
-def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
-    """Stages two to four: the lessons, all words, several pictures.
+def train_language(
+    plan: Plan,
+    out: Path,
+    model: Qwen2VLForConditionalGeneration,
+    tokenizer: Qwen2Tokenizer,
+) -> None:
+    """Train the whole model (stages two to four): lessons, all words, several pictures.
 
-    The lessons use half of the vocabulary. The other words would keep embeddings that
-    no reply ever told apart, which a fine-tuning of the layers alone cannot mend.
+    The lessons use half of the vocabulary. Without the stage of the words, the others
+    would keep embeddings that no reply ever told apart, which a fine-tuning of the
+    layers alone cannot correct.
+
+    Args:
+        plan: sizes and learning rates.
+        out: folder of checkpoints and log.
+        model: the model after the vision stage.
+        tokenizer: its tokenizer.
     """
     guide = AttentionGuide(model.model.language_model.layers)
     image_token = model.config.image_token_id
 
-    def losses(batch):
+    def losses(batch: dict[str, Any]) -> dict[str, Tensor]:
         looks = batch.pop("looks")
         types = (batch["input_ids"] == image_token).int()
         out = model(**batch, mm_token_type_ids=types, use_cache=False)
         guided = {k: LOOK_WEIGHT * v for k, v in guide.loss(looks).items()}
         return {"loss": out.loss, **guided}
 
-    def tower_rests(batch):
+    def losses_of_lessons(batch: dict[str, Any]) -> dict[str, Tensor]:
         frozen = lessons.step < TOWER_FROZEN_UNTIL * plan.language_steps
         model.model.visual.requires_grad_(not frozen)
         return losses(batch)
@@ -226,12 +283,12 @@ def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     modules = {"model": model}
     lessons = Stage("language", out, modules, plan.language_lr, plan.matrix_lr)
     data = Lessons(plan, tokenizer)
-    lessons.run(data, None, plan.language_steps, tower_rests, plan.save_every)
+    lessons.run(data, None, plan.language_steps, losses_of_lessons, plan.save_every)
     model.model.visual.requires_grad_(False)
     lr, matrix_lr = (WORDS_SHARE * v for v in (plan.language_lr, plan.matrix_lr))
     words = Stage("words", out, modules, lr, matrix_lr)
     words.run(Words(plan, tokenizer), None, plan.words_steps, losses, plan.save_every)
-    model.model.visual.requires_grad_(True)  # close-ups are new to the tower
+    model.model.visual.requires_grad_(True)  # which has seen no close-ups yet
     lr, matrix_lr = (ALBUMS_SHARE * v for v in (plan.language_lr, plan.matrix_lr))
     albums = Stage("albums", out, modules, lr, matrix_lr)
     data = Albums(plan, tokenizer)
@@ -239,23 +296,27 @@ def train_language(plan: Plan, out: Path, model: nn.Module, tokenizer) -> None:
     shrink_unused(model, tokenizer)
 
 
-def main() -> None:
-    """Command line: ``python -m univg_nb.base_model.training --out DIR [--KEY VALUE]``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=("vision", "language"))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the base model; the values of `Plan` are options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb.base_model.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m univg_nb.base_model.training --out runs/base",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--only", choices=("vision", "language"), help="stages to run")
     for key, value in asdict(Plan()).items():
-        parser.add_argument(
-            f"--{key.replace('_', '-')}", type=type(value), default=value
-        )
-    args = vars(parser.parse_args())
-    out, only = args.pop("out"), args.pop("only")
-    plan = Plan(**args)
+        option = f"--{key.replace('_', '-')}"
+        parser.add_argument(option, type=type(value), default=value)
+    options = vars(parser.parse_args(arguments))
+    out, only = options.pop("out"), options.pop("only")
+    plan = Plan(**options)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(generate_corpus())
     model = build_model(tokenizer, plan.seed)
     if only != "language":
-        train_vision(plan, out, model.model.visual)
+        train_vision(plan, out, model)
     if only == "vision":
         return
     state = torch.load(out / "vision.pt", weights_only=True)

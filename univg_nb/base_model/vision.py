@@ -1,9 +1,9 @@
-"""First half of the base model's making: the vision tower learns to see.
+"""First stage of the base model: the vision tower learns to see.
 
-The real Qwen2-VL starts from a vision tower that was trained before. Ours gets the
-same head start: every merged image token has to tell what stands on its patch of
-the picture (kind, color, and the box with the digits of its coordinates). The
-heads that read this off are thrown away afterwards.
+The real Qwen2-VL starts from a vision tower that was trained before. Ours gets the same
+start: every merged image token has to tell what is on its patch of the picture (kind,
+color, and the box with the digits of its coordinates). The heads that read this off are
+discarded afterwards.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, l1_loss
 
 from univg_nb.base_model.architecture import MAX_PIXELS, MERGE, PATCH
 from univg_nb.data.boxes import Box
@@ -25,11 +25,15 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # the processor's normalization
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def seen(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene as the processor shows it to the model, (SIDE, SIDE, 3) uint8.
+def render_small(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return the scene at the size the model sees, (SIDE, SIDE, 3) uint8.
 
-    Three in four pictures are drawn at half size first: the same to the eye at
-    this resolution and three times faster.
+    Three pictures of four are first rendered at half size, which looks the same at this
+    resolution and is three times faster.
+
+    Args:
+        scene: what to render.
+        rng: source of random numbers.
     """
     pixels = CANVAS if rng.random() < 0.25 else CANVAS // 2
     image = render(scene, pixels)
@@ -38,7 +42,11 @@ def seen(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def patchify(images: Tensor) -> Tensor:
-    """(N, SIDE, SIDE, 3) uint8 to pixel_values (N * patches, C * T * P * P)."""
+    """Return `pixel_values` (N * patches, C * T * P * P) as the processor's.
+
+    Args:
+        images: (N, SIDE, SIDE, 3) uint8.
+    """
     n = images.shape[0]
     x = images.float().permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
@@ -48,14 +56,14 @@ def patchify(images: Tensor) -> Tensor:
     return x.reshape(n * (CELLS * MERGE) ** 2, -1)
 
 
-def grid(n: int) -> Tensor:
-    """image_grid_thw of ``n`` pictures, (n, 3)."""
+def make_image_grid_thw(n: int) -> Tensor:
+    """Return `image_grid_thw` of `n` pictures, (n, 3)."""
     side = CELLS * MERGE
     return torch.tensor([[1, side, side]]).expand(n, 3)
 
 
-def cell_cover(box: Box) -> np.ndarray:
-    """The share of every cell that ``box`` covers, (cells, cells) in 0..1."""
+def compute_cover(box: Box) -> np.ndarray:
+    """Return the share of every cell that `box` covers, (cells, cells) in 0..1."""
     edge = 1000 / CELLS
     low = np.arange(CELLS) * edge
     x1, y1, x2, y2 = box
@@ -65,23 +73,26 @@ def cell_cover(box: Box) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def covered_cells(box: Box) -> np.ndarray:
-    """Flat indices of the cells that show a box: a third covered, or the best one."""
-    cover = cell_cover(box).reshape(-1)
+def find_covered_cells(box: Box) -> np.ndarray:
+    """Return the flat indices of the cells that show a box.
+
+    These are the cells of which it covers a third, or else the one it covers most of.
+    """
+    cover = compute_cover(box).reshape(-1)
     return np.flatnonzero(cover >= min(1 / 3, cover.max()))
 
 
-def cell_targets(scene: Scene) -> np.ndarray:
-    """What each merged token should tell: (cells * cells, 6) ints.
+def make_cell_targets(scene: Scene) -> np.ndarray:
+    """Return what each merged token should tell: (cells * cells, 6) integers.
 
-    Columns: kind and color (0 = ground), then the box x1, y1, x2, y2 in 0..999.
+    The columns are kind and color (0 = ground), then the box x1, y1, x2, y2 in 0..999.
     A cell belongs to the thing whose box covers most of it.
     """
     kinds, colors = list(KINDS), list(COLORS)
     targets = np.zeros((CELLS, CELLS, 6), dtype=np.int64)
     most = np.full((CELLS, CELLS), 0.15)
     for thing in scene.things:
-        covered = cell_cover(thing.box)
+        covered = compute_cover(thing.box)
         better = covered > most
         most[better] = covered[better]
         row = [kinds.index(thing.kind) + 1, colors.index(thing.color) + 1]
@@ -90,9 +101,13 @@ def cell_targets(scene: Scene) -> np.ndarray:
 
 
 class CellHeads(nn.Module):
-    """Reads kind, color, place and box digits off the merged tokens."""
+    """Read kind, color, place and box digits off the merged tokens.
 
-    def __init__(self, width: int):
+    Args:
+        width: of a token.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.kind = nn.Linear(width, len(KINDS) + 1)
         self.color = nn.Linear(width, len(COLORS) + 1)
@@ -101,21 +116,27 @@ class CellHeads(nn.Module):
         self.digits = nn.Linear(width, 4 * 20)  # hundreds and tens of each edge
 
     def loss(self, tokens: Tensor, targets: Tensor, place: Tensor) -> dict[str, Tensor]:
-        """Losses for tokens (N, cells², width) and targets (N, cells², 6)."""
+        """Return the losses by name.
+
+        Args:
+            tokens: (N, cells * cells, width).
+            targets: (N, cells * cells, 6), as from `make_cell_targets`.
+            place: (N,) index of each scene's place.
+        """
         thing = targets[..., 0] > 0
         box = targets[thing][:, 2:]  # (things, 4) on 0..999
         on = tokens[thing]
         digits = self.digits(on).view(-1, 20)  # (things * 4, 20)
         edges = box.reshape(-1)
         return {
-            "kind": F.cross_entropy(
+            "kind": cross_entropy(
                 self.kind(tokens).flatten(0, 1), targets[..., 0].flatten()
             ),
-            "color": F.cross_entropy(
+            "color": cross_entropy(
                 self.color(tokens).flatten(0, 1), targets[..., 1].flatten()
             ),
-            "place": 0.2 * F.cross_entropy(self.place(tokens.mean(1)), place),
-            "box": 4 * F.l1_loss(self.box(on), box / 1000),
-            "hundreds": 0.5 * F.cross_entropy(digits[:, :10], edges // 100),
-            "tens": 0.25 * F.cross_entropy(digits[:, 10:], edges // 10 % 10),
+            "place": 0.2 * cross_entropy(self.place(tokens.mean(1)), place),
+            "box": 4 * l1_loss(self.box(on), box / 1000),
+            "hundreds": 0.5 * cross_entropy(digits[:, :10], edges // 100),
+            "tens": 0.25 * cross_entropy(digits[:, 10:], edges // 10 % 10),
         }
