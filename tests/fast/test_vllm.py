@@ -182,7 +182,7 @@ def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path
         server.version = "0.32.0"
         with pytest.raises(ValueError, match=r"is vLLM 0\.32\.0.*vllm_mode=colocate"):
             grpo.build_trainer(config, tmp_path, [], tmp_path)
-        made = plan.check_machine(config, "single", 1)
+        made = plan.check_machine(config, plan.choose_layout(config, "grpo"))
         (check,) = [c for c in made if c.name == "version of the vLLM server"]
         assert not check.ok and "vllm<=0.31" in check.detail
         server.shutdown()

@@ -1,6 +1,5 @@
 """The memory account against counts by hand, public anchors and a real training."""
 
-import argparse
 import socket
 import subprocess
 import warnings
@@ -12,7 +11,7 @@ from PIL import Image
 from univg_nb import io, models, runs
 from univg_nb.data.sample import GroundingSample
 from univg_nb.launch import cost, memory
-from univg_nb.launch import plan as preflight
+from univg_nb.launch import plan as planning
 from univg_nb.launch.memory import Layout
 from univg_nb.train import grpo, sft
 
@@ -44,7 +43,7 @@ def layout(strategy="zero3", processes=8, tokens=6000):
 
 def plan(config, stage="sft", card="H100-80G", rows=90_000, **where):
     gpu = cost.find_gpu(card)
-    return cost.plan(config, stage, layout(**where), gpu, rows)
+    return cost.compute_plan(config, stage, layout(**where), gpu, rows)
 
 
 def test_7b_parameters_and_sharded_bytes_equal_the_count_by_hand(full):
@@ -59,7 +58,10 @@ def test_7b_parameters_and_sharded_bytes_equal_the_count_by_hand(full):
     assert made.memory["reference"] == 0
     grpo = plan(full, "grpo", rows=10_000, tokens=2500)
     assert grpo.memory["reference"] == made.memory["weights"]
-    assert (grpo.batch["prompts"], grpo.updates) == (16, 625)  # PF sec. 3
+    assert (grpo.batch["prompts"], grpo.updates) == (
+        16,
+        625,
+    )  # docs/paper_facts.md#training-configuration
     assert (made.batch["rows"], made.updates) == (24, 3750)
 
 
@@ -107,12 +109,12 @@ def test_public_anchors_in_kind(full):
 def test_knobs_are_ranked_by_what_they_save(full):
     made = plan(full, card="A100-40G", processes=2)
     assert not made.fits
-    gpu_rows = cost.knobs(full, made, 90_000, 0.35)
+    gpu_rows = cost.rank_variants(full, made, 90_000, 0.35)
     peaks = [other.peak for _, other in gpu_rows]
     assert len(peaks) == 3 and peaks == sorted(peaks) and peaks[-1] < made.peak
-    text = preflight.plan_text(made, "A100-40G", 2.0)
+    text = planning.format_plan(made, "A100-40G", 2.0)
     assert "DOES NOT FIT" in text and "at 2 a GPU hour" in text
-    assert "sft.adapter=" in preflight.knobs_text(made, gpu_rows)
+    assert "sft.adapter=" in planning.format_variants(made, gpu_rows)
 
 
 # ---------------------------------------------------------------- against a training
@@ -146,7 +148,7 @@ def four_images(folder):
 def check_peak(measured, config, stage, layout, there):
     """Plan and measurement of a training within a quarter of each other. there: parts
     of the plan that lay in memory before the measurement."""
-    made = cost.plan(config, stage, layout, cost.CPU, 8)
+    made = cost.compute_plan(config, stage, layout, cost.CPU, 8)
     measured += sum(made.memory[part] for part in there)
     print(f"predicted {made.peak / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
     assert made.peak == pytest.approx(measured, rel=0.25)
@@ -194,7 +196,7 @@ def test_tiny_peak_of_grpo_is_predicted_within_a_quarter(tmp_path, checkpointing
 
 def test_missing_packages_are_named_with_a_way_out(full):
     config = changed(full, grpo={"use_vllm": True})
-    checks = {c.name: c for c in preflight.check_packages(config, "zero3")}
+    checks = {c.name: c for c in planning.check_packages(config, "zero3")}
     for name, remedy in (
         ("flash_attn", "model.attn_implementation=sdpa"),
         ("vllm", "grpo.use_vllm=false"),
@@ -202,7 +204,7 @@ def test_missing_packages_are_named_with_a_way_out(full):
     ):
         check = checks[f"package {name}"]
         assert check.ok or remedy in check.detail
-    tiny = preflight.check_packages(runs.load_scale("tiny"), "single")
+    tiny = planning.check_packages(runs.load_scale("tiny"), "single")
     assert tiny == []
 
 
@@ -213,8 +215,8 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
-        assert preflight.check_disk(disk / "runs" / "x", 900_000).ok
-        check = preflight.check_disk(disk / "runs" / "x", 2_000_000)
+        assert planning.check_disk(disk / "runs" / "x", 900_000).ok
+        check = planning.check_disk(disk / "runs" / "x", 2_000_000)
         assert not check.ok and "set RUN_DIR" in check.detail
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -223,18 +225,15 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path):
 def test_a_taken_port_is_seen():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert not preflight.check_port(port, "port").ok
-        assert preflight.check_port(port, "vLLM server", taken=True).ok
-    assert preflight.check_port(port, "port").ok
-    assert "start the server" in preflight.check_port(port, "v", taken=True).detail
+        assert not planning.check_port(port, "port").ok
+        assert planning.check_port(port, "vLLM server", taken=True).ok
+    assert planning.check_port(port, "port").ok
+    assert "start the server" in planning.check_port(port, "v", taken=True).detail
 
 
 def test_exit_code_tells(capsys):
-    parser = argparse.ArgumentParser()
-    preflight.add_arguments(parser)
-
     def code(*arguments):
-        return preflight.main(parser.parse_args(arguments))
+        return planning.main(arguments)
 
     assert code("full", "--account-only") == 0
     assert "hours are a model, not a measurement" in capsys.readouterr().out
@@ -257,7 +256,7 @@ def test_layouts_that_cannot_be():
 
 def test_predicted_beside_measured(full):
     made = plan(full)
-    text = preflight.compare(made, {"peak_bytes": 40e9, "seconds_per_update": 7.0})
+    text = planning.compare(made, {"peak_bytes": 40e9, "seconds_per_update": 7.0})
     assert "40.000" in text and f"{made.peak / 1e9:.3f}" in text
 
 
@@ -273,10 +272,10 @@ def test_launch_options_and_the_constant_weight_are_checked(full):
 
 def test_what_a_training_took_is_read_from_its_folder(tmp_path):
     with pytest.raises(ValueError, match="no launched training was finished"):
-        preflight.measured(tmp_path)
+        planning.read_measured(tmp_path)
     for rank, peak in enumerate((10, 30)):
         io.write_json(tmp_path / "launch" / f"rank-{rank}.json", {"peak_bytes": peak})
     summary = {"seconds": 20.0, "steps": 4}
     io.write_json(tmp_path / "summary.json", summary)
     expected = {"peak_bytes": 30, "seconds_per_update": 5.0}
-    assert preflight.measured(tmp_path) == expected
+    assert planning.read_measured(tmp_path) == expected

@@ -12,7 +12,6 @@ same call resumes it. If a process fails, the others are ended and its error is 
 import gc
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -36,17 +35,12 @@ from univg_nb.train import grpo, sft
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
 CHECKPOINT = 900.0  # seconds in which the processes must end after a signal
-FAILURE = re.compile(
-    r"Root Cause.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+) "
-    r"\(pid: (?P<pid>\d+).*?traceback : (?P<trace>.*?)\n={20}",
-    re.DOTALL,
-)
 
 
 # ---------------------------------------------------------------- what to start
 
 
-def strategy_of(launch: Mapping[str, Any]) -> str:
+def choose_strategy(launch: Mapping[str, Any]) -> str:
     """Return launch.strategy: "single" for one process, "ddp" where nothing is said."""
     if launch.get("processes", 1) == 1:
         return "single"
@@ -85,7 +79,7 @@ def command(
             "univg_nb/scales/slurm.sh sets both"
         )
     if configured:
-        file = SCALES / "accelerate" / f"{strategy_of(launch)}.yaml"
+        file = SCALES / "accelerate" / f"{choose_strategy(launch)}.yaml"
         agent = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
         agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
         agent += ["--main_process_port", str(port)]
@@ -104,20 +98,6 @@ def command(
         slurm = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
         slurm += ["--kill-on-bad-exit=1"]
     return [*slurm, sys.executable, *agent, *worker]
-
-
-def _environment(strategy: str, gpu: bool) -> dict[str, str]:
-    """Return the environment of the processes.
-
-    On CPUs DeepSpeed works and accelerate's FSDP does not. FSDP is requested all the
-    same, so that the check in the worker fails instead of DDP replacing it silently.
-    """
-    extra = {}
-    if not gpu and strategy == "fsdp2":
-        extra = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    elif not gpu and strategy in ZERO:
-        extra = {"DS_ACCELERATOR": "cpu"}
-    return {**os.environ, **extra}
 
 
 def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -> str:
@@ -183,7 +163,7 @@ def train(
         return here(config, out, rows, **options)
     gpu, config = torch.cuda.is_available(), spread(config, stage)
     out, processes = Path(out).absolute(), config["launch"].get("processes", 1)
-    strategy = strategy_of(config["launch"])
+    strategy = choose_strategy(config["launch"])
     missing = [c for c in plan.check_packages(config, strategy) if not c.ok]
     if missing:
         raise ValueError("; ".join(f"{c.name} {c.detail}" for c in missing))
@@ -204,20 +184,28 @@ def train(
                 print(f"{out.name} {statement}")
         for old in (*folder.glob("rank-*"), folder / STOP, out / "summary.json"):
             old.unlink(missing_ok=True)
-        request = {"stage": stage, "config": config, "out": out, "options": options}
-        request |= {"processes": processes, "strategy": strategy}
-        request["rows"] = [asdict(row) for row in rows]
+        request = {
+            "stage": stage,
+            "config": config,
+            "out": out,
+            "options": options,
+            "processes": processes,
+            "strategy": strategy,
+            "rows": [asdict(row) for row in rows],
+        }
         write_json(path, json.loads(json.dumps(request, default=str)))
         if gpu:  # memory that the caller has released still belongs to this process
             gc.collect()
             torch.cuda.empty_cache()
-        _run(arguments, _environment(strategy, gpu), out)
+        extra = {"DS_ACCELERATOR": "cpu"} if strategy in ZERO and not gpu else {}
+        _run(arguments, {**os.environ, **extra}, out)
     return read_json(out / "summary.json")
 
 
 def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
     """Start the processes and wait until they end, on request with a checkpoint."""
-    folder, signals = out / "launch", []
+    folder = out / "launch"
+    signals: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: signals.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -232,7 +220,7 @@ def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us
         )
-    bar = tqdm(desc=out.name)
+    pipe, bar = cast(IO[bytes], agent.stdin), tqdm(desc=out.name)
     try:
         while agent.poll() is None and not signals:
             time.sleep(0.3)
@@ -241,7 +229,7 @@ def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
             print("stopping after this update, with a checkpoint", flush=True)
             (folder / STOP).touch()
     finally:
-        agent.stdin.close()
+        pipe.close()
         try:
             agent.wait(CHECKPOINT)
         except subprocess.TimeoutExpired:
@@ -280,13 +268,12 @@ def _show_progress(bar: tqdm, out: Path) -> None:
 def _describe_failure(agent: subprocess.Popen, log: Path) -> str:
     """Return the rank that failed first and its error, from the launcher's output."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    if found := FAILURE.search(text):
-        reason = f"rank {found['rank']} (pid {found['pid']}) failed\n{found['trace']}"
-        if found["code"] == "-9":
-            reason += " (out of memory?)"
-    else:
+    reason = text.partition("Root Cause (first observed failure):")[2].strip(" =\n")
+    if not reason:
         lines = "\n".join(text.splitlines()[-25:])
         reason = f"the process ended with {agent.returncode}\n{lines}"
+    elif "SIGKILL" in reason:
+        reason += " (out of memory?)"
     if shutil.disk_usage(log.parent).free < 2**16:  # then the log is not complete
         reason = f"no space left on the disk; {reason}"
     return f"{reason}\nlog: {log}"

@@ -22,6 +22,7 @@ from univg_nb.config import SCALES, suggestion
 
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
+PHASES = ("activations", "logits", "KV cache", "vision")  # not all at the same time
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, 8-bit scale, and its fp32 scale
 TILE = 32_768  # TRL scores this many words of the vocabulary at a time
 TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a CPU)
@@ -29,12 +30,15 @@ TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is spread: strategy, processes in all, and what a row holds.
+    """How a training is spread, and what a row holds.
 
-    tokens: of the longest row, prompt and reply: decides the memory.
-    reply: tokens of the reply among them (GRPO keeps logits for these only).
-    images: image tokens among them; four patches of the vision tower each.
-    typical: tokens of a usual row, reply included: decides the time.
+    Attributes:
+        strategy: one of STRATEGIES.
+        processes: in all.
+        tokens: of the longest row, prompt and reply; decides the memory.
+        reply: tokens of the reply among them (GRPO keeps logits for these only).
+        images: image tokens among them; four patches of the vision tower each.
+        typical: tokens of a usual row, reply included; decides the time.
     """
 
     strategy: str
@@ -56,21 +60,20 @@ class Layout:
 
     @property
     def weight_shards(self) -> int:
-        """Into how many parts frozen and trained weights are cut."""
+        """Number of parts into which frozen and trained weights are cut."""
         return self.processes if self.strategy in ("zero3", "fsdp2") else 1
 
     @property
     def state_shards(self) -> int:
-        """Into how many parts gradients and optimiser are cut."""
-        sharded = self.strategy in ("zero2", "zero3", "fsdp2")
-        return self.processes if sharded else 1
+        """Number of parts into which gradients and optimizer are cut."""
+        return 1 if self.strategy in ("single", "ddp") else self.processes
 
 
 # ---------------------------------------------------------------- the model, in shapes
 
 
-def architecture(name_or_path: str) -> Any:
-    """The model's configuration: "tiny", a folder, a shipped one, or the hub's."""
+def load_architecture(name_or_path: str) -> Any:
+    """Load a model's configuration: "tiny", a folder, a shipped one, or the hub's."""
     path = Path(models.resolve_model_path(name_or_path))
     shipped = SCALES / "models" / f"{path.name}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
@@ -79,13 +82,13 @@ def architecture(name_or_path: str) -> Any:
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 
-def build(config: Mapping[str, Any], stage: Stage) -> torch.nn.Module:
-    """The scale's model on the meta device, with what `stage` trains marked."""
+def build_shapes(config: Mapping[str, Any], stage: Stage) -> torch.nn.Module:
+    """Build the scale's model on the meta device, with what `stage` trains marked."""
     section, sft = config[stage], config["sft"]
     dtype = getattr(torch, config["model"].get("dtype", "float32"))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            architecture(config["model"]["name_or_path"]), dtype=dtype
+            load_architecture(config["model"]["name_or_path"]), dtype=dtype
         )
         if section.get("freeze_vision", True):
             models.freeze_vision(model)
@@ -94,26 +97,29 @@ def build(config: Mapping[str, Any], stage: Stage) -> torch.nn.Module:
     return model
 
 
-def _account_attention(module: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-    """Stands in for flash or memory-efficient attention, which keep q, k, v, the
-    output and one number per row and head, not the T x T scores."""
-    return _Attention.apply(q, k, v).transpose(1, 2), None
-
-
 class _Attention(torch.autograd.Function):
+    """What flash and memory-efficient attention keep: no T x T scores."""
+
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-        out = torch.empty_like(q)
+        out = torch.empty_like(q)  # and one number per row and head
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float))
         return out
 
 
-AttentionInterface.register("account", _account_attention)
+def _account(module: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(q, k, v).transpose(1, 2), None
 
 
-def kept_per_layer(model: torch.nn.Module, rows: int, tokens: int) -> int:
-    """Bytes that autograd keeps for the backward pass of one decoder layer."""
-    base = models.get_base_model(model)
+AttentionInterface.register("account", _account)
+
+
+def _count_bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _kept_per_layer(base: Any, rows: int, tokens: int) -> int:
+    """Return the bytes that autograd keeps for the backward pass of a decoder layer."""
     layer = base.model.language_model.layers[0]
     text = base.config.get_text_config()
     width = text.hidden_size // text.num_attention_heads
@@ -142,25 +148,31 @@ def kept_per_layer(model: torch.nn.Module, rows: int, tokens: int) -> int:
 # ---------------------------------------------------------------- memory
 
 
-PHASES = ("activations", "logits", "KV cache", "vision")
-
-
-def static_memory(
+def compute_static_memory(
     model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
 ) -> dict[str, float]:
-    """Weights, gradients, optimiser, reference, buffers: bytes per process.
+    """Return the bytes per process of what lies in memory all the time.
 
     AdamW holds two numbers per trained one, in the dtype of the parameter; under bf16
     mixed precision ZeRO and FSDP train fp32 weights and hold all three in fp32.
+
+    Args:
+        model: from `build_shapes`.
+        config: a whole scale.
+        stage: "sft" or "grpo".
+        layout: how the training is spread.
+
+    Returns:
+        weights, gradients, optimiser, reference, buffers.
     """
     adapter = config["sft"].get("adapter", "lora")
+    base = models.get_base_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    size = sum(p.numel() * p.element_size() for p in trained)
-    frozen = float(sum(p.numel() * p.element_size() for p in model.parameters()) - size)
+    count, size = sum(p.numel() for p in trained), _count_bytes(trained)
+    frozen = float(_count_bytes(model.parameters()) - size)
     if adapter == "qlora":
-        linears = set(models.find_language_linears(models.get_base_model(model)))
-        for name, weight in models.get_base_model(model).named_parameters():
+        linears = set(models.find_language_linears(base))
+        for name, weight in base.named_parameters():
             if name.removesuffix(".weight") in linears and "lora_" not in name:
                 frozen += weight.numel() * (NF4_BYTES - weight.element_size())
     gradients, states, master = size, 2 * size, 0
@@ -178,36 +190,48 @@ def static_memory(
         "gradients": gradients / layout.state_shards,
         "optimiser": (states + master) / layout.state_shards,
         "reference": reference,
-        "buffers": _buffers(model, layout, size),
+        "buffers": _count_buffers(base, layout, size),
     }
     return {name: float(number) for name, number in account.items()}
 
 
-def _buffers(model: torch.nn.Module, layout: Layout, size: int) -> float:
-    """DDP: a bucketed copy of the gradients. ZeRO-2: two buckets of 2e8 numbers.
-    ZeRO-3, FSDP: two decoder layers (one at work, one fetched ahead), or the embedding
-    and the head, gathered whole."""
+def _count_buffers(base: Any, layout: Layout, size: int) -> float:
+    """Return the bytes of communication buffers.
+
+    DDP: a bucketed copy of the gradients. ZeRO-2: two buckets of 2e8 numbers. ZeRO-3,
+    FSDP: two decoder layers (one at work, one fetched ahead), or the embedding and the
+    head, gathered whole.
+    """
     if layout.strategy == "ddp":
-        return float(size)
+        return size
     if layout.strategy == "zero2":
         return 2 * 2e8 * 2
     if layout.weight_shards == 1:
         return 0.0
-    base = models.get_base_model(model)
     layer = base.model.language_model.layers[0]
-    gathered = 2 * sum(p.numel() * p.element_size() for p in layer.parameters())
     ends = {base.lm_head.weight, base.get_input_embeddings().weight}
-    return float(max(gathered, sum(p.numel() * p.element_size() for p in ends)))
+    return max(2 * _count_bytes(layer.parameters()), _count_bytes(ends))
 
 
-def training_memory(
+def compute_training_memory(
     model: torch.nn.Module,
     config: Mapping[str, Any],
     stage: Stage,
     layout: Layout,
     on_gpu: bool,
 ) -> dict[str, float]:
-    """Activations, logits, KV cache and vision: bytes per process at their largest."""
+    """Return the bytes per process of what comes and goes, at its largest.
+
+    Args:
+        model: from `build_shapes`.
+        config: a whole scale.
+        stage: "sft" or "grpo".
+        layout: how the training is spread.
+        on_gpu: whether TRL's Triton kernel scores the tokens.
+
+    Returns:
+        activations, logits, KV cache, vision.
+    """
     section = config[stage]
     base = models.get_base_model(model)
     text, vision = base.config.get_text_config(), base.config.vision_config
@@ -219,7 +243,7 @@ def training_memory(
         tokens = layout.tokens + (group - 1) * layout.reply
         packed = max(1, rows // group)
     layers = text.num_hidden_layers
-    one = kept_per_layer(model, packed, tokens)
+    one = _kept_per_layer(base, packed, tokens)
     carried = packed * tokens * text.hidden_size * size
     checkpointing = section.get(
         "activation_checkpointing", section.get("gradient_checkpointing", True)
@@ -228,22 +252,20 @@ def training_memory(
     width = text.hidden_size // text.num_attention_heads
     per_token = 2 * layers * text.num_key_value_heads * width * size
     generated = rows * section.get("gradient_accumulation_steps", 1)
-    cache = generated * layout.tokens * per_token
-    if stage == "sft" or section.get("use_vllm"):
-        cache = 0
+    cached = stage == "grpo" and not section.get("use_vllm")
     patches = (rows // group) * layout.images * vision.spatial_merge_size**2
     return {
         "activations": float(kept),
-        "logits": scoring_memory(base, stage, rows, layout, on_gpu),
-        "KV cache": float(cache),
+        "logits": _count_logits(base, stage, rows, layout, on_gpu),
+        "KV cache": float(cached * generated * layout.tokens * per_token),
         "vision": float(patches * vision.embed_dim * 10 * size),
     }
 
 
-def scoring_memory(
-    base: torch.nn.Module, stage: Stage, rows: int, layout: Layout, on_gpu: bool
+def _count_logits(
+    base: Any, stage: Stage, rows: int, layout: Layout, on_gpu: bool
 ) -> float:
-    """Bytes from the last hidden states to the loss and back.
+    """Return the bytes from the last hidden states to the loss and back.
 
     TRL goes over tiles of tokens and words (its ChunkedLogProbFunction), whose buffer
     is TILE words wide whatever the vocabulary, and sums the gradients of hidden states
@@ -256,6 +278,5 @@ def scoring_memory(
     tokens = rows * (layout.reply if replies_only else layout.tokens)
     part = min(tokens, TOKEN_CHUNK_SIZE)
     tile = part * TILE * head.element_size()
-    copies = 0 if on_gpu else TILE_COPIES
-    tile += copies * part * min(words, TILE) * 4
+    tile += (0 if on_gpu else TILE_COPIES) * part * min(words, TILE) * 4
     return float(tile + 4 * tokens * hidden + 4 * head.numel() * head.requires_grad)

@@ -68,13 +68,10 @@ def read_parameters(notebook: NotebookNode, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for statement in ast.parse(cells[0].source).body if cells else []:
         try:
-            if isinstance(statement, ast.AnnAssign) and statement.value:
-                target, value = statement.target, statement.value
-            elif isinstance(statement, ast.Assign):
-                target, value = statement.targets[0], statement.value
-            else:
+            if not isinstance(statement, ast.Assign):
                 raise TypeError
-            found[ast.unparse(target)] = ast.literal_eval(value)
+            name = ast.unparse(statement.targets[0])
+            found[name] = ast.literal_eval(statement.value)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{where}, parameters cell: {ast.unparse(statement)!r} is not "

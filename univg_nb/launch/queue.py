@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,14 @@ class Queue:
         slots: Sequence[str | None],
     ) -> None:
         self.run_dir = run_dir
-        self.given = jobs
-        self.command = command
-        self.free = list(slots)
         self.file = run_dir / "queue.json"
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.running: dict[str, subprocess.Popen] = {}
+        self.command = command
+        self.slots = list(slots)
+        self.jobs: dict[str, dict[str, Any]]
+        self.jobs = {name: {"parameters": given} for name, given in jobs.items()}
+        self.running: list[subprocess.Popen] = []
         self.stopped = 0  # the signal that ended the queue
+        self.lock = threading.Lock()
 
     def run(self, fresh: bool = False) -> int:
         """Run what is not done; 0 all done, 1 one failed, 128 + n ended by signal n."""
@@ -106,76 +109,68 @@ class Queue:
         handlers = {number: signal.signal(number, self._stop) for number in numbers}
         busy = f"{self.run_dir}: another call works on this queue; wait for it to end"
         with locked(self.run_dir / ".queue.lock", busy):
-            todo = self._load(fresh)
-            while self.running or (todo and not self.stopped):
-                while todo and self.free and not self.stopped:
-                    self._start(todo.pop(0))
-                time.sleep(0.1)
-                for name in list(self.running):
-                    if self.running[name].poll() is not None:
-                        self._finish(name)
+            old = read_json(self.file) if self.file.is_file() and not fresh else {}
+            known = old.get("jobs", {}) if old.get("command") == self.command else {}
+            for name, job in self.jobs.items():
+                done = known.get(name, {}).get("state") == "done"
+                job |= known[name] if done else {"state": "waiting"}
+            todo = [name for name, job in self.jobs.items() if job["state"] != "done"]
+            with ThreadPoolExecutor(len(self.slots)) as pool:
+                list(pool.map(self._work, todo))
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if self.stopped:
             return 128 + self.stopped
         return int(any(job["state"] != "done" for job in self.jobs.values()))
 
-    def _load(self, fresh: bool) -> list[str]:
-        """Take over what an earlier call of the same command did; return the rest."""
-        old = read_json(self.file) if self.file.is_file() else {}
-        known = old.get("jobs", {}) if old.get("command") == self.command else {}
-        for name, parameters in self.given.items():
-            found = known.get(name, {})
-            if fresh or found.get("state") != "done":
-                found = {"state": "waiting"}
-            log = str(self.run_dir / name / "run.log")
-            self.jobs[name] = {**found, "parameters": parameters, "log": log}
-        return [name for name, job in self.jobs.items() if job["state"] != "done"]
-
     def _set(self, name: str, state: str, **facts: Any) -> None:
         """Change a job's state, on disk and on the screen."""
-        self.jobs[name] |= {"state": state, **facts}
-        write_json(self.file, {"command": self.command, "jobs": self.jobs})
-        done = sum(job["state"] == "done" for job in self.jobs.values())
-        print(f"{done}/{len(self.jobs)} {name:<32} {state}", flush=True)
+        with self.lock:
+            self.jobs[name] |= {"state": state, **facts}
+            write_json(self.file, {"command": self.command, "jobs": self.jobs})
+            done = sum(job["state"] == "done" for job in self.jobs.values())
+            print(f"{done}/{len(self.jobs)} {name:<32} {state}", flush=True)
 
-    def _start(self, name: str) -> None:
-        """Start a job, on what is finished in the run folder itself."""
-        folder, gpus = self.run_dir / name, self.free.pop(0)
+    def _work(self, name: str) -> None:
+        """Run one job to its end, on what is finished in the run folder itself."""
+        if self.stopped:
+            return
+        folder, gpus, began = self.run_dir / name, self.slots.pop(), time.monotonic()
         share_stages(self.run_dir, folder)
         given = self.jobs[name]["parameters"].items()
         options = [part for key, value in given for part in ("-p", key, value)]
         visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-        with Path(self.jobs[name]["log"]).open("ab") as log:
-            self.running[name] = subprocess.Popen(
+        log = folder / "run.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
                 [*self.command, "--run-dir", str(folder), *options],
                 env={**os.environ, **visible},
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches it through us, once
             )
-        self._set(name, "running", gpus=gpus, began=time.time())
-
-    def _finish(self, name: str) -> None:
-        """Take note of a job that has ended."""
-        code, job = self.running.pop(name).returncode, self.jobs[name]
-        self.free.append(job["gpus"])
+        self.running.append(process)
+        self._set(name, "running", gpus=gpus, log=str(log))
+        if self.stopped:  # the signal came while the job was started
+            process.terminate()
+        code = process.wait()
+        self.slots.append(gpus)
         state = "done" if code == 0 else "interrupted" if self.stopped else "failed"
-        seconds = round(time.time() - job["began"], 1)
+        seconds = round(time.monotonic() - began, 1)
         self._set(name, state, exit_code=code, seconds=seconds)
         if state == "failed":
-            lines = Path(job["log"]).read_text("utf-8", errors="replace").splitlines()
-            print("\n".join(lines[-15:]), f"\nlog: {job['log']}", file=sys.stderr)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(lines[-15:]), f"\nlog: {log}", file=sys.stderr)
 
     def _stop(self, number: int, _: Any = None) -> None:
         """Signal handler: start no more jobs, and tell the running ones to end."""
         self.stopped = number
-        for process in self.running.values():
+        for process in self.running:
             process.terminate()
 
 
 def share_stages(source: Path, target: Path) -> None:
-    """Give a job the stages finished in `source`, as hard links: weights are not copied.
+    """Give a job the stages finished in `source`, as hard links.
 
     A stage whose configuration differs in the job runs again there.
     """

@@ -79,13 +79,6 @@ class Supervisor(TrainerCallback):
         found = AcceleratorState()
         kind = found.distributed_type.value
         check_processes(self.strategy, self.processes, found.num_processes, kind)
-        if self.strategy in ("zero2", "zero3"):
-            stage = found.deepspeed_plugin.zero_stage
-            if stage != int(self.strategy[-1]):
-                raise ValueError(
-                    f"{self.strategy} was asked for, DeepSpeed runs stage {stage}; "
-                    "check scales/accelerate"
-                )
         dataset = train_dataloader.dataset
         if "length" in dataset.column_names:  # rows tokenized before the training
             self.facts["longest_row"] = max(dataset["length"])
