@@ -12,6 +12,7 @@ from univg_nb.data.boxes import (
     MAX_REPLY,
     MODES,
     STATUSES,
+    find_boxes,
     format_box,
     iou,
     parse_box,
@@ -225,6 +226,11 @@ def test_released_mode_against_a_port_of_the_released_parser():
         assert parse_box(text, "released").box == expected, text
         seen.add((len(found), expected == (0, 0, 0, 0)))
     assert len(seen) > 5
+
+
+def test_find_boxes():
+    text = "(1,2),(3,4) [0.1, 0.2, .3, 4] (-5, 6, 7.5, 8) <box>1 2 3 4</box> (1,2)"
+    assert find_boxes(text) == [(1, 2, 3, 4), (-5, 6, 7.5, 8), (1, 2, 3, 4)]
 
 
 @quick

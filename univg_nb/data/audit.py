@@ -15,7 +15,7 @@ from PIL import Image
 
 from univg_nb import io
 from univg_nb.data.files import detect_format, iter_rows
-from univg_nb.data.formats import RowContext, RowError
+from univg_nb.data.formats import RowContext, RowError, StrPath
 from univg_nb.data.images import estimate_image_tokens, open_image
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import IMAGE_MARKER, GroundingSample, find_target_image
@@ -31,15 +31,9 @@ class _FileScan:
     """What is gathered while the rows of one file go by."""
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        format: str | None,
-        root: str | None,
-        max_pixels: int,
-        max_tokens: int,
+        self, context: RowContext, format: str, max_pixels: int, max_tokens: int
     ) -> None:
-        self.context = RowContext(os.fspath(path), image_root=root, strict=True)
-        self.format = format or ""
+        self.context, self.format = context, format
         self.max_pixels, self.max_tokens = max_pixels, max_tokens
         self.tasks: Counter[str] = Counter()
         self.images_per_item: Counter[int] = Counter()
@@ -51,7 +45,7 @@ class _FileScan:
         self.tokens: list[int] = []
         self.rows_without_sample = 0
         try:
-            for self.context.row, row in enumerate(iter_rows(path)):
+            for self.context.row, row in enumerate(iter_rows(context.file)):
                 self.check_row(row)
         except RowError as error:  # the file itself is broken from here on
             self.add(error.kind, "error", "", str(error))
@@ -61,9 +55,8 @@ class _FileScan:
         self.problems.append(problem | {"id": sample_id, "detail": detail})
 
     def check_row(self, row: dict[str, Any]) -> None:
-        if not self.format:
-            where = f"{self.context.file}, row {self.context.row}"
-            self.format = detect_format(row, where)
+        place = f"{self.context.file}, row {self.context.row}"
+        self.format = self.format or detect_format(row, place)
         markers = str(row.get("question", "")).count(IMAGE_MARKER)
         named = row.get("images")
         if markers and isinstance(named, list) and markers != len(named):
@@ -161,11 +154,11 @@ def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
 
 
 def audit(
-    path: str | os.PathLike[str],
+    path: StrPath,
     format: str | None = None,
-    image_root: str | os.PathLike[str] | None = None,
+    image_root: StrPath | None = None,
     *,
-    against: Sequence[str | os.PathLike[str]] = (),
+    against: Sequence[StrPath] = (),
     max_tokens: int = 6000,
     max_pixels: int = 401_408,
 ) -> dict[str, Any]:
@@ -200,10 +193,13 @@ def audit(
     for file in (path, *against):
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file; check the path")
-    limits = (root, max_pixels, max_tokens)
-    scan = _FileScan(path, format, *limits)
-    for other in against:
-        _check_leakage(scan, _FileScan(other, None, *limits))
+    ours, *others = (
+        RowContext(os.fspath(file), image_root=root, strict=True)
+        for file in (path, *against)
+    )
+    scan = _FileScan(ours, format or "", max_pixels, max_tokens)
+    for context in others:
+        _check_leakage(scan, _FileScan(context, "", max_pixels, max_tokens))
     counts = Counter(problem["kind"] for problem in scan.problems)
     read_any = scan.tokens or scan.rows_without_sample
     return {

@@ -18,7 +18,7 @@ import ijson
 
 from univg_nb import io
 from univg_nb.data.boxes import GRID
-from univg_nb.data.formats import RowContext, RowError, parse_training_box
+from univg_nb.data.formats import RowContext, RowError, StrPath, parse_training_box
 from univg_nb.data.sample import GroundingSample
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
@@ -70,13 +70,11 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
             found.append("mig_bench")
         elif numeric and not (max(numeric) <= 2 and "task" in keys):
             found.append("stage2_rl")
-    if len(found) != 1:
-        expected = "".join(f"\n  {k}: {v}" for k, v in _EXPECTED.items())
-        raise ValueError(
-            f"{where}: its keys {sorted(keys)} fit {found or 'no format'}; "
-            f"pass format=, one of:{expected}"
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    expected = "".join(f"\n  {k}: {v}" for k, v in _EXPECTED.items())
+    problem = f"its keys {sorted(keys)} fit {found or 'no format'}"
+    raise ValueError(f"{where}: {problem}; pass format=, one of:{expected}")
 
 
 def _parse_chunks(stream: BinaryIO, is_array: bool) -> Iterator[list[Any]]:
@@ -139,7 +137,7 @@ def _build_rows(chunks: Iterator[list[Any]], level: int) -> Iterator[dict[str, A
                     raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
-def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
     """Yield the raw rows of a JSON array or JSON-lines file.
 
     Memory does not grow with the file.
@@ -173,17 +171,12 @@ def iter_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             text = error.args[0]  # of ijson with the text around the broken place
             text = text if isinstance(text, str) else text.decode(errors="replace")
             problem = " ".join(text.partition("(right here)")[0].split())
-            raise RowError(
-                "bad_json",
-                f"{path}, row {row}: {problem}; expected a JSON array of objects or "
-                "one object a line, whole and in UTF-8",
-            ) from error
+            problem += "; expected an array of objects or an object a line, whole"
+            raise RowError("bad_json", f"{path}, row {row}: {problem}") from error
 
 
 def _make_context(
-    path: str | os.PathLike[str],
-    format: str | None,
-    image_root: str | os.PathLike[str] | None,
+    path: StrPath, format: str | None, image_root: StrPath | None
 ) -> RowContext:
     if format is not None and format not in ALL_FORMATS:
         known = list(ALL_FORMATS)
@@ -193,9 +186,7 @@ def _make_context(
 
 
 def iter_samples(
-    path: str | os.PathLike[str],
-    format: str | None = None,
-    image_root: str | os.PathLike[str] | None = None,
+    path: StrPath, format: str | None = None, image_root: StrPath | None = None
 ) -> Iterator[GroundingSample]:
     """Yield the samples of a file; memory does not grow with the file.
 
@@ -217,9 +208,7 @@ def iter_samples(
 
 
 def read(
-    path: str | os.PathLike[str],
-    format: str | None = None,
-    image_root: str | os.PathLike[str] | None = None,
+    path: StrPath, format: str | None = None, image_root: StrPath | None = None
 ) -> list[GroundingSample]:
     """Return all samples of a file; arguments and errors as in `iter_samples`."""
     return list(iter_samples(path, format, image_root))
@@ -227,9 +216,9 @@ def read(
 
 def write(
     samples: Iterable[GroundingSample],
-    path: str | os.PathLike[str],
+    path: StrPath,
     format: str,
-    image_root: str | os.PathLike[str] | None = None,
+    image_root: StrPath | None = None,
 ) -> int:
     """Write samples as a file of a format, atomically, one row a line.
 

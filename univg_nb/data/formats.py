@@ -11,6 +11,7 @@ writing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from univg_nb.data.sample import IMAGE_MARKER, GroundingSample
 
 Row: TypeAlias = dict[str, Any]
 Samples: TypeAlias = Iterator[GroundingSample]
+StrPath: TypeAlias = str | os.PathLike[str]
 
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
