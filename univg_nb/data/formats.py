@@ -140,8 +140,8 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
                 return box
     numbers = context.numbers(value)
     if max(numbers) <= 1 and any(v != int(v) for v in numbers):
-        problem = f"box {numbers} has 0-1 floats; multiply by {GRID} or pass format="
-        raise context.error("box_unit", problem)
+        problem = f"box {numbers} looks like 0-1 floats; multiply by {GRID}"
+        raise context.error("box_unit", f"{problem}, or pass format='mig_bench'")
     if min(numbers) < 0 or max(numbers) > GRID:
         problem = f"box {numbers} leaves 0-{GRID}; rescale it or drop the row"
         raise context.error("box_out_of_range", problem)
@@ -153,9 +153,10 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
 def _check_area(numbers: list[float], box: Box, context: RowContext) -> None:
     if box_status(box) == INVERTED:
         inverted = box[0] > box[2] or box[1] > box[3]
-        problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
         kind = "box_inverted" if inverted else "box_degenerate"
-        raise context.error(kind, f"{problem}; order it as x1 < x2, y1 < y2 or drop it")
+        problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
+        remedy = "order it as x1 < x2, y1 < y2 or drop the row"
+        raise context.error(kind, f"{problem}; {remedy}")
 
 
 def clip_to_grid(
