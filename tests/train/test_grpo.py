@@ -14,11 +14,7 @@ from PIL import Image
 from transformers import LogitsProcessorList, TrainerCallback
 
 from univg_nb import io, models
-from univg_nb.base_model.architecture import (
-    build_processor,
-    make_config,
-    train_tokenizer,
-)
+from univg_nb.base_model import architecture
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import (
     attention as attention_module,
@@ -45,8 +41,10 @@ COLOURS = ["red", "blue", "green", "black"]
 def folder(tmp_path_factory) -> Path:
     """A Qwen2-VL far smaller than the shipped one, an SFT adapter, and images."""
     out = tmp_path_factory.mktemp("grpo")
-    tokenizer = train_tokenizer(["find the red cup 0123456789 <think></think>"] * 3)
-    config = make_config(tokenizer)
+    tokenizer = architecture.train_tokenizer(
+        ["find the red cup 0123456789 <think></think>"] * 3
+    )
+    config = architecture.make_config(tokenizer)
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size = 64, 96
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 2, 2, 1
@@ -56,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
     model = models.AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out / "base")
-    build_processor(tokenizer).save_pretrained(out / "base")
+    architecture.build_processor(tokenizer).save_pretrained(out / "base")
     lora = models.add_lora(model, {"r": 4, "lora_alpha": 8})
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:

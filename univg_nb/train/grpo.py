@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from univg_nb import io, models, runs
-from univg_nb.config import whole_batch
-from univg_nb.data import files
+from univg_nb.__main__ import main as run_command
+from univg_nb.config import add_scale_arguments, dump, load_config, whole_batch
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -192,7 +193,7 @@ def train(
     if trainer.is_world_process_zero():
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             checkpoints.drop_rows_after(out / name, checkpoint)
-        io.write_text(out / "config.yaml", runs.dump(config))
+        io.write_text(out / "config.yaml", dump(config))
     with models.ignore_rename_warnings():
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
@@ -246,30 +247,31 @@ def summarize(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; also what `accelerate launch -m univg_nb.train.grpo` runs."""
-    parser = argparse.ArgumentParser(prog="python -m univg_nb grpo")
-    parser.add_argument("config", help="a shipped scale's name or a .yaml file")
-    parser.add_argument("--sft-adapter", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="default runs/SCALE/grpo_WEIGHT")
-    parser.add_argument("--data", type=Path, help="default: data.stage2_file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train stage 2 from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m univg_nb grpo",
+        description="Stage 2: GRPO with difficulty weights, from an adapter of stage 1.",
+        epilog="example:\n  python -m univg_nb grpo tiny \\\n"
+        "      --sft-adapter runs/tiny/sft_lora/adapter --set grpo.weight=power",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options = parser.parse_args(argv)
-    config = runs.load_scale(options.config)
-    for assignment in options.set:
-        config = runs.override(config, assignment)
-    data, scale = config["data"], Path(options.config).stem
-    path = (
-        options.data or data.get("stage2_file") or f"runs/{scale}/data/stage2_rl.json"
-    )
-    rows = files.read(path, image_root=data.get("image_root"))[: data.get("stage2")]
+    add = parser.add_argument
+    add_scale_arguments(parser)
+    add("--sft-adapter", type=Path, required=True, help="adapter of stage 1")
+    add("--out", type=Path, help="stage folder; default: runs/SCALE/grpo_WEIGHT")
+    add("--data", type=Path, help="default: data.stage2_file, else runs/SCALE/data")
+    options = parser.parse_args(arguments)
+    config = load_config(options)
     weight = config["grpo"].get("weight", "exp")
-    out = options.out or Path("runs") / scale / f"grpo_{weight}"
-    summary = train(config, out, rows, sft_adapter=options.sft_adapter)
+    summary = train(
+        config,
+        options.out or runs.resolve_run_dir("", options.scale) / f"grpo_{weight}",
+        checkpoints.read_training_set(options, config, "stage2"),
+        sft_adapter=options.sft_adapter,
+    )
     print({key: value for key, value in summary.items() if key != "parameters"})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(["grpo", *sys.argv[1:]]))
