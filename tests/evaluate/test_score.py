@@ -190,7 +190,7 @@ def test_pixel_boxes_are_scored_with_an_image_root(tmp_path, capsys):
     predictions = write_predictions(tmp_path / "p.jsonl", [RIGHT])
     arguments = ["--records", str(tmp_path / "lisa.json")]
     arguments += ["--predictions", str(predictions)]
-    with pytest.raises(ValueError, match="pixel boxes need the size"):
+    with pytest.raises(ValueError, match="its size is needed"):
         score_module.main(arguments)
     score_module.main([*arguments, "--image-root", str(tmp_path)])
     assert "100.0%" in capsys.readouterr().out

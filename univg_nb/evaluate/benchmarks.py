@@ -1,8 +1,7 @@
 """The benchmarks of a run, and the evaluation of its models on them.
 
-A model is called after the stage that trained it ("base" after none), a benchmark after
-its folder under `eval/<model>/`. Finished scores are loaded; they are computed again
-when their records, or the stage that trained the model, have changed.
+A model is called after the stage that trained it, a benchmark after its folder under
+`eval/<model>/`. Finished scores are loaded, unless their records or that stage changed.
 """
 
 import time
@@ -68,11 +67,7 @@ def read_replies(run: Run, model: str, name: str) -> dict[int, list[Reply]]:
 
 
 def find_files(run: Run) -> dict[str, Path]:
-    """Return the records files of a run by name: stage `data`'s, and the scale's.
-
-    Raises:
-        ValueError: when stage `data` is not finished.
-    """
+    """Return the records files of a run by name: stage `data`'s, and the scale's."""
     marker = _read_marker(run, "data")
     if marker.get("status") != "finished":
         raise ValueError(
@@ -95,11 +90,7 @@ def find_files(run: Run) -> dict[str, Path]:
 
 
 def load_benchmark(run: Run, name: str) -> Benchmark:
-    """Read a benchmark of the run.
-
-    Raises:
-        ValueError: for a benchmark that the run has no file of.
-    """
+    """Read a benchmark of the run; ValueError if the run has no file of it."""
     known = find_files(run)
     if name not in known:
         raise ValueError(
@@ -124,16 +115,15 @@ def load_model(run: Run, model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load the weights and the processor of a model of the run, to generate with."""
     adapters = [] if model == "base" else [run.dir / model / "adapter"]
     four_bit = run.config["sft"].get("adapter") == "qlora" or model == "sft_qlora"
-    quantize = "nf4" if four_bit and adapters else None
-    return models.load_for_inference(run.config["model"], adapters, quantize)
+    return models.load_for_inference(
+        run.config["model"], adapters, "nf4" if four_bit and adapters else None
+    )
 
 
 def evaluate(
     run: Run, model: str, names: list[str], fresh: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on benchmarks, greedily and with the answer parser.
-
-    The model is loaded only if scores are missing.
 
     Args:
         run: the run.

@@ -24,8 +24,7 @@ def compare(
         bench: what was predicted.
         a: predictions.jsonl of the first model.
         b: predictions.jsonl of the second model.
-        options: how replies are read; with `allow_missing`, items that only one file
-            predicts are left out.
+        options: how replies are read; `allow_missing` takes their common items.
 
     Returns:
         The differences b - a of `scoring.compare_items`, and what was compared.
@@ -33,10 +32,12 @@ def compare(
     Raises:
         ValueError: as `scoring.score_items` and `scoring.compare_items`.
     """
-    both = [read_predictions(path) for path in (a, b)]
-    common = both[0].keys() & both[1].keys() if options.allow_missing else None
-    scored = [scoring.score_items(bench.items, one, options, common) for one in both]
-    return scoring.compare_items(*scored) | {
+    first, second = read_predictions(a), read_predictions(b)
+    common = first.keys() & second.keys() if options.allow_missing else None
+    return scoring.compare_items(
+        scoring.score_items(bench.items, first, options, common),
+        scoring.score_items(bench.items, second, options, common),
+    ) | {
         "a": str(a),
         "b": str(b),
         "parser": options.parser,
@@ -67,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare two predictions files from the command line and print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb compare",
-        description="Compare two models on the same items. `report A B` shows wins and "
-        "losses as pictures.",
+        description="Compare two models on the same items, with paired tests.",
         epilog="example: python -m univg_nb compare sft.jsonl grpo.jsonl "
         "--records MIG_data.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,9 +4,7 @@
 "...", "tokens": n, "truncated": bool}, and "sample": k if several replies to an item
 are drawn; `index` is the item's position in the records file. The settings that replies
 depend on lie beside it; a run resumes only under equal settings. Several processes
-share the batches, each with a file of its own; the last to finish joins the files. The
-device is the one that torch sees: CUDA_VISIBLE_DEVICES is never set
-(docs/paper_facts.md#e6).
+share the batches, each with a file of its own; the last to finish joins the files.
 """
 
 from __future__ import annotations
@@ -41,8 +39,7 @@ from univg_nb.fast.sampling import noise_seed
 Cell = tuple[int, int]  # (index of the item, number of its reply)
 
 ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
-# Most pixels of an image there; the released MIG-Bench run has 401,408
-# (docs/paper_facts.md#evaluation).
+# Most pixels of an image there (docs/paper_facts.md#evaluation).
 ZERO_SHOT_MAX_PIXELS = 640_000
 
 
@@ -60,8 +57,7 @@ class GenerationOptions:
         batch_size: replies generated together; it does not change them.
         temperature: 0 is greedy; above it replies are sampled.
         num_return_sequences: replies to each item; more than one only if sampled.
-        seed: of sampling. Each reply has noise of its own, fixed by (seed, index,
-            number of the reply).
+        seed: of sampling; each reply has noise of its own.
     """
 
     style: str = "univg"
@@ -95,8 +91,7 @@ class GenerationJob:
     Attributes:
         indices: items to answer; None for all.
         fresh: replace what the file holds.
-        shard: (k, n) generates every n-th batch from the k-th on. The n processes need
-            nothing else from each other.
+        shard: (k, n) generates every n-th batch from the k-th on.
         facts: recorded with the settings but not compared, as the name of the model.
     """
 
@@ -120,8 +115,7 @@ def generate(
 ) -> dict[str, Any]:
     """Write a reply to every sample into a JSONL file; what it holds is kept.
 
-    Neither the batch size nor a restart nor the number of processes changes a reply, up
-    to float rounding.
+    Neither batch size nor restarts nor processes change a reply, up to float rounding.
 
     Args:
         model: a model of this process, or one that a vLLM server holds.
@@ -132,12 +126,11 @@ def generate(
         job: which of them this call generates.
 
     Returns:
-        "replies" and "truncated" (all that this shard's file has), "new", "tokens" and
-        "seconds" (of this call).
+        "replies", "truncated" (the shard's), "new", "tokens", "seconds" (this call's).
 
     Raises:
-        ValueError: for a missing image, and for an index or shard out of range.
-        SettingsMismatchError: for an `out` that was made under other settings.
+        ValueError: an image is missing, or the shard is out of range.
+        SettingsMismatchError: `out` was made under other settings.
     """
     number, count = job.shard
     if not 0 <= number < count:
@@ -173,7 +166,7 @@ def generate(
     # added: the file ends up as that of an undisturbed run.
     todo = [batch for batch in mine if not rows.keys() >= set(batch)]
     if not part.is_file():
-        io.write_json(get_settings_path(part), settings | job.facts)
+        io.write_json(get_settings_path(part), {**settings, **job.facts})
         io.write_text(part, "")
     began, new = time.perf_counter(), []
     for batch in tqdm(todo, desc=part.parent.name):
@@ -260,13 +253,9 @@ def plan_batches(
     indices: Sequence[int],
     options: GenerationOptions,
 ) -> list[list[Cell]]:
-    """Put prompts of similar length into batches, so that little padding is needed.
+    """Put prompts of similar length into batches of cells.
 
-    Image tokens are counted from the files' headers. The batches depend on all of
-    `indices`, not on what is done, so that a resumed run makes the same ones.
-
-    Returns:
-        Batches of cells (index of the item, number of its reply).
+    They depend on all of `indices`, not on what is done: a resumed run has the same.
     """
     if not indices:
         return []
@@ -290,9 +279,7 @@ def plan_batches(
 
 
 def adapt_model_section(config: Mapping[str, Any], zero_shot: bool) -> dict[str, Any]:
-    """Return a scale's `model` section as a benchmark is run with it.
-
-    The photographs of the released zero-shot files may be larger.
+    """Return a scale's `model` section; released zero-shot images may be larger.
 
     Args:
         config: the configuration of the scale.

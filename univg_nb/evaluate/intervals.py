@@ -2,7 +2,7 @@
 
 The benchmarks have a few hundred items and their smallest tasks about a hundred, where
 one standard error is 4 to 5 points (docs/paper_facts.md#tables). So every accuracy has
-an interval, and two models are compared on the same items.
+a 95 % interval, and two models are compared on the same items.
 """
 
 import math
@@ -11,22 +11,20 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 _CHUNK = 2_000_000  # resampled values held at once: 16 MB
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of k successes in n trials.
+    """Return the Wilson score interval of k successes in n trials, both ends in 0..1.
 
     Unlike p +- z s.e. it stays inside 0..1 and is not empty at k = 0 or k = n.
 
     Args:
         k: successes.
         n: trials; 0 gives (0, 1).
-
-    Returns:
-        Both ends, 0..1.
 
     Raises:
         ValueError: unless 0 <= k <= n.
@@ -45,7 +43,7 @@ def wilson_interval(k: int, n: int) -> tuple[float, float]:
 
 
 def macro_interval(hits: Sequence[int], totals: Sequence[int]) -> tuple[float, float]:
-    """Return the 95 % interval of the unweighted mean of several accuracies.
+    """Return the interval of the unweighted mean of several accuracies, in 0..1.
 
     The tasks' errors are independent, so the variance is sum p(1-p)/n over T^2, with p
     shrunk as (k+2)/(n+4) so that a task at 0 or 1 still counts as uncertain.
@@ -53,9 +51,6 @@ def macro_interval(hits: Sequence[int], totals: Sequence[int]) -> tuple[float, f
     Args:
         hits: successes of each task.
         totals: trials of each task, at least 1.
-
-    Returns:
-        Both ends, 0..1.
     """
     if len(hits) != len(totals) or not hits or min(totals) < 1:
         raise ValueError(
@@ -65,11 +60,10 @@ def macro_interval(hits: Sequence[int], totals: Sequence[int]) -> tuple[float, f
     mean = sum(k / n for k, n in zip(hits, totals, strict=True)) / len(hits)
     shrunk = [((k + 2) / (n + 4), n) for k, n in zip(hits, totals, strict=True)]
     error = math.sqrt(sum(p * (1 - p) / n for p, n in shrunk)) / len(hits)
-    half = _Z * error
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return max(0.0, mean - _Z * error), min(1.0, mean + _Z * error)
 
 
-def _pair(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(
@@ -80,9 +74,9 @@ def _pair(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarra
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], n_boot: int = 10_000, seed: int = 0
+    a: ArrayLike, b: ArrayLike, n_boot: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
-    """Test by resampling items whether model a is better than model b on them.
+    """Test whether model a is better than model b by resampling their common items.
 
     Args:
         a: values of each item, (N,), hits (0/1) or IoUs.
@@ -91,7 +85,7 @@ def paired_bootstrap(
         seed: of the resampling.
 
     Returns:
-        mean_diff = mean(a - b), its 95 % percentile interval lo, hi, and a two-sided p:
+        mean_diff = mean(a - b), its percentile interval lo, hi, and a two-sided p:
         twice the smaller share of resamples on either side of 0, counting the sample
         itself, so never exactly 0.
     """
@@ -115,7 +109,7 @@ def paired_bootstrap(
     }
 
 
-def mcnemar_test(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
+def mcnemar_test(a: ArrayLike, b: ArrayLike) -> dict[str, Any]:
     """Run the exact McNemar test on hits of two models on the same items.
 
     Args:
@@ -123,8 +117,8 @@ def mcnemar_test(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
         b: hits of the second model, (N,).
 
     Returns:
-        b: items only the first model got; c: items only the second got; p: the
-        two-sided binomial p of that split.
+        b, c: items that only the first or only the second model got; p: the two-sided
+        binomial p of that split.
     """
     first, second = (values > 0 for values in _pair(a, b))
     only_first = int(np.sum(first & ~second))
@@ -132,5 +126,4 @@ def mcnemar_test(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
     # integers until the end: 2^n overflows a float beyond n = 1023
-    p = min(1.0, 2 * tail / 2**n)
-    return {"b": only_first, "c": only_second, "p": p}
+    return {"b": only_first, "c": only_second, "p": min(1.0, 2 * tail / 2**n)}

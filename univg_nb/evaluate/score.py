@@ -24,10 +24,7 @@ MIG_ORIGINAL_SHA256 = "8f6e8fce3720dc6e17462533426d455463cda38b441edc2d70d65afa1
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A records file to score models on: its path, items and hash.
-
-    `name` is what a run calls it ("mig", "lisa", ...).
-    """
+    """A records file to score models on; a run calls it `name` ("mig", "lisa", ...)."""
 
     records: Path
     items: list[GroundingSample]
@@ -42,8 +39,7 @@ class Benchmark:
 
         Args:
             records: the file.
-            image_root: folder of the images; needed for pictures, and where boxes are
-                pixels and rows do not say the images' sizes.
+            image_root: folder of the images, for pictures and for boxes in pixels.
             name: what a run calls it.
         """
         items = files.read(records, image_root=image_root)
@@ -52,8 +48,7 @@ class Benchmark:
     def identify(self) -> dict[str, str]:
         """Return which benchmark it is ("name") and what tells it ("by").
 
-        The original and the revised MIG-Bench differ by 10 points for one model
-        (docs/paper_facts.md#tables), so a score without this cannot be compared.
+        Original and revised MIG-Bench differ by 10 points for one model.
         """
         counts = Counter(sample.task for sample in self.items)
         if self.sha256 == MIG_ORIGINAL_SHA256:
@@ -68,11 +63,7 @@ class Benchmark:
         return {"name": "unknown", "by": "none"}
 
     def select(self, only: Sequence[str]) -> list[int]:
-        """Return the indices of the items named by id or index; all if none is.
-
-        Raises:
-            ValueError: for a name that no item has.
-        """
+        """Return the indices of the items named by id or index; all if none is."""
         ids = {sample.id: i for i, sample in enumerate(self.items)}
         ids |= {str(i): i for i in range(len(self.items)) if str(i) not in ids}
         for name in only:
@@ -99,8 +90,7 @@ def score(
         indices: items to score; None for all.
 
     Returns:
-        The content of scores.json: the numbers of `scoring.summarize_items` and what
-        they belong to.
+        The content of scores.json: `scoring.summarize_items` and what it belongs to.
 
     Raises:
         ValueError: as `scoring.score_items`.
@@ -122,7 +112,7 @@ def score(
 
 
 def format_task(task: str) -> str:
-    """Return the paper's name of a task, or its own; the zero-shot files give none."""
+    """Return the paper's name of a task, or its own."""
     return TASK_COLUMN.get(task, task) or "(no task)"
 
 
@@ -192,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = score(bench, options.predictions, how, indices)
     if options.out:
         io.write_json(options.out, result)
-    print(f"benchmark {result['benchmark']['name']} · {len(bench.items)} items in all")
+    name = result["benchmark"]["name"]
+    print(f"benchmark {name} · {len(bench.items)} items in the records")
     print(f"parser {how.parser} · rule {how.rule}")
     print(format_scores(result))

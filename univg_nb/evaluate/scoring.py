@@ -1,9 +1,8 @@
 """Scores of recorded replies: accuracy at IoU thresholds, intervals, paired tests.
 
-This module needs neither a model nor torch; 4,295 items are scored in about a second.
-The metric and the parsers are those of docs/paper_facts.md#evaluation. A defect of the
-released scorers is kept as an option where a published number depends on it
-(`parser="released"`), and corrected otherwise.
+Neither a model nor torch is needed. The metric and the parsers are those of
+docs/paper_facts.md#evaluation. A defect of the released scorers is kept as an option
+where a published number depends on it, and corrected otherwise.
 """
 
 from collections import Counter
@@ -36,11 +35,9 @@ class ScoringOptions:
     """How replies are read and compared with the target.
 
     Attributes:
-        parser: "answer" or "released", see `boxes.parse_box`.
-        rule: "one" compares with the one box that the released scorers take, "any" with
-            the best of all instances of the item (docs/paper_facts.md#e8).
-        stretch: stretch the boxes first, as for Migician's published row and no other
-            (`boxes.stretch_box`).
+        parser: "answer" or "released" (`boxes.parse_box`).
+        rule: "one" released box, or the best of "any" (docs/paper_facts.md#e8).
+        stretch: stretch boxes as for Migician's published row (`boxes.stretch_box`).
         allow_missing: leave out items without a reply instead of refusing them.
     """
 
@@ -62,9 +59,8 @@ class ItemScore:
         id: the item's id there.
         task: the item's task.
         iou: IoU of the box with the target, 0..1.
-        status: the parser's (`boxes.parse_box`), or "truncated" for a cut-off reply
-            without a box.
-        box: the box that was read, on 0..1000; None if there is none.
+        status: the parser's, or "truncated" for a cut-off reply without a box.
+        box: the box that was read, on 0..1000, or None.
         truncated: whether the reply ran out of tokens.
     """
 
@@ -87,7 +83,7 @@ def score_items(
 
     Args:
         samples: all items of the records file.
-        replies: replies of each item by its index, from `read_predictions`.
+        replies: replies to each item by its index, from `read_predictions`.
         options: how replies are read.
         indices: items to score; None for all.
 
@@ -95,8 +91,7 @@ def score_items(
         One score for each item, in index order.
 
     Raises:
-        ValueError: for an item without a reply or with several, and for a reply to an
-            item beyond the records.
+        ValueError: an item has no reply or several, or a reply belongs to no item.
     """
     wanted = sorted(set(range(len(samples)) if indices is None else indices))
     beyond = [i for i in replies if i >= len(samples)]
@@ -151,12 +146,10 @@ def summarize_items(
         missing: number of items without a reply, by task.
 
     Returns:
-        "tasks" and "pooled" with n, hit_03, hit_05, hit_07 (counts), acc_03, acc_05,
-        acc_07 and mean_iou (0..1), ci_05 (95 % Wilson interval), status (counts that
-        add up to n), truncated and missing; a task of which nothing is scored has n = 0
-        and None for its rates. "macro_*": unweighted means over the scored tasks, with
-        macro_ci_05. "pooled_acc_05". "curve": the pooled accuracy over IoU thresholds.
-        "items": the fields of each `ItemScore`.
+        "tasks", "pooled": n, hit_03, hit_05, hit_07 (counts), acc_03, acc_05, acc_07,
+        mean_iou, ci_05 (0..1; None where n = 0), status, truncated, missing (counts).
+        "macro_*": unweighted means over the scored tasks. "curve": accuracy over IoU
+        thresholds. "items": the fields of each `ItemScore`.
     """
     missing = missing or Counter()
     groups: dict[str, list[ItemScore]] = {task: [] for task in missing}
@@ -168,7 +161,7 @@ def summarize_items(
     }
     pooled = _summarize(items) | {"missing": missing.total()}
     scored = [row for row in tasks.values() if row["n"]]
-    macro = {
+    macro: dict[str, Any] = {
         f"macro_{key}": float(np.mean([row[key] for row in scored])) if scored else None
         for key in ("acc_03", "acc_05", "acc_07", "mean_iou")
     }
@@ -210,11 +203,7 @@ def _compute_curve(items: Sequence[ItemScore]) -> dict[str, list[float]] | None:
 
 
 def classify_result(item: ItemScore) -> str:
-    """Return the one of `KINDS` that an item is, by its box and IoU.
-
-    "elsewhere" usually is another thing whose box is right, "near miss" the target with
-    inexact edges.
-    """
+    """Return the one of `KINDS` that an item is, by its box and IoU."""
     if item.box is None or item.status != OK:
         return KINDS[-1]
     return next(kind for kind, least in _LEAST_IOU.items() if item.iou >= least)
@@ -235,14 +224,14 @@ def compare_items(
         a: scores of the first model.
         b: scores of the second model.
         n_boot: resamples of the bootstrap.
-        seed: seed of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
-        "tasks" by name and "overall", each with n, acc_05_a, acc_05_b, the paired
-        bootstrap of b - a for acc_05 and mean_iou, and mcnemar on hits at IoU 0.5.
+        "tasks", "overall": n, acc_05_a, acc_05_b, paired bootstraps of b - a (acc_05,
+        mean_iou) and mcnemar on hits at IoU 0.5.
 
     Raises:
-        ValueError: when the models were scored on different items, or on none.
+        ValueError: the models were scored on different items, or on none.
     """
     if [item.index for item in a] != [item.index for item in b]:
         only = {item.index for item in a} ^ {item.index for item in b}
@@ -253,19 +242,17 @@ def compare_items(
     if not a:
         raise ValueError("nothing to compare: no item has a prediction in both runs")
 
+    ious = np.array([[item.iou for item in items] for items in (a, b)])  # (2, N)
+
     def compare(keep: list[int]) -> dict[str, Any]:
-        iou_a = np.array([a[k].iou for k in keep])  # (n,)
-        iou_b = np.array([b[k].iou for k in keep])
+        iou_a, iou_b = ious[:, keep]
         hit_a, hit_b = iou_a >= 0.5, iou_b >= 0.5
-        boot = {"n_boot": n_boot, "seed": seed}
         return {
             "n": len(keep),
             "acc_05_a": float(hit_a.mean()),
             "acc_05_b": float(hit_b.mean()),
-            "acc_05": intervals.paired_bootstrap(
-                hit_b.astype(float), hit_a.astype(float), **boot
-            ),
-            "mean_iou": intervals.paired_bootstrap(iou_b, iou_a, **boot),
+            "acc_05": intervals.paired_bootstrap(hit_b, hit_a, n_boot, seed),
+            "mean_iou": intervals.paired_bootstrap(iou_b, iou_a, n_boot, seed),
             "mcnemar": intervals.mcnemar_test(hit_a, hit_b),
         }
 

@@ -1,8 +1,7 @@
 """Replies of a vLLM server: `vllm serve MODEL`, then `generate --server URL`.
 
-For large models on GPUs: vLLM batches requests by itself. The prompt, the pixels and
-the ban on vision tokens are those of `replies`; adapters must have been merged into the
-folder that is served (`merge`).
+vLLM batches requests by itself. Prompt, pixels and banned tokens are as in `replies`;
+adapters must have been merged into the folder that is served (`merge`).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class ServedModel:
     """A model behind an OpenAI-compatible endpoint.
 
     Attributes:
-        base_url: such as "http://127.0.0.1:8000/v1"; a key, where one is needed, is
-            read from the environment (OPENAI_API_KEY).
+        base_url: such as "http://127.0.0.1:8000/v1"; OPENAI_API_KEY may hold a key.
         model: its name at the endpoint: for vLLM the folder or hub name it serves.
         timeout: seconds that a reply may take.
     """
@@ -56,8 +54,7 @@ class ServedModel:
     ) -> list[Made]:
         """Return one reply to each sample, all asked at once.
 
-        Images are sent as `processor` resizes them, since vLLM takes no limits with a
-        request unless it is told to trust its clients.
+        Images are sent as `processor` resizes them: vLLM takes no limits by request.
 
         Args:
             processor: gives the pixel limits and the ids of the banned tokens.
@@ -68,8 +65,7 @@ class ServedModel:
             temperature: 0 is greedy.
 
         Raises:
-            ValueError: for an unreadable image, and for a server that cannot be reached
-                or refuses.
+            ValueError: an image is unreadable, or the server unreachable or unwilling.
         """
         client = self._connect()
         known = processor.tokenizer.get_vocab()

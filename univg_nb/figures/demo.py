@@ -46,14 +46,10 @@ class Answer:
 def load_model(
     name: str, adapters: Sequence[str | Path] = ()
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model and its processor.
-
-    Models other than the shipped one get the pixel limits of the scale `full`, and bf16
-    with FlashAttention where there are a GPU and the package.
+    """Load a model; others than the shipped one as the scale `full`, bf16 on a GPU.
 
     Args:
-        name: "tiny", a local folder, or a hub name like GD-ML/UniVG-R1 (which needs the
-            network once: HF_HUB_OFFLINE=0).
+        name: "tiny", a local folder, or a hub name (online once: HF_HUB_OFFLINE=0).
         adapters: folders of adapters, each on top of the one before.
     """
     section = load_scale("tiny" if name == "tiny" else "full")["model"]
@@ -91,7 +87,7 @@ def ask(
         max_new_tokens: most tokens of the reply.
 
     Raises:
-        ValueError: for no question, no or too many images, and a file that is no image.
+        ValueError: no question, no or too many images, or a file that is no image.
     """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise ValueError(
@@ -101,8 +97,9 @@ def ask(
         raise ValueError("the question is empty; write what to look for")
     paths = tuple(map(str, images))
     sample = GroundingSample("demo", "", paths, question.strip(), _ANYWHERE, cot=think)
-    options = {"style": style, "max_new_tokens": max_new_tokens}
-    (made,) = replies.reply(model, processor, [sample], **options)
+    (made,) = replies.reply(
+        model, processor, [sample], style=style, max_new_tokens=max_new_tokens
+    )
     parsed = parse_box(made.response)
     target = find_target_image(sample)
     if target is None:
@@ -117,8 +114,8 @@ def _draw_sheet(
     """Draw the images side by side, the box on number `target` (None: on each)."""
     drawn = []
     for number, path in enumerate(paths, start=1):
-        shown = parsed.box is not None and target in (number, None)
-        boxes = [(parsed.box, drawing.RED, "")] if shown else []
+        box = parsed.box if target in (number, None) else None
+        boxes = [] if box is None else [(box, drawing.RED, "")]
         drawn.append(drawing.draw_boxes(open_image(path), boxes, 300))
     width = sum(picture.width + _GAP for picture in drawn) - _GAP
     sheet = Image.new("RGB", (width, max(p.height for p in drawn)), "white")
@@ -167,19 +164,17 @@ def build_panel(
 
     def answer(_: object) -> None:
         output.clear_output()
-        options = {"style": style, "max_new_tokens": max_new_tokens}
         with output:
-            images = (
-                _keep_uploads(upload.value, folder) or examples[choice.value].images
-            )
             try:
                 found = ask(
                     model,
                     processor,
-                    images,
+                    _keep_uploads(upload.value, folder)
+                    or examples[choice.value].images,
                     question.value,
+                    style=style,
                     think=think.value,
-                    **options,
+                    max_new_tokens=max_new_tokens,
                 )
             except ValueError as error:
                 print(error)

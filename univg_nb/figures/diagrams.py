@@ -5,6 +5,7 @@ Figure 1 is drawn from samples and results; Figure 2 is a diagram and needs no d
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,9 +37,7 @@ def plot_average_bars(
 
     Args:
         results: from `tables.load_result_table`.
-        published: column of `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) whose values
-            are named below the axis: they were measured on another benchmark, so they
-            are no bars beside ours.
+        published: column of `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) to name below.
         ax: axes to draw into.
     """
     rows = results[results["column"] == "AVG"]
@@ -66,8 +65,7 @@ def draw_teaser(
     """Draw Figure 1: an image of each task with its target, and the averages below.
 
     Args:
-        samples: one of each task; the image with the target is shown, the last where
-            that is not known.
+        samples: one of each task; the image with the target is shown, or the last.
         mig: results on MIG, from `tables.load_result_table`.
         zero_shot: results on other benchmarks by title.
         columns: images in a row.
@@ -126,7 +124,7 @@ def _draw_block(
     """Draw a rounded box centered on (x, y) with text in it."""
     corner, style = (x - w / 2, y - h / 2), "round,pad=0,rounding_size=0.15"
     for face, edge in (("white", "none"), ((color, 0.16), color)):
-        look = {"fc": face, "ec": edge, "lw": 1.6, "zorder": 3}
+        look: dict[str, Any] = {"fc": face, "ec": edge, "lw": 1.6, "zorder": 3}
         ax.add_patch(FancyBboxPatch(corner, w, h, style, **look))
     ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=4)
 

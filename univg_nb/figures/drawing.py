@@ -35,12 +35,11 @@ def draw_boxes(
 
     Args:
         image: the image.
-        boxes: (box, color, label) each: a box (x1, y1, x2, y2) on 0..1000, clipped to
-            the image; a color's name or "#rrggbb"; a label or "".
+        boxes: (box on 0..1000, color, label or "") each; they are clipped to the image.
         long_side: pixels of the copy's longer side.
 
     Raises:
-        ValueError: for a color that Pillow does not know.
+        ValueError: Pillow does not know a color.
     """
     scale = long_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -126,9 +125,7 @@ def show_sample(
     Args:
         sample: the sample.
         predictions: boxes on 0..1000 by name, None for a reply without a box.
-        target: index of the image that the boxes belong to; by default
-            `get_target_index`. If that is unknown, they are drawn on every image and
-            the legend says so.
+        target: index of the boxes' image; if it is unknown, every image has them.
         columns: images in a row.
         title: whether the question is shown.
 

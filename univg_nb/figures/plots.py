@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
 from univg_nb import paper
 from univg_nb.figures.drawing import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, SKY
@@ -61,8 +61,8 @@ def create_axes(
 
     Args:
         ax: axes to draw into; None for those of a new figure.
-        width: of the new figure, in inches.
-        height: of the new figure, in inches.
+        width: of the new figure, inches.
+        height: of the new figure, inches.
     """
     figure = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(figure)
@@ -71,7 +71,7 @@ def create_axes(
     return figure if ax is None else ax, axes
 
 
-def save_figure(figure: Figure | SubFigure, path: str | Path, dpi: int = 110) -> Path:
+def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write a figure as PNG, atomically, and return the path."""
     with open_atomically(path, "wb") as handle:
         figure.savefig(handle, dpi=dpi, format="png")

@@ -42,7 +42,7 @@ def write_report(
     column: str | None = None,
     cases: int = 6,
 ) -> tuple[Path, Path]:
-    """Write a page and, beside it, its tables as Markdown.
+    """Write a page and, beside it, its tables as Markdown; return both files.
 
     Cases are chosen for the last model, wins and losses are its over the first, gains
     are of each model over the one before.
@@ -51,16 +51,12 @@ def write_report(
         bench: what was predicted, read with its image root.
         files: predictions by model, in the order of training.
         out: the page.
-        options: how replies are read. With `allow_missing` the items that all models
-            answered are scored, and a missing picture is named in its place.
+        options: how replies are read; `allow_missing` is for pictures too.
         column: the published column (of the paper's Table 2 or 3) beside one task.
         cases: items shown of each kind.
 
-    Returns:
-        The page and the Markdown file.
-
     Raises:
-        ValueError: as `scoring.score_items`, and for a picture that cannot be opened.
+        ValueError: as `scoring.score_items`, or a picture cannot be opened.
     """
     replies = {name: read_predictions(path) for name, path in files.items()}
     indices = None
@@ -121,7 +117,8 @@ def _collect_facts(scores: Mapping[str, dict[str, Any]]) -> list[str]:
 
 def _pick_cases(scored: Scored, count: int) -> dict[str, list[int]]:
     """Choose items by title: the last model's worst and best, its wins and losses."""
-    earlier, name = next(iter(scored)), next(reversed(scored))
+    names = list(scored)
+    earlier, name = names[0], names[-1]
     first, last = scored[earlier], scored[name]
     # where there is a box, there is something to see
     worst = sorted(last, key=lambda item: (item.box is None, item.iou))
@@ -214,13 +211,15 @@ def _render_page(
     )
     frames = {name: frame.reset_index() for name, frame in shown.items()}
     ious = {name: [item.iou for item in items] for name, items in scored.items()}
+    curve = Figure(figsize=(6.5, 4.2), layout="constrained")
+    plots.plot_iou_curve(ious, curve.add_subplot())
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         tables={
             name: {"columns": list(frame.columns), "rows": tables.format_cells(frame)}
             for name, frame in frames.items()
         },
-        curve=_encode_figure(plots.plot_iou_curve(ious)),
+        curve=_encode_figure(curve),
         picked=picked,
     )
 

@@ -38,17 +38,17 @@ Scored = Mapping[str, Sequence[ItemScore]]
 
 
 def load_result_table(run_dir: str | Path, benchmark: str = "mig") -> pd.DataFrame:
-    """Load the accuracies of all models of a run on a benchmark.
+    """Load the accuracies of all models of a run, in training order.
 
     Args:
         run_dir: the run folder.
         benchmark: the benchmark's folder under eval/<model>/.
 
     Returns:
-        The table of `build_result_table`, models in training order.
+        The table of `build_result_table`.
 
     Raises:
-        ValueError: when no model was scored on the benchmark.
+        ValueError: no model was scored on the benchmark.
     """
     files = {
         path.parent.parent.name: path
@@ -72,9 +72,7 @@ def build_result_table(scores: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         Columns: model, task, column (the paper's name of the task), n, hits, acc, lo,
-        hi; the last three in percent. Tasks without a scored item are left out. A
-        model's last rows are "macro" (column AVG, the mean of its tasks) and "pooled"
-        (column Pooled, over items).
+        hi (in percent). A model's last rows are "macro" (AVG) and "pooled" (Pooled).
     """
     rows: list[tuple[Any, ...]] = []
     for model, result in scores.items():
@@ -101,39 +99,30 @@ def pivot_results(results: pd.DataFrame) -> pd.DataFrame:
     """Arrange a result table for reading: models x columns, cells "45.0 [38, 52]".
 
     Args:
-        results: from `load_result_table`.
-
-    Returns:
-        A table whose first row holds the numbers of items. A benchmark of one task has
-        no columns for averages.
+        results: from `load_result_table`. One task gets no columns for averages.
 
     Raises:
-        ValueError: when the models were scored on different numbers of items.
+        ValueError: the models were scored on different numbers of items.
     """
     if (results.groupby("task", sort=False)["n"].nunique() > 1).any():
         raise ValueError(
             "the models were scored on different numbers of items: evaluate them on "
             "the same records before putting them into one table"
         )
-    cells = [
-        f"{row.acc:.1f} [{row.lo:.0f}, {row.hi:.0f}]" for row in results.itertuples()
-    ]
-    columns = list(dict.fromkeys(results["column"]))
-    columns = columns[:1] if len(columns) == 3 else columns
-    frame = results.assign(cell=cells).pivot(
-        index="model", columns="column", values="cell"
-    )
-    counts = results.groupby("column")["n"].first().map("n = {}".format)
-    models = list(dict.fromkeys(results["model"]))
-    frame = pd.concat([counts.to_frame("items").T, frame.loc[models]])[columns]
-    return frame.rename_axis(index="model", columns=None)
+    rows: dict[str, dict[str, str]] = {"items": {}}
+    for row in results.itertuples():
+        rows["items"][row.column] = f"n = {row.n}"
+        cell = f"{row.acc:.1f} [{row.lo:.0f}, {row.hi:.0f}]"
+        rows.setdefault(row.model, {})[row.column] = cell
+    columns = list(rows["items"])
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    return frame[columns[:1] if len(columns) == 3 else columns].rename_axis("model")
 
 
 def load_paper_comparison(run_dir: str | Path) -> pd.DataFrame:
     """Load Table 4 of the paper with the run's models below its own, in percent.
 
-    The two were measured on different benchmarks with models a thousand times apart in
-    size: compare the order of the rows, not the values.
+    The benchmarks differ, and the models' sizes: compare the order, not the values.
 
     Args:
         run_dir: the run folder.
@@ -142,7 +131,7 @@ def load_paper_comparison(run_dir: str | Path) -> pd.DataFrame:
         Index (model, source) with source "paper" or "ours"; the paper's columns.
     """
     results = load_result_table(run_dir).set_index(["model", "column"])["acc"]
-    published = paper.TABLE_4.frame()
+    published = paper.TABLE_4.to_frame()
     rows = {}
     for model in dict.fromkeys(results.index.get_level_values("model")):
         if model in paper.STAGE_OF_MODEL:
@@ -158,8 +147,7 @@ def load_gains(run_dir: str | Path) -> pd.DataFrame:
         run_dir: the run folder.
 
     Returns:
-        Index model; columns over (the model compared with), paper, ours. Only stages of
-        which both models were scored.
+        Index model; columns over (the model compared with), paper, ours.
     """
     average = load_paper_comparison(run_dir)["AVG"]
     rows = {
@@ -184,7 +172,7 @@ def build_score_table(
         column: column of the paper's Table 2 or 3 for a file of one task.
 
     Raises:
-        ValueError: for an unknown column, or one given for several tasks.
+        ValueError: the column is unknown, or given for several tasks.
     """
     ours = pivot_results(build_result_table(scores))
     published = _find_published(scores, column, list(ours.columns))
@@ -202,9 +190,11 @@ def _find_published(
     tasks = list(next(iter(scores.values()))["tasks"])
     if column is None and set(tasks) <= set(paper.TASK_COLUMN):
         stages = [paper.STAGE_OF_MODEL[m] for m in scores if m in paper.STAGE_OF_MODEL]
-        known = paper.TABLE_1.frame().loc[list(PUBLISHED)]
+        known = paper.TABLE_1.to_frame().loc[list(PUBLISHED)]
         # two rows are in both tables
-        return pd.concat([known, paper.TABLE_4.frame().loc[stages]]).drop_duplicates()
+        return pd.concat(
+            [known, paper.TABLE_4.to_frame().loc[stages]]
+        ).drop_duplicates()
     column = column or paper.REFCOCO_FILES.get(tasks[0])
     if column is None:
         return pd.DataFrame(columns=columns)
@@ -215,7 +205,7 @@ def _find_published(
             f"--column {column!r} with {len(tasks)} tasks: it is for files of one task "
             f"and one of: {known}"
         )
-    return found[0].frame()[[column]].set_axis(columns[:1], axis=1)
+    return found[0].to_frame()[[column]].set_axis(columns[:1], axis=1)
 
 
 # ---------------------------------------------------------------- items, groups
@@ -269,8 +259,7 @@ def compute_difficulty_shares(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame
         rows: rows of rollouts.jsonl, one for each group, with "step" and "mean_iou".
 
     Returns:
-        Index step; columns easy, medium, hard (0..1, adding up to 1) and groups (their
-        number).
+        Index step; columns easy, medium, hard (0..1) and groups (their number).
     """
     frame = pd.DataFrame(
         [(row["step"], difficulty_bin(row["mean_iou"])) for row in rows],
@@ -286,12 +275,10 @@ def compute_difficulty_shares(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame
 def _average_shares(shares: pd.DataFrame) -> pd.DataFrame:
     """Average shares over ten stretches of the training, for reading."""
     stretch = np.arange(len(shares)) * 10 // len(shares)
-    groups = shares["groups"]
-    counts = shares[list(SHARES)].mul(groups, axis=0).assign(groups=groups)
-    sums = counts.groupby(stretch).sum()
-    first = pd.Series(shares.index).groupby(stretch).first()
-    frame = sums[list(SHARES)].div(sums["groups"], axis=0)
-    frame = frame.assign(groups=sums["groups"].astype(int)).set_index(first)
+    counts = shares[list(SHARES)].mul(shares["groups"], axis=0)
+    sums = counts.assign(groups=shares["groups"]).groupby(stretch).sum()
+    frame = sums.div(sums["groups"], axis=0).assign(groups=sums["groups"].astype(int))
+    frame.index = pd.Series(shares.index).groupby(stretch).first()
     return frame.rename_axis("from step")
 
 
@@ -334,18 +321,14 @@ def format_markdown(frame: pd.DataFrame, digits: int = 1, index: bool = True) ->
 def write_tables(run_dir: str | Path) -> list[Path]:
     """Write every table that a run has data for under tables/, as .md and .csv.
 
-    These are results_<benchmark>, published_beside_ours, gains,
-    difficulty_shares_<stage>, and paper_table<N> as printed. The .csv files have full
-    precision.
-
     Args:
         run_dir: the run folder.
 
     Returns:
-        The .md files.
+        The .md files; the .csv files have full precision.
 
     Raises:
-        ValueError: when no model was scored on MIG.
+        ValueError: no model was scored on MIG.
     """
     run_dir = Path(run_dir)
     scored = {path.parent.name for path in run_dir.glob("eval/*/*/scores.json")}
@@ -364,7 +347,7 @@ def write_tables(run_dir: str | Path) -> list[Path]:
         name = f"difficulty_shares_{path.parent.name}"
         tables[name] = shares, _average_shares(shares), 3
     for table in paper.TABLES:
-        frame = table.frame().rename_axis("model")
+        frame = table.to_frame().rename_axis("model")
         tables[f"paper_table{table.number}"] = frame, frame, 2
     written = [run_dir / "tables" / f"{name}.md" for name in tables]
     for path, (exact, shown, digits) in zip(written, tables.values(), strict=True):
