@@ -79,12 +79,12 @@ class RowContext:
         value = row.get(key)  # None is of no type that is ever asked for
         if isinstance(value, kind):
             return value
-        remedy = "correct the row or pass the right format="
+        remedy = "or pass the right format="
         if key not in row:
-            problem = f"key {key!r} is missing (found {sorted(row)}); {remedy}"
+            problem = f"key {key!r} is missing (found {sorted(row)}); add it {remedy}"
             raise self.error("missing_key", problem)
-        problem = f"{key!r} is {value!r:.60}, expected {kind.__name__}; {remedy}"
-        raise self.error("wrong_type", problem)
+        problem = f"{key!r} is {value!r:.60}, expected {kind.__name__}"
+        raise self.error("wrong_type", f"{problem}; correct the row {remedy}")
 
     def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Drop a leading "./" of each path and join relative ones to image_root."""
