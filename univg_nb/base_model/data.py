@@ -78,7 +78,7 @@ class Views(Dataset):
 
 
 # Shares of the language stage at which lessons grow from one thing to two, three and
-# five, and from single pictures to several, for the same reason.
+# five, and from single pictures to several: see `compute_max_things`.
 LANGUAGE_BORDERS = (0.05, 0.15, 0.28)
 
 

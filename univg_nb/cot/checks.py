@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from univg_nb.data.boxes import find_boxes, format_box
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
@@ -79,6 +79,11 @@ def get_part(task: str) -> str:
     return name if name in STEPS else "free_form"
 
 
+def _list_fields(sample: GroundingSample) -> dict[str, Any]:
+    box = format_box(sample.answer)
+    return {"count": len(sample.images), "question": sample.question, "answer": box}
+
+
 def make_teacher_prompt(sample: GroundingSample, others: str = "") -> str:
     """Return the text that the teacher gets with the images.
 
@@ -86,13 +91,9 @@ def make_teacher_prompt(sample: GroundingSample, others: str = "") -> str:
         sample: the question and its true box.
         others: other turns of its dialogue, as from `collect_other_turns`.
     """
-    return TEACHER.format(
-        count=len(sample.images),
-        question=sample.question,
-        answer=format_box(sample.answer),
-        others=f"What else was asked about them: {others}\n" if others else "",
-        steps=STEPS[get_part(sample.task)],
-    )
+    others = f"What else was asked about them: {others}\n" if others else ""
+    steps = STEPS[get_part(sample.task)]
+    return TEACHER.format(**_list_fields(sample), others=others, steps=steps)
 
 
 def collect_other_turns(samples: Iterable[GroundingSample]) -> dict[str, str]:
@@ -125,12 +126,7 @@ def make_selector_prompt(sample: GroundingSample, replies: Sequence[str]) -> str
         replies: the candidates, which the prompt numbers from 1.
     """
     listed = [f"Reply {n}: {text}" for n, text in enumerate(replies, start=1)]
-    return SELECTOR.format(
-        count=len(sample.images),
-        question=sample.question,
-        answer=format_box(sample.answer),
-        replies="\n".join(listed),
-    )
+    return SELECTOR.format(**_list_fields(sample), replies="\n".join(listed))
 
 
 def parse_selection(text: str, count: int) -> int | None:

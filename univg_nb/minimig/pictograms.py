@@ -29,8 +29,8 @@ SUPERSAMPLE = 3  # sprites are drawn this much larger, then reduced: smooth edge
 class Pen:
     """Draw shapes given in unit coordinates on a transparent square image.
 
-    Shapes are filled with ``fill`` (the main color if it is None) and outlined in the
-    dark shade. The three shades are ``main``, ``dark`` and ``light``.
+    Shapes are filled with `fill` (the main color if it is None) and outlined in the
+    dark shade. The three shades are `main`, `dark` and `light`.
 
     Args:
         pixels: side of the image.
@@ -53,18 +53,18 @@ class Pen:
         return self._scale(box[:2], box[2:])
 
     def polygon(self, points: list[Point], fill: Fill = None) -> None:
-        """Draw a closed outline through ``points``."""
+        """Draw a closed outline through `points`."""
         scaled = self._scale(*points)
         self._draw.polygon(scaled, fill=fill or self.main)
         self._draw.line([*scaled, scaled[0]], self.dark, self._outline, joint="curve")
 
     def rectangle(self, box: UnitBox, fill: Fill = None, radius: float = 0.0) -> None:
-        """Draw a rectangle with its corners rounded by ``radius``."""
+        """Draw a rectangle with its corners rounded by `radius`."""
         style = (radius * self._pixels, fill or self.main, self.dark, self._outline)
         self._draw.rounded_rectangle(self._corners(box), *style)
 
     def ellipse(self, box: UnitBox, fill: Fill = None) -> None:
-        """Draw an ellipse inside ``box``."""
+        """Draw an ellipse inside `box`."""
         style = (fill or self.main, self.dark, self._outline)
         self._draw.ellipse(self._corners(box), *style)
 
@@ -88,7 +88,7 @@ class Pen:
         self._draw.arc(self._corners(box), start, end, self.dark, pixels)
 
     def line(self, points: list[Point], width: float = 0.08, fill: Fill = None) -> None:
-        """Draw a line through ``points``, ``width`` as a share of the square's side."""
+        """Draw a line through `points`, `width` as a share of the square's side."""
         pixels = max(1, round(width * self._pixels))
         self._draw.line(self._scale(*points), fill or self.dark, pixels, joint="curve")
 
@@ -267,7 +267,7 @@ KINDS: dict[str, Kind] = {
 
 @lru_cache(maxsize=8192)
 def draw_sprite(kind: str, color: str, pixels: int, flip: bool) -> Image.Image:
-    """Return the pictogram as an RGBA square of ``pixels`` a side.
+    """Return the pictogram as an RGBA square of `pixels` a side.
 
     Args:
         kind: a key of `KINDS`.
@@ -297,5 +297,5 @@ def compute_part_box(kind: str, part: str, flip: bool) -> UnitBox:
 
 
 def serves_use(shown: str, asked: str) -> bool:
-    """Return whether a thing of kind ``shown`` could do what ``asked`` is used for."""
+    """Return whether a thing of kind `shown` could do what `asked` is used for."""
     return shown == asked or shown in KINDS[asked].substitutes

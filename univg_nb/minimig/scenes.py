@@ -31,7 +31,7 @@ Label = tuple[str, str]  # (kind, color)
 
 @dataclass(frozen=True)
 class Thing:
-    """A pictogram in a scene: center (x, y) and side ``size`` in shares, 0..1."""
+    """A pictogram in a scene: center (x, y) and side `size` in shares, 0..1."""
 
     kind: str
     color: str
@@ -135,7 +135,7 @@ def make_rng(seed: int, split: str, index: int) -> np.random.Generator:
     """Return a generator that depends on (seed, split, index) and nothing else.
 
     Raises:
-        ValueError: if ``split`` is not one of `SPLITS`.
+        ValueError: if `split` is not one of `SPLITS`.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -151,7 +151,7 @@ def sample_size(rng: np.random.Generator, large: bool) -> float:
 def place_thing(
     rng: np.random.Generator, thing: Thing, others: Sequence[Thing], max_iou: float
 ) -> Thing:
-    """Move ``thing`` to a random position where it overlaps little with ``others``.
+    """Move `thing` to a random position where it overlaps little with `others`.
 
     Args:
         rng: source of random numbers.
@@ -230,7 +230,7 @@ def _draw_place(image: Image.Image, place: str) -> Image.Image:
 
 
 def render(scene: Scene, pixels: int = CANVAS) -> Image.Image:
-    """Render the scene as an RGB image of ``pixels`` a side."""
+    """Render the scene as an RGB image of `pixels` a side."""
     image = _render_ground(scene.place, scene.tint).copy()
     if pixels != CANVAS:
         image = image.resize((pixels, pixels), Image.Resampling.BILINEAR)
