@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import builders
@@ -228,13 +229,12 @@ def test_released_zero_shot_files_get_their_own_pixel_limit(tmp_path):
     (tmp_path / "lisa.json").write_text(json.dumps([row]))
 
     def limit(*more):
-        arguments = ["--records", str(tmp_path / "lisa.json"), "--out", "p"]
-        arguments += ["--model", "m", "--scale", "full", *more]
-        options = generation._make_parser().parse_args(arguments)
+        options = Namespace(records=tmp_path / "lisa.json", model="m")
+        options.scale, options.set = "full", more
         return generation._load_config(options)["model"]["max_pixels"]
 
     assert limit() == 640_000
-    assert limit("--set", "model.max_pixels=5000") == 5000
+    assert limit("model.max_pixels=5000") == 5000
 
 
 def test_the_command_continues_a_file_and_shares_it(folder, tmp_path, monkeypatch):

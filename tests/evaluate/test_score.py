@@ -1,4 +1,4 @@
-"""Scores and comparisons of predictions files; defects E1 to E9 of the released code."""
+"""Scores and comparisons of predictions files; defects E1 to E9 of released code."""
 
 import json
 import os

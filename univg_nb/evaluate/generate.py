@@ -330,7 +330,8 @@ def _connect(
     return ServedModel(options.server, options.model), processor
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Generate replies from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb generate",
         description="Write the replies of a model to a benchmark. Several GPUs share "
@@ -358,12 +359,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--num-return-sequences", type=int, default=1)
     add("--seed", type=int, default=0, help="of sampling")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate replies from the command line."""
-    options = _make_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     bench = Benchmark.read(options.records, options.image_root)
     indices = bench.select(options.only)
     if options.allow_missing:

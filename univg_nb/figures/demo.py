@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -131,9 +131,7 @@ def build_panel(
     processor: ProcessorMixin,
     examples: Mapping[str, GroundingSample],
     folder: str | Path,
-    *,
-    style: str = "univg",
-    max_new_tokens: int = 256,
+    **options: Any,
 ) -> ipywidgets.VBox:
     """Build a form: choose an example or upload images, write a question, press Ask.
 
@@ -144,8 +142,7 @@ def build_panel(
         processor: its processor.
         examples: samples to start from, by name.
         folder: where uploaded images are kept.
-        style: prompt style, one of `prompts.STYLES`.
-        max_new_tokens: most tokens of a reply.
+        options: style and max_new_tokens of `ask`.
     """
     # of the extra `course`: the command needs neither
     import ipywidgets as widgets
@@ -165,17 +162,11 @@ def build_panel(
     def answer(_: object) -> None:
         output.clear_output()
         with output:
+            kept = _keep_uploads(upload.value, folder)
+            images = kept or examples[choice.value].images
+            asked = {"question": question.value, "think": think.value}
             try:
-                found = ask(
-                    model,
-                    processor,
-                    _keep_uploads(upload.value, folder)
-                    or examples[choice.value].images,
-                    question.value,
-                    style=style,
-                    think=think.value,
-                    max_new_tokens=max_new_tokens,
-                )
+                found = ask(model, processor, images, **asked, **options)
             except ValueError as error:
                 print(error)
                 return
