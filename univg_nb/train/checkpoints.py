@@ -20,13 +20,14 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from univg_nb import io
-from univg_nb.config import FORMER_NAMES
+from univg_nb import io, models
+from univg_nb.config import FORMER_NAMES, dump
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.runs import resolve_run_dir
 
 COMPLETE = "complete.json"  # written last into a checkpoint
+LOGS = {"sft": ("metrics.jsonl",), "grpo": ("metrics.jsonl", "rollouts.jsonl")}
 DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
 
 
@@ -112,30 +113,61 @@ def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
             parameter.data = exact[name].to(parameter.device)
 
 
+def run_training(
+    trainer: Any,
+    config: dict[str, Any],
+    stage: Literal["sft", "grpo"],
+    out: Path,
+    fingerprint: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> "Recorder":
+    """Train from the last whole checkpoint on, and save the adapter.
+
+    Args:
+        trainer: a trainer of TRL with `epoch_sampler`, its sampler or None.
+        config: a whole scale.
+        stage: the section of the scale.
+        out: folder of the training.
+        fingerprint: of configuration and data; only checkpoints with it are used.
+        callbacks: for the trainer, called before metrics are written.
+
+    Returns:
+        The recorder: `seconds` of this call, `first` update that it made, from 0.
+    """
+    checkpoint = find_checkpoint(out / "checkpoints", fingerprint)
+    progress = not config[stage].get("disable_tqdm", False)
+    shown = "loss" if stage == "sft" else "reward"
+    recorder = Recorder(trainer, out / LOGS[stage][0], fingerprint, progress, shown)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (*callbacks, recorder):
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        io.write_text(out / "config.yaml", dump(config))
+        for name in LOGS[stage]:
+            _drop_rows_after(out / name, checkpoint)
+    began = time.perf_counter()
+    with models.ignore_rename_warnings():
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    recorder.seconds = time.perf_counter() - began
+    trainer.save_model(str(out / "adapter"))
+    return recorder
+
+
+@dataclasses.dataclass(eq=False)
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks whole checkpoints and shows one progress bar.
 
-    It adds itself to a trainer in place of the Trainer's own output. A row of
-    metrics.jsonl is one update: `step` from 1, `seconds` since the start, and what the
-    Trainer logs. `first` is the number of updates made before this call.
+    A row of metrics.jsonl is one update: `step` from 1, `seconds` since the start, and
+    what the Trainer logs.
     """
 
-    def __init__(
-        self,
-        trainer: Any,  # has `epoch_sampler`
-        out: Path,
-        fingerprint: str,  # of configuration and data, see `find_checkpoint`
-        progress: bool,
-        shown: str = "loss",  # the logged value beside the bar
-    ) -> None:
-        self.trainer = trainer
-        self.metrics = out / "metrics.jsonl"
-        self.fingerprint = fingerprint
-        self.progress = progress
-        self.shown = shown
-        self.first = 0
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(self)
+    trainer: Any
+    metrics: Path
+    fingerprint: str
+    progress: bool  # whether to show the bar
+    shown: str  # the logged value beside the bar
+    first: int = 0
+    seconds: float = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock and the bar."""
@@ -204,7 +236,7 @@ def get_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
-def drop_rows_after(path: Path, checkpoint: Path | None) -> None:
+def _drop_rows_after(path: Path, checkpoint: Path | None) -> None:
     """Drop the rows of a JSONL file that are newer than a checkpoint (None: all)."""
     last = 0 if checkpoint is None else get_step(checkpoint)
     rows = io.read_jsonl(path) if path.is_file() else []

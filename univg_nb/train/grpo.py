@@ -33,7 +33,7 @@ from trl import GRPOConfig
 
 from univg_nb import io, models, runs
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, dump, load_config, whole_batch
+from univg_nb.config import add_scale_arguments, load_config, whole_batch
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -182,21 +182,12 @@ def train(
     given = {key: value for key, value in given.items() if value is not None}
     config = {**config, "grpo": {**config["grpo"], **given}}
     fingerprint = _fingerprint(config, train, Path(sft_adapter))
-    checkpoint = checkpoints.find_checkpoint(out / "checkpoints", fingerprint)
     trainer = build_trainer(
         config, out, train, Path(sft_adapter), out / "rollouts.jsonl"
     )
-    for callback in callbacks:  # before the recorder, which acts on what they ask
-        trainer.add_callback(callback)
-    progress = not config["grpo"].get("disable_tqdm", False)
-    recorder = checkpoints.Recorder(trainer, out, fingerprint, progress, "reward")
-    if trainer.is_world_process_zero():
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoints.drop_rows_after(out / name, checkpoint)
-        io.write_text(out / "config.yaml", dump(config))
-    with models.ignore_rename_warnings():
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    trainer.save_model(str(out / "adapter"))
+    recorder = checkpoints.run_training(
+        trainer, config, "grpo", out, fingerprint, callbacks
+    )
     if trainer.is_world_process_zero():
         # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
         shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
@@ -251,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train stage 2 from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb grpo",
-        description="Stage 2: GRPO with difficulty weights, from an adapter of stage 1.",
+        description="Stage 2: GRPO with difficulty weights, from stage 1's adapter.",
         epilog="example:\n  python -m univg_nb grpo tiny \\\n"
         "      --sft-adapter runs/tiny/sft_lora/adapter --set grpo.weight=power",
         formatter_class=argparse.RawDescriptionHelpFormatter,

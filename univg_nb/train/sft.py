@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, dump, load_config, whole_batch
+from univg_nb.config import add_scale_arguments, load_config, whole_batch
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import features_fit, vision_features
 from univg_nb.runs import resolve_run_dir
@@ -234,27 +234,19 @@ def train(
             [chains, str(init_adapter)],
         ]
     )
-    checkpoint = checkpoints.find_checkpoint(out / "checkpoints", fingerprint)
     began = time.perf_counter()
     with models.ignore_rename_warnings():
         trainer = build_trainer(config, out, samples, adapter, chains, init_adapter)
-        for callback in callbacks:  # before the recorder, which acts on what they ask
-            trainer.add_callback(callback)
-        progress = not config["sft"].get("disable_tqdm", False)
-        checkpoints.Recorder(trainer, out, fingerprint, progress)
-        if trainer.is_world_process_zero():
-            io.write_text(out / "config.yaml", dump(config))
-            checkpoints.drop_rows_after(out / "metrics.jsonl", checkpoint)
-        prepared = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    seconds = time.perf_counter() - prepared
-    trainer.save_model(str(out / "adapter"))
-    summary = summarize(trainer, seconds)
+    prepared = time.perf_counter() - began
+    recorder = checkpoints.run_training(
+        trainer, config, "sft", out, fingerprint, callbacks
+    )
+    summary = summarize(trainer, recorder.seconds)
     summary |= {"adapter": adapter, "chains": chains, "samples": len(samples)}
-    summary["prepare_seconds"] = round(prepared - began, 3)
+    summary["prepare_seconds"] = round(prepared, 3)
     if trainer.is_world_process_zero():
         io.write_json(out / "summary.json", summary)
-    del trainer
+    del trainer, recorder
     gc.collect()  # a trainer is full of cycles that hold model, optimizer and features
     return summary
 
