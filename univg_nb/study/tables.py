@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from univg_nb import io
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import intervals
-from univg_nb.study import data
+from univg_nb.io import read_jsonl
+from univg_nb.study.data import has_reasoning
 
 Results = Mapping[str, Mapping[int, Mapping[str, list[float]]]]
 MEASURES = ("expected_iou", "greedy_iou", "hit")
@@ -31,19 +31,18 @@ PAIRS = (
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """a - b of two methods, (seeds, items) each, with two paired 95 % intervals.
+def compare_methods(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Return a - b of two methods, (seeds, items) each, with paired 95 % intervals.
 
-    items: chance of the items drawn, for the mean of these very trainings (bootstrap).
-    seeds: chance of the training, from the differences of the seeds (Student's t);
+    items_95: chance of the items drawn, for the mean of these trainings (bootstrap).
+    seeds_95: chance of the training, from the differences of the seeds (Student's t);
     None for one seed.
     """
     difference = a - b
     by_seed = difference.mean(axis=1)  # (seeds,)
     over_items = intervals.paired_bootstrap(a.mean(axis=0), b.mean(axis=0))
     over_seeds = None
-    count = len(by_seed)
-    if count > 1:
+    if (count := len(by_seed)) > 1:
         half = T_975[count - 2] * by_seed.std(ddof=1) / math.sqrt(count)
         over_seeds = [float(by_seed.mean() - half), float(by_seed.mean() + half)]
     return {
@@ -54,24 +53,22 @@ def over_seeds_and_items(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     }
 
 
-def compare(results: Results) -> dict:
-    """{"exp - none": {measure: over_seeds_and_items()}, ...} of the pairs at hand."""
-    made = {}
-    for first, second in PAIRS:
-        if not {first, second} <= results.keys():
-            continue
-        pair = [list(results[method].values()) for method in (first, second)]
-        made[f"{first} - {second}"] = {
-            measure: over_seeds_and_items(
-                *(np.array([seed[measure] for seed in seeds]) for seeds in pair)
-            )
-            for measure in MEASURES
-        }
-    return made
+def compare(results: Results) -> dict[str, dict[str, Any]]:
+    """Return {"exp - none": {measure: `compare_methods`}, ...} of the pairs at hand."""
+    values = {
+        (method, measure): np.array([seed[measure] for seed in seeds.values()])
+        for method, seeds in results.items()
+        for measure in MEASURES
+    }
+    return {
+        f"{a} - {b}": {m: compare_methods(values[a, m], values[b, m]) for m in MEASURES}
+        for a, b in PAIRS
+        if {a, b} <= results.keys()
+    }
 
 
-def means(results: Results) -> dict[str, dict[str, list[float]]]:
-    """{method: {measure: mean over the items, one a seed}}."""
+def compute_means(results: Results) -> dict[str, dict[str, list[float]]]:
+    """Return {method: {measure: mean over the items, one a seed}}."""
     return {
         method: {
             measure: [float(np.mean(one[measure])) for one in seeds.values()]
@@ -81,11 +78,10 @@ def means(results: Results) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def by_task(
+def compute_task_means(
     items: Sequence[GroundingSample], results: Results
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """{method: {task: {measure: mean over the task's items, one a seed}}} of the greedy
-    replies."""
+    """Return {method: {task: {"hit" or "thinks": mean over its items, one a seed}}}."""
     tasks = np.array([item.task for item in items])  # (items,)
     return {
         method: {
@@ -102,13 +98,12 @@ def by_task(
     }
 
 
-def curves(folder: Path) -> dict[str, list[float]]:
-    """Per update of a training: mean IoU and length in tokens of the sampled replies,
-    and the share of them that think."""
-    log = io.read_jsonl(folder / "metrics.jsonl")
+def read_curves(folder: Path) -> dict[str, list[float]]:
+    """Read mean IoU, length in tokens and reasoning share of replies, by update."""
+    log = read_jsonl(folder / "metrics.jsonl")
     thinking: dict[int, list[bool]] = {row["step"]: [] for row in log}
-    for group in io.read_jsonl(folder / "rollouts.jsonl"):
-        thinking[group["step"]] += map(data.thinks, group["replies"])
+    for group in read_jsonl(folder / "rollouts.jsonl"):
+        thinking[group["step"]] += map(has_reasoning, group["replies"])
     return {
         "mean_iou": [round(row["groups/mean_iou"], 4) for row in log],
         "length": [round(row["completions/mean_length"], 1) for row in log],
