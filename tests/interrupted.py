@@ -1,9 +1,9 @@
-"""A training in a process of its own that a signal ends at a chosen place.
+"""A training in its own process that a signal ends at a chosen place.
 
     python interrupted.py JOB.json
 
-The signal is sent to the process itself when the trainer calls `method` for the
-`at`-th time, before the method does anything: so the test knows what was cut.
+The process sends itself the signal when the trainer calls `method` for the `at`-th
+time, before the method does anything, so the test knows what was interrupted.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ STAGES = {
 
 
 def killed(folder: Path, stage: str, config: dict, rows, out: Path, **job) -> int:
-    """Run the training in a child until its signal; the child's exit code."""
+    """Run the training in a child until its signal; return the child's exit code."""
     rows = [dataclasses.asdict(row) for row in rows]
     path = folder / "job.json"
     text = json.dumps(

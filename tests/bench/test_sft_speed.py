@@ -1,7 +1,7 @@
-"""Stage 1's data path against plain SFTTrainer settings, in samples a second.
+"""Stage 1's data path against a plain SFTTrainer, in samples per second.
 
-The world's own samples and the shipped model, as at tiny scale; both trainings make the
-same number of updates with the same options. Printed: samples/s and padding share.
+Samples of MiniMIG and the shipped model, as at scale tiny. Both trainings make the same
+number of updates with the same options. Printed: samples per second, padding share.
 """
 
 import time
@@ -10,7 +10,8 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from univg_nb import models, runs
+from univg_nb import models
+from univg_nb.config import load_scale
 from univg_nb.data import files, prompts
 from univg_nb.data.images import open_image
 from univg_nb.minimig import export
@@ -21,7 +22,7 @@ PADDING_BAR = 0.15  # share of all tokens of a batch
 
 
 def config(**options):
-    scale = runs.load_scale("tiny")
+    scale = load_scale("tiny")
     scale["sft"] |= {"max_steps": UPDATES, "per_device_train_batch_size": BATCH}
     scale["sft"] |= {"disable_tqdm": True, **options}
     return scale
