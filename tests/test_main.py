@@ -1,0 +1,211 @@
+"""The command line: its commands, how they end, and what an import loads."""
+
+import errno
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+from univg_nb.__main__ import COMMANDS, COURSE, main
+
+
+def run(code, *, wait=True):
+    """A Python process with this code."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if wait:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return out
+    return process
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"usage: python -m univg_nb {name} ")
+    assert f"python -m univg_nb {name} " in text.partition("\nexample")[2]
+
+
+def test_the_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert main([]) == 2
+    assert capsys.readouterr().err == text
+    assert main(["scor"]) == 2
+    assert "error: there is no command 'scor'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "tny"], "unknown scale 'tny'; did you mean 'tiny'"),
+        (["plan", "tiny", "--set", "sft.adaptr=lora"], "did you mean 'adapter'"),
+        (["sft", "tiny", "--data", "nowhere.json"], "nowhere.json"),
+        (["grpo", "tiny", "--sft-adapter", "x", "--data", "no.json"], "no.json"),
+        (["audit", "nowhere.json"], "nowhere.json"),
+        (["score", "--records", "no.json", "--predictions", "p"], "no.json"),
+        (["run", "99"], "no notebook '99'"),
+        (["figures", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert "error: " in err and message in err and "Traceback" not in err
+
+
+# ---------------------------------------------------------------- how commands end
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Makes a command `x` that raises what it is given."""
+
+    def make(error):
+        def fail(_):
+            raise error
+
+        monkeypatch.setitem(COMMANDS, "x", ("x", "fails"))
+        module = types.SimpleNamespace(main=fail)
+        monkeypatch.setitem(sys.modules, "univg_nb.x", module)
+
+    return make
+
+
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
+APIConnectionError = type("E", (Exception,), {"__module__": "openai._exceptions"})
+
+
+def disk_full_behind():
+    error = RuntimeError("unexpected pos 64")
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("bad box"), 2, "error: bad box\n"),
+        (FileNotFoundError(2, "No such file", "a.json"), 2, "'a.json'"),
+        (IsADirectoryError(21, "Is a directory", "runs"), 2, "'runs'"),
+        (NotADirectoryError(20, "Not a directory", "f/x"), 2, "'f/x'"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "'/root/x'"),
+        (ModuleNotFoundError("no", name="papermill"), 2, "univg-nb[course]"),
+        (OSError(errno.ENOSPC, "No space", "/disk/a"), 1, "disk of /disk/a; free some"),
+        (disk_full_behind(), 1, "error: no space left"),
+        (FloatingPointError("loss nan at step 3"), 1, "error: loss nan at step 3\n"),
+        (ConnectionError("no route"), 1, "error: no route\n"),
+        (APIConnectionError("no server"), 1, "error: no server\n"),
+        (OutOfMemoryError("CUDA"), 1, "error: CUDA\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_become_a_line_and_an_exit_code(command, error, code, message, capsys):
+    command(error)
+    assert main(["x"]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("defect"), ModuleNotFoundError("no", name="missing")]
+)
+def test_a_defect_keeps_its_traceback(command, error):
+    command(error)
+    with pytest.raises(type(error)):
+        main(["x"])
+
+
+WAITING = """
+import sys, time, types
+from univg_nb.__main__ import COMMANDS, main
+def wait(_):
+    print("ready", flush=True)
+    time.sleep(60)
+COMMANDS["x"] = ("x", "")
+sys.modules["univg_nb.x"] = types.SimpleNamespace(main=wait)
+sys.argv = ["univg-nb", "x"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_command_without_a_traceback(number):
+    process = run(WAITING, wait=False)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_silent():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "univg_nb", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    process.stderr.close()
+
+
+# ---------------------------------------------------------------- what an import loads
+
+CHANGES = """
+import gc, logging, sys
+before = gc.get_threshold(), dict(logging.root.manager.loggerDict)
+import univg_nb.data.boxes
+assert (gc.get_threshold(), dict(logging.root.manager.loggerDict)) == before
+print(*{"torch", "transformers", "pandas", "PIL"} & set(sys.modules))
+"""
+HELP = """
+import sys
+from univg_nb.__main__ import main
+try:
+    main(["score", "--help"])
+except SystemExit:
+    print(*{"torch", "transformers"} & set(sys.modules))
+"""
+BLOCKED = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {(*COURSE, "jupyterlab", "ipykernel")!r}:
+            raise ModuleNotFoundError(f"no {{name}}", name=name)
+sys.meta_path.insert(0, Blocker())
+import univg_nb.evaluate.generate, univg_nb.evaluate.score, univg_nb.figures.report
+import univg_nb.launch.launcher, univg_nb.launch.plan, univg_nb.launch.download
+import univg_nb.train.merge
+"""
+
+
+def test_importing_a_light_file_changes_nothing_and_loads_nothing_heavy():
+    assert run(CHANGES).strip() == ""
+
+
+def test_the_help_of_score_loads_neither_torch_nor_transformers():
+    assert run(HELP).splitlines()[-1] == ""
+
+
+def test_trainer_and_scorer_need_no_package_of_the_course():
+    run(BLOCKED)
