@@ -15,6 +15,7 @@ def misprinted(table, row, column):
 def test_averages_are_the_mean_of_their_cells(table):
     for row, cells in table.rows.items():
         assert len(cells) == len(table.columns) + 1
+        assert set(map(type, cells)) == {float}
         off = abs(table.compute_average(row) - cells[-1])
         # cells are rounded, and so is the average of the unrounded ones
         assert (off > 0.0101) == misprinted(table, row, "AVG"), (row, off)
