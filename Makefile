@@ -92,7 +92,7 @@ base: $(STAMP) ## train the shipped tiny model again, from nothing
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests
 
-record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/ and README.md
+record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/
 	@$(BIN)/python -m univg_nb run --record $(RUN_DIR) $(NB)
 
 clean: ## remove caches and runs/smoke, runs/tiny (not .venv, not other runs)

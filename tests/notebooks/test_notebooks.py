@@ -1,4 +1,4 @@
-"""Conventions of the committed notebooks (DESIGN sec. 8), and all of them executed.
+"""Conventions of the committed notebooks, and all of them executed.
 
 Execution is in course order, because later notebooks read what earlier ones made:
 split over processes, the tests of a file stay together (xdist's loadfile).

@@ -22,15 +22,13 @@ from typing import Any
 from univg_nb.io import locked, read_json, write_json
 
 RANGE = re.compile(r"(-?\d+):(-?\d+)")
-# One value and its comma; a comma in quotes or brackets belongs to the value.
-VALUE = re.compile(r"""((?:'[^']*'|"[^"]*"|\[.*?\]|\(.*?\)|\{.*?\}|[^,])*),""")
 
 
 def split_values(text: str, default: Any) -> list[str]:
     """Return the values that `-p NAME TEXT` lists.
 
-    They are separated by commas outside brackets and quotes. START:STOP counts (STOP
-    left out) where the default is an integer. Raises ValueError for an empty value.
+    They are separated by commas, but for a default that is a list. START:STOP counts
+    (STOP left out) where the default is an integer. Raises ValueError for an empty one.
     """
     counted = RANGE.fullmatch(text)
     if counted and type(default) is int:
@@ -38,13 +36,12 @@ def split_values(text: str, default: Any) -> list[str]:
         if stop <= start:
             raise ValueError(f"{text}: an empty range; write START:STOP, as 0:3")
         return [str(value) for value in range(start, stop)]
-    parts = VALUE.findall(f"{text},")
-    if len(parts) == 1:
+    if "," not in text or isinstance(default, (list, tuple)):
         return [text]
-    parts = [part.strip() for part in parts]
+    parts = [part.strip() for part in text.split(",")]
     if "" in parts:
         raise ValueError(f"{text!r}: an empty value between commas")
-    return [part.strip("'\"") for part in parts]
+    return parts
 
 
 def combinations(

@@ -105,13 +105,8 @@ def execute(
     """
     out = run_dir / "notebooks" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
-    live = sys.stdout.isatty()
-    label = f"{position:>6} {path.stem:<24}"
-    if not live:
-        print(label, end="", flush=True)
-    bar = {"desc": label, "leave": False}
-    bar["bar_format"] = "{desc} cell {n_fmt}/{total_fmt}  {elapsed}"
     began, failure = time.perf_counter(), ""
+    bar = {"desc": path.stem, "leave": False}
     try:
         papermill.execute_notebook(
             path,
@@ -123,7 +118,7 @@ def execute(
             # Error messages only: no notices about its sockets.
             extra_arguments=["--log-level=40", f"--IPKernelApp.exec_lines={STARTUP}"],
             cwd=path.resolve().parent,  # where JupyterLab would run it
-            progress_bar=live and bar,
+            progress_bar=sys.stderr.isatty() and bar,
         )
     except PapermillExecutionError as error:
         failure = error_text(read_notebook(out)) or str(error)
@@ -142,7 +137,7 @@ def execute(
     facts = {"status": status, "cells": len(cells), "cells_run": ran}
     record_stage(run_dir, path.stem, seconds, group="notebooks", **facts)
     line = f"{status:<7} {seconds:7.1f} s  cell {ran}/{len(cells)}"
-    print(f"{label} {line}" if live else f" {line}", flush=True)
+    print(f"{position:>6} {path.stem:<24} {line}", flush=True)
     if status == "failed":
         tail = failure.splitlines()[-25:] or ["it ended before its last cell"]
         print("\n".join(tail), f"\nthe executed copy: {out}", sep="\n", file=sys.stderr)
