@@ -1,4 +1,4 @@
-"""Files written whole: text, JSON, JSON lines, and hashes of contents."""
+"""Files written whole: text, JSON, JSON lines; assets read; hashes of contents."""
 
 import fcntl
 import hashlib
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 @contextmanager
@@ -89,6 +93,11 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
                     "delete the line or the file and run its stage again"
                 ) from error
     return rows
+
+
+def read_asset(name: str) -> Any:
+    """Return the content of a YAML file of the package's folder `assets`."""
+    return yaml.safe_load((ASSETS / name).read_text(encoding="utf-8"))
 
 
 def hash_text(text: str) -> str:

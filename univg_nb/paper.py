@@ -5,11 +5,11 @@ Acc@0.5 in percent, and the last column of a table is its printed average.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+
+from univg_nb import io
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def _read_table(
     return PaperTable(**fields, misprints=tuple(Misprint(**m) for m in misprints))
 
 
-_FILE = Path(__file__).parent / "assets" / "paper.yaml"
-_DATA = _freeze(yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+_DATA = _freeze(io.read_asset("paper.yaml"))
 
 MIG_TASKS = tuple(Task(**task) for task in _DATA["mig_tasks"])
 TASK_COLUMN = {task.name: task.column for task in MIG_TASKS}

@@ -1,9 +1,8 @@
 """Reasoning chains: what a teacher is asked, and the checks of its replies.
 
 As in the paper (docs/paper_facts.md#chains), a teacher that is given the true box
-writes three candidates, and a second call selects one. The wording of the prompts is
-ours: most of the authors' were never published. `univg_nb.cot.teacher` sends the
-requests.
+writes three candidates, and a second call selects one. The prompts are in
+`assets/cot_prompts.yaml`; `univg_nb.cot.teacher` sends the requests.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from univg_nb import io
 from univg_nb.data.boxes import find_boxes, format_box
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 
@@ -20,62 +20,16 @@ MAX_CHARS = 2000  # about 500 tokens; the released stage 2 cuts replies at 256
 _MAX_REPLY = 5 * MAX_CHARS  # the rest of a longer reply is not read
 KINDS = ("format", "answer", "coordinates", "length", "language", "image", "place")
 
-# The prompts are part of `Teacher.fingerprint`: chains on file were written with them.
-TEACHER = """You are given {count} images and a question about them.
-Question: {question}
-The true box is {answer}, in thousandths of the image's width and height.
-{others}Behave as if you had not been told the box. Look at every image, and write
-step by step how one gets from the question to the thing that is meant.
-{steps}
-End with a sentence that names the target, the number of its image (as in "image 2")
-and roughly where in it the target is. Write in English, in at most 150 words. Do not
-write coordinates that the question does not contain. Reply with nothing but
-<think>your steps</think><answer>{answer}</answer>"""
-
-# By the folders of the seven parts of MGrounding-630k.
-STEPS = {
-    "common_object": "Name the main things in each image, find out which one is in all "
-    "of them, then look for it in the image that is asked about.",
-    "difference": "Go through the images area by area and compare them. Say what has "
-    "come, gone or changed, leave aside what only the viewpoint or the light changes, "
-    "and place the difference.",
-    "free_form": "Say what the question wants to know and which image gives the clue. "
-    "Draw the conclusion in words, then look for what fits it.",
-    "group_grounding": "Take the description apart: what kind of thing, which "
-    "features, beside what. Test it on each image in turn, and say why the others drop "
-    "out.",
-    "object_tracking": "Describe the thing at the given box in its first image well "
-    "enough to know it again. Follow how it moves and changes from image to image, up "
-    "to the one that is asked about.",
-    "referring_grounding": "Describe the thing that the reference image shows: kind, "
-    "colour, shape, marks. Then find the thing with these features in the other image, "
-    "beside similar ones.",
-    "region_locating": "Describe what the cut-out shows and what its edges cut off, "
-    "then look for this content in the whole picture.",
-}
-# MiniMIG's tasks by the part that they belong to.
-_PARTS = {
-    "diff": "difference",
-    "view_diff": "difference",
-    "multi_view": "object_tracking",
-    "region": "region_locating",
-    "refer_grounding": "referring_grounding",
-    "group": "group_grounding",
-}
-
-SELECTOR = """You are given {count} images, a question about them, and replies to it.
-Question: {question}
-The true box is {answer}, in thousandths of the image's width and height.
-{replies}
-Which reply reasons best? Look at the images: every statement must be true of them,
-each step must follow, the reasoning must lead to the thing in the true box, and it
-must not sound as if the box had been known. Reply with nothing but its number."""
+_PROMPTS = io.read_asset("cot_prompts.yaml")
+TEACHER: str = _PROMPTS["teacher"]
+SELECTOR: str = _PROMPTS["selector"]
+STEPS: dict[str, str] = _PROMPTS["steps"]  # by the parts of MGrounding-630k
 
 
 def get_part(task: str) -> str:
     """Return the part of MGrounding-630k whose steps suit a task; else "free_form"."""
     name = re.sub(r"[\s-]+", "_", task.strip().lower())
-    name = _PARTS.get(name, name)
+    name = _PROMPTS["parts"].get(name, name)
     return name if name in STEPS else "free_form"
 
 

@@ -31,10 +31,6 @@ def _write_reply(sample: GroundingSample, chain: str) -> str:
     return reply_text(replace(sample, chain=chain))
 
 
-def _append(sample: GroundingSample, sentence: str) -> str:
-    return _write_reply(sample, f"{sample.chain} {sentence}")
-
-
 def _shift_box(sample: GroundingSample, by: int) -> str:
     """Return the reply with its box moved sideways, inside the picture."""
     x1, y1, x2, y2 = sample.answer
@@ -42,27 +38,10 @@ def _shift_box(sample: GroundingSample, by: int) -> str:
     return reply_text(replace(sample, answer=(max(0, x1 + by), y1, x2 + by, y2)))
 
 
-def _write_chinese(sample: GroundingSample) -> str:
-    number = find_target_image(sample)
-    text = f"先看每张图片，再比较其中的物体，排除不符的部分。目标在 image {number} 中。"
-    return _write_reply(sample, text)
-
-
-def _split_chain(sample: GroundingSample, before: str) -> tuple[str, str]:
-    """Return the chain up to the last `before`, this included, and the rest."""
-    start, found, rest = (sample.chain or "").rpartition(before)
-    return start + found, rest
-
-
-def _name_wrong_image(sample: GroundingSample) -> str:
-    start, rest = _split_chain(sample, "image ")
-    return _write_reply(sample, f"{start}{'2' if rest[0] == '1' else '1'}{rest[1:]}")
-
-
-def _mirror(sample: GroundingSample) -> str:
+def _mirror(sample: GroundingSample, seed: int) -> str:
     """Exchange left and right; this may change nothing."""
     swapped = {"left": "right", "right": "left"}
-    chain = re.sub("left|right", lambda m: swapped[m[0]], sample.chain or "")
+    chain = re.sub("left|right", lambda match: swapped[match[0]], sample.chain or "")
     return _write_reply(sample, chain)
 
 
@@ -72,14 +51,20 @@ def _make_draft(sample: GroundingSample, seed: int) -> Draft:
     return make(task, seed, split, int(index)).draft
 
 
+def _name_wrong_image(sample: GroundingSample, seed: int) -> str:
+    start, found, rest = (sample.chain or "").rpartition("image ")
+    other = "2" if rest[0] == "1" else "1"
+    return _write_reply(sample, start + found + other + rest[1:])
+
+
 def _name_wrong_thing(sample: GroundingSample, seed: int) -> str:
     """Name another thing of the same picture in the conclusion."""
     draft = _make_draft(sample, seed)
     target, scene = draft.target, draft.scenes[draft.target_image - 1]
     others = [thing.name for thing in scene.things if thing.name != target.name]
     other = others[0] if others else f"pale {target.kind}"
-    start, rest = _split_chain(sample, "So the target is ")
-    return _write_reply(sample, start + rest.replace(target.name, other))
+    start, found, rest = (sample.chain or "").rpartition("So the target is ")
+    return _write_reply(sample, start + found + rest.replace(target.name, other))
 
 
 def _invent_thing(sample: GroundingSample, seed: int) -> str:
@@ -90,13 +75,16 @@ def _invent_thing(sample: GroundingSample, seed: int) -> str:
     return _write_reply(sample, text)
 
 
+_CHINESE = "先看每张图片，再比较其中的物体，排除不符的部分。目标在 image {} 中。"
 # Each takes the sample and the seed of the data; the first eight are errors of form.
 ERRORS: dict[str, Callable[[GroundingSample, int], str]] = {
     "wrong box": lambda s, _: _shift_box(s, 40),
     "box off by one": lambda s, _: _shift_box(s, 1),
-    "box quoted": lambda s, _: _append(s, f"It is {format_box(s.answer)}."),
-    "corner quoted": lambda s, _: _append(
-        s, "It starts at ({}, {}).".format(*s.answer)
+    "box quoted": lambda s, _: _write_reply(
+        s, f"{s.chain} It is {format_box(s.answer)}."
+    ),
+    "corner quoted": lambda s, _: _write_reply(
+        s, f"{s.chain} It starts at {s.answer[:2]}."
     ),
     "no thinking": lambda s, _: _write_reply(s, ""),
     "too long": lambda s, _: _write_reply(
@@ -104,9 +92,11 @@ ERRORS: dict[str, Callable[[GroundingSample, int], str]] = {
     ),
     "tag left open": lambda s, _: reply_text(s).replace("</think>", ""),
     "polite opening": lambda s, _: "Sure! " + reply_text(s),
-    "other language": lambda s, _: _write_chinese(s),
-    "wrong image": lambda s, _: _name_wrong_image(s),
-    "left for right": lambda s, _: _mirror(s),
+    "other language": lambda s, _: _write_reply(
+        s, _CHINESE.format(find_target_image(s))
+    ),
+    "wrong image": _name_wrong_image,
+    "left for right": _mirror,
     "wrong thing": _name_wrong_thing,
     "invented thing": _invent_thing,
 }
@@ -159,8 +149,8 @@ class StandIn:
             tuple(load_data_url(path, sample.id) for path in sample.images): sample
             for sample in samples
         }
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.stand_in = self
+        handler = type("Handler", (_Handler,), {"stand_in": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> StandIn:
@@ -203,37 +193,26 @@ class StandIn:
             self.turned_away.add(key)
             return 503, {"error": {"message": "busy"}}
         replies = re.findall(r"^Reply \d+: (.*)$", text, re.MULTILINE)
-        if replies:
-            reply = str(self.select(sample, replies))
-        else:
-            reply = self.write(sample, number)[0]
+        chosen = str(self.select(sample, replies)) if replies else ""
+        reply = chosen or self.write(sample, number)[0]
         # Tokens are estimated: four characters each, 81 an image.
         tokens = (81 * len(urls) + len(text) // 4, len(reply) // 4)
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
         message = {"role": "assistant", "content": reply}
-        return 200, {
-            "id": "stand-in",
-            "object": "chat.completion",
-            "created": 0,
-            "model": request["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": usage | {"total_tokens": sum(tokens)},
-        }
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    stand_in: StandIn
+        body = {"id": "stand-in", "object": "chat.completion", "created": 0}
+        body["choices"] = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        body["usage"] = usage | {"total_tokens": sum(tokens)}
+        return 200, body | {"model": request["model"]}
 
 
 class _Handler(BaseHTTPRequestHandler):
+    stand_in: StandIn
     protocol_version = "HTTP/1.1"  # connections are kept
     wbufsize = -1  # header and body in one packet: two would wait for each other
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert isinstance(self.server, _Server)
-        status, answer = self.server.stand_in.answer(json.loads(body))
+        status, answer = self.stand_in.answer(json.loads(body))
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
