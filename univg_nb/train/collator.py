@@ -23,36 +23,6 @@ from univg_nb.fast.vision_features import Encoded, pixels
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 
 
-def _encode(
-    sample: GroundingSample, processor: ProcessorMixin, chains: bool
-) -> dict[str, Any]:
-    """Tokenize prompt and reply of a sample, separately as when generating."""
-    prompt = processor.apply_chat_template(
-        prompts.messages(sample, style="univg" if chains else "plain"),
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    tokenizer = processor.tokenizer
-    reply = prompts.reply_text(sample, cot=chains) + tokenizer.eos_token
-    ids = tokenizer([prompt, reply], add_special_tokens=False)["input_ids"]
-    found = ids[0].count(processor.image_token_id)
-    if found != len(sample.images) or processor.image_token_id in ids[1]:
-        raise ValueError(
-            f"{_name(sample)}: {len(sample.images)} images, but {found} image markers "
-            "in the prompt or one in the reply; remove image tokens from the text"
-        )
-    return {
-        "sample_id": sample.id,
-        "images": list(sample.images),
-        "prompt_ids": ids[0],
-        "completion_ids": ids[1],
-    }
-
-
-def _name(sample: GroundingSample) -> str:
-    return f"{sample.source} (sample {sample.id})" if sample.source else sample.id
-
-
 def tokenize(
     samples: Sequence[GroundingSample],
     processor: ProcessorMixin,
@@ -77,22 +47,46 @@ def tokenize(
         ValueError: for an empty set, a missing image, image tokens in a text, or a
             sample that is too long.
     """
+    tokenizer, marker = processor.tokenizer, processor.image_token_id
     sizes: dict[str, int] = {}
     rows = []
     for index, sample in enumerate(samples):
-        row = _encode(sample, processor, chains)
+        name = f"{sample.source} sample {sample.id}".strip()
+        prompt = processor.apply_chat_template(
+            prompts.messages(sample, style="univg" if chains else "plain"),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        reply = prompts.reply_text(sample, cot=chains) + tokenizer.eos_token
+        # Apart, as when the model generates.
+        ids, reply_ids = tokenizer([prompt, reply], add_special_tokens=False).input_ids
+        found = ids.count(marker)
+        if found != len(sample.images) or marker in reply_ids:
+            raise ValueError(
+                f"{name}: {len(sample.images)} images, but {found} image markers in "
+                "the prompt or one in the reply; remove image tokens from the text"
+            )
         for path in sample.images:
             if path not in sizes:
                 sizes[path] = count_image_tokens(path, processor, sample.id)
         counts = [sizes[path] for path in sample.images]
-        visual = sum(counts) - len(counts)  # each image is one token of prompt_ids
-        length = len(row["prompt_ids"]) + visual + len(row["completion_ids"])
+        length = len(ids) - found + sum(counts) + len(reply_ids)
         if max_length is not None and length > max_length:
             raise ValueError(
-                f"{_name(sample)}: {length} tokens, more than sft.max_length = "
-                f"{max_length}; raise it, lower model.max_pixels or drop the sample"
+                f"{name}: {length} tokens, more than sft.max_length = {max_length}; "
+                "raise it, lower model.max_pixels or leave the sample out"
             )
-        rows.append(row | {"index": index, "image_tokens": counts, "length": length})
+        rows.append(
+            {
+                "index": index,
+                "sample_id": sample.id,
+                "images": list(sample.images),
+                "image_tokens": counts,
+                "prompt_ids": ids,
+                "completion_ids": reply_ids,
+                "length": length,
+            }
+        )
     if not rows:
         raise ValueError("no training samples; check the data section of the scale")
     return Dataset.from_list(rows)

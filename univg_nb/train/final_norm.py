@@ -1,13 +1,10 @@
 """The language model's last RMSNorm, trained beside LoRA at its own learning rate.
 
-The norm's weight multiplies the hidden state in front of `lm_head`: a longer one makes
-every distribution over tokens sharper, a shorter one flatter. So one number, the mean
-of that weight, decides how often sampling leaves the likely tokens, and a few updates
-find its direction, long before the gradient of the LoRA matrices rises above its noise.
-Its entries share one gradient; with their own they would drift apart and change which
-token is the likeliest. `grpo.norm_learning_rate` turns it on. PEFT keeps the trained
-copy in the adapter (`modules_to_save`), so it is saved, merged and switched off with
-LoRA. Not tried on weights sharded over GPUs.
+The norm's weight multiplies the hidden state in front of `lm_head`. Its mean makes all
+distributions over tokens sharper or flatter, and a few updates find its direction, long
+before LoRA's gradient rises above its noise. `grpo.norm_learning_rate` turns it on.
+PEFT keeps the trained copy in the adapter (`modules_to_save`), so it is saved, merged
+and switched off with LoRA. Not tried on weights sharded over GPUs.
 """
 
 from __future__ import annotations
@@ -65,27 +62,20 @@ def load_with_trained_norm(
 
 
 def find_trained_norm(model: Module) -> Parameter:
-    """Return the trainable weight of the last norm, (D,)."""
-    found = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if f"{FINAL_NORM}." in name and parameter.requires_grad
-    ]
-    (norm,) = found  # the adapter's copy, or in full fine-tuning the weight itself
+    """Return the trainable weight of the last norm, (D,): the adapter's if any."""
+    named = model.named_parameters()
+    (norm,) = [p for name, p in named if f"{FINAL_NORM}." in name and p.requires_grad]
     return norm
 
 
 def set_norm_learning_rate(
     optimizer: torch.optim.Optimizer, norm: Parameter, learning_rate: float
 ) -> None:
-    """Give `norm` a parameter group with its own learning rate and no decay.
+    """Move `norm`, (D,), to a parameter group with its own learning rate and no decay.
 
-    Call it before the scheduler is made, which scales every group's own rate.
-
-    Args:
-        optimizer: has `norm` in one of its groups.
-        norm: (D,); its entries get the mean of their gradients and move together.
-        learning_rate: of the new group.
+    Its entries get the mean of their gradients: with their own, they would drift apart
+    and change which token is the likeliest. Call it before the scheduler is made, which
+    scales the rate of every group.
     """
     norm.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
     for group in optimizer.param_groups:

@@ -52,13 +52,8 @@ class GroundingSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.seen: list[int] = []  # indices of the samples of the current update
         self.samples = self.tokens = self.padding = 0  # of this process and this call
-        self.num_counted = self.model.num_parameters(exclude_embeddings=True)
         backbone = models.get_base_model(self.model).model
         backbone.register_forward_pre_hook(_drop_mask, with_kwargs=True)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the Trainer's estimate without counting parameters at every update."""
-        return 6 * inputs["input_ids"].numel() * self.num_counted
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -224,15 +219,10 @@ def train(
     init_adapter = None if init_adapter is None else Path(init_adapter)
     adapter = adapter or config["sft"].get("adapter", "lora")
     config = {**config, "sft": {**config["sft"], "adapter": adapter}}
+    section = whole_batch(config["sft"], checkpoints.count_processes())
+    rows = [asdict(sample) for sample in samples]
     fingerprint = io.config_hash(
-        [
-            [
-                config["model"],
-                whole_batch(config["sft"], checkpoints.count_processes()),
-            ],
-            [asdict(sample) for sample in samples],
-            [chains, str(init_adapter)],
-        ]
+        [config["model"], section, rows, chains, str(init_adapter)]
     )
     began = time.perf_counter()
     with models.ignore_rename_warnings():
@@ -241,30 +231,27 @@ def train(
     recorder = checkpoints.run_training(
         trainer, config, "sft", out, fingerprint, callbacks
     )
-    summary = summarize(trainer, recorder.seconds)
-    summary |= {"adapter": adapter, "chains": chains, "samples": len(samples)}
-    summary["prepare_seconds"] = round(prepared, 3)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tail = losses[-max(1, len(losses) // 10) :]
+    drawn = trainer.samples * trainer.args.world_size
+    summary = {
+        "steps": trainer.state.global_step,
+        "seconds": round(recorder.seconds, 3),
+        "samples_per_second": round(drawn / recorder.seconds, 2),  # of this call
+        "loss_first": losses[0] if losses else None,
+        "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
+        "padding_share": round(trainer.padding / max(trainer.tokens, 1), 4),
+        "parameters": models.count_parameters(trainer.model),
+        "adapter": adapter,
+        "chains": chains,
+        "samples": len(samples),
+        "prepare_seconds": round(prepared, 3),
+    }
     if trainer.is_world_process_zero():
         io.write_json(out / "summary.json", summary)
     del trainer, recorder
     gc.collect()  # a trainer is full of cycles that hold model, optimizer and features
     return summary
-
-
-def summarize(trainer: GroundingSFTTrainer, seconds: float) -> dict[str, Any]:
-    """Return what a training did; throughput and padding are those of this call."""
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
-    drawn = trainer.samples * trainer.args.world_size
-    return {
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 3),
-        "samples_per_second": round(drawn / seconds, 2),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
-        "padding_share": round(trainer.padding / max(trainer.tokens, 1), 4),
-        "parameters": models.count_parameters(trainer.model),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
