@@ -1,5 +1,6 @@
 """Run folders, stages and scale files."""
 
+import argparse
 import json
 
 import pytest
@@ -19,6 +20,29 @@ def test_write_json_is_whole_or_old(tmp_path):
         io.write_json(path, {"a": float("nan")})
     assert io.read_json(path) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(("mode", "old", "new"), [("w", "ä", "ö"), ("wb", b"1", b"2")])
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path, mode, old, new):
+    path = tmp_path / "deep" / "a.txt"
+    with io.open_atomically(path, mode) as handle:
+        handle.write(old)
+    with pytest.raises(KeyError), io.open_atomically(path, mode) as handle:
+        handle.write(new)
+        raise KeyError
+    assert path.read_bytes() == (old.encode() if mode == "w" else old)
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_lock_is_held_once_and_free_afterwards(tmp_path):
+    with (
+        io.locked(tmp_path / "a" / "lock", "busy"),
+        pytest.raises(ValueError, match="busy"),
+        io.locked(tmp_path / "a" / "lock", "busy"),
+    ):
+        pass
+    with io.locked(tmp_path / "a" / "lock", "busy"):
+        pass
 
 
 def test_read_json_names_file_and_line(tmp_path):
@@ -224,6 +248,18 @@ def test_a_word_that_yaml_takes_for_false_stays_a_word_where_one_is_wanted():
     assert changed["sft"]["save_strategy"] == "no"
     changed = runs.override(changed, "sft.bf16=no")
     assert changed["sft"]["bf16"] is False
+
+
+def test_a_command_line_names_a_scale_and_its_options():
+    options = ["--set", "sft.max_steps=2", "--set", "grpo.weight=none"]
+    for arguments, default in ((["smoke"], None), ([], "smoke")):
+        parser = argparse.ArgumentParser()
+        config.add_scale_arguments(parser, default)
+        parsed = parser.parse_args([*arguments, *options])
+        assert parsed.scale == "smoke"
+        loaded = config.load_config(parsed)
+        assert loaded["sft"]["max_steps"] == 2 and loaded["grpo"]["weight"] == "none"
+    assert config.load_scale("smoke", ["sft.max_steps=2", "grpo.weight=none"]) == loaded
 
 
 def test_override_leaves_the_original_alone():

@@ -211,9 +211,11 @@ class Run:
     seed: int
     config: dict[str, Any]
 
-    def stage(self, name: str, config: Any, **options: Any) -> Stage:
+    def stage(
+        self, name: str, config: Any, fresh: bool = False, needs: Iterable[str] = ()
+    ) -> Stage:
         """Open a stage of this run; see the function `stage`."""
-        return stage(self.dir, name, config, **options)
+        return stage(self.dir, name, config, fresh, needs)
 
 
 def start(
