@@ -96,8 +96,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_asset(name: str) -> Any:
-    """Return the content of a YAML file of the package's folder `assets`."""
-    return yaml.safe_load((ASSETS / name).read_text(encoding="utf-8"))
+    """Return the content of a YAML file in the package's folder `assets`.
+
+    Args:
+        name: path of the file in that folder; its lists become tuples.
+    """
+    return _freeze(yaml.safe_load((ASSETS / name).read_text(encoding="utf-8")))
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _freeze(entry) for key, entry in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def hash_text(text: str) -> str:

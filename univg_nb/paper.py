@@ -89,20 +89,13 @@ def find_hits(percent: float, n: int) -> int | None:
     return k if abs(100 * k / n - percent) <= 0.005 + 1e-9 else None
 
 
-def _freeze(value: Any) -> Any:
-    """Return the value with tuples for lists, at any depth."""
-    if isinstance(value, dict):
-        return {key: _freeze(entry) for key, entry in value.items()}
-    return tuple(map(_freeze, value)) if isinstance(value, list) else value
-
-
 def _read_table(
     misprints: tuple[dict[str, Any], ...] = (), **fields: Any
 ) -> PaperTable:
     return PaperTable(**fields, misprints=tuple(Misprint(**m) for m in misprints))
 
 
-_DATA = _freeze(io.read_asset("paper.yaml"))
+_DATA = io.read_asset("paper.yaml")
 
 MIG_TASKS = tuple(Task(**task) for task in _DATA["mig_tasks"])
 TASK_COLUMN = {task.name: task.column for task in MIG_TASKS}

@@ -1,12 +1,14 @@
 """Tasks on two images: diff, view_diff, refer_grounding, reasoning, correspondence.
 
-Each is a function of a `Sampler` that returns a `Draft`.
+Each is a function of a `Sampler` that returns a `Draft`. What can be asked is listed in
+`assets/minimig/pairs.yaml`.
 """
 
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
+from univg_nb import io
 from univg_nb.data.boxes import Box, to_pixels
 from univg_nb.minimig import phrases
 from univg_nb.minimig.compose import Draft, Sampler
@@ -112,27 +114,10 @@ class Need:
     rivals: tuple[str, ...] = ()
 
 
-NEEDS = (
-    Need(("umbrella",), "In the rain {} keeps you dry.", "help", "rain",
-         rivals=("house", "tree", "car")),
-    Need(("lamp", "candle"), "In the dark {} gives light.", "help", "night",
-         rivals=("house",)),
-    Need(("boat",), "On the water {} floats.", "help", "water", rivals=("fish",)),
-    Need(("tree",), "In the hot sun {} gives shade.", "help", "sun",
-         rivals=("umbrella", "house", "car")),
-    Need(("fish",), "In the water {} swims.", "live", "water"),
-    Need(("key",), "To open a lock you need {}.", "with", kind="lock",
-         rivals=("house", "hammer")),
-    Need(("lock",), "A key opens {}.", "with", kind="key", rivals=("house", "car")),
-    Need(("apple",), "On a tree grows {}.", "with", kind="tree",
-         rivals=("house", "chair", "cart")),
-    Need(("candle",), "A lamp gives light, and so does {}.", "use", kind="lamp"),
-    Need(("lamp",), "A candle gives light, and so does {}.", "use", kind="candle"),
-    Need(("car",), "A cart has wheels, and so has {}.", "use", kind="cart",
-         rivals=("boat",)),
-    Need(("cart",), "A car has wheels, and so has {}.", "use", kind="car",
-         rivals=("boat",)),
-)  # fmt: skip
+_PAIRS = io.read_asset("minimig/pairs.yaml")
+NEEDS = tuple(Need(**need) for need in _PAIRS["needs"])
+CORRESPONDENCES: dict[str, tuple[tuple[str, str], ...]] = _PAIRS["correspondences"]
+TOO_SMALL: tuple[tuple[str, str], ...] = _PAIRS["too_small"]
 
 
 def draw_reasoning(sampler: Sampler) -> Draft:
@@ -151,26 +136,6 @@ def draw_reasoning(sampler: Sampler) -> Draft:
     steps = f"{first_image} {reason} {second_image}"
     question = sampler.choose(phrases.REASONING[need.group])
     return Draft((first, scene), question, steps, thing, 2)
-
-
-# By purpose, the (kind, part) pairs of one correspondence question. Left out are parts
-# whose purpose is not plain to a person, and wheels, of which a picture has two.
-CORRESPONDENCES: dict[str, list[tuple[str, str]]] = {
-    "cover": [
-        ("umbrella", "roof"), ("tree", "crown"), ("house", "roof"), ("lamp", "shade")],
-    "hold": [
-        ("umbrella", "handle"), ("key", "ring"), ("cup", "handle"),
-        ("hammer", "handle")],
-    "store": [("cup", "bowl"), ("boat", "hull"), ("cart", "basket")],
-    "push": [("fish", "tail"), ("boat", "sail")],
-    "stand": [
-        ("tree", "trunk"), ("lamp", "foot"), ("clock", "legs"), ("chair", "legs"),
-        ("candle", "foot")],
-}  # fmt: skip
-# Parts that are marked in image 1 but too small to be asked for in image 2.
-TOO_SMALL = [
-    ("hammer", "handle"), ("tree", "trunk"), ("clock", "legs"), ("candle", "foot")
-]  # fmt: skip
 
 
 def _outline(image: Image.Image, box: Box, width: int = 6) -> Image.Image:
