@@ -1,8 +1,6 @@
 """For all tests: no network, no windows, no fight over the cores."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,8 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("MPLBACKEND", "Agg")
-
-sys.path.insert(0, str(Path(__file__).parent / "train"))  # until test_grpo is split
 
 # A busy machine is not a failure.
 settings.register_profile("univg", deadline=None)
@@ -23,6 +19,14 @@ settings.load_profile("univg")
 def folder(tmp_path_factory):
     """A folder that the tests of a module share."""
     return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def grpo_folder(tmp_path_factory):
+    """A small Qwen2-VL (base), an SFT adapter (sft) and images."""
+    from grpo_builders import build_folder  # torch must not be imported any earlier
+
+    return build_folder(tmp_path_factory.mktemp("grpo"))
 
 
 @pytest.fixture(scope="module")

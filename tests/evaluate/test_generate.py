@@ -292,8 +292,9 @@ def test_E9_truncated_replies_are_counted(loaded, items, tmp_path):
     # a reply that ends by itself is not: let the model's second token be an end token
     made = replies.reply(model, processor, items[:1], max_new_tokens=6)
     inputs = replies.encode(processor, items[:1])
-    config = replies.generation_config(model, processor, 6)
-    tokens = model.generate(**inputs, generation_config=config)[0]
+    banned = sampling.get_vision_token_ids(processor.tokenizer)
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": banned}
+    tokens = model.generate(**inputs, **options)[0]
     second = int(tokens[inputs["input_ids"].shape[1] + 1])
     ends = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = [ends, second]

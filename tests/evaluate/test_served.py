@@ -113,7 +113,7 @@ def test_a_served_model_gives_the_replies_of_the_same_model_here(
     # vLLM refuses pixel limits in a request: what is sent has the right size already
     assert "mm_processor_kwargs" not in asked
     sent = Image.open(tmp_path / "0_0.png")
-    assert vllm.resized(sent, processor.image_processor).size == sent.size
+    assert vllm.resize_image(sent, processor.image_processor).size == sent.size
     assert asked["temperature"] == 0
     banned = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert asked["logit_bias"][str(banned)] == -100

@@ -2,103 +2,34 @@
 
 import logging
 
+import grpo_builders
 import pytest
-import test_grpo
 import torch
+from grpo_builders import G, Scripted, make_config, make_samples, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import END, TEXT, WORDS, build, make_prompt
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from trl.trainer.utils import add_fused_lm_head
 
 from univg_nb import models
 from univg_nb.fast import check, packed_rows
-from univg_nb.fast import prompts as shared_prefix
-from univg_nb.fast.attention import SEGMENTS, Segments
+from univg_nb.fast.attention import SEGMENTS, Segments, get_attention
+from univg_nb.fast.prompts import split_rows
 from univg_nb.fast.vision_features import VisionCache
+from univg_nb.train import grpo
 
-folder = test_grpo.folder  # the fixture: a small model on disk, an adapter, images
-
-IMAGE, WORDS, END = 60, 50, 1  # token ids: image place; words are 2..49
-PATCH_DIM = 3 * 2 * 8 * 8
-
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "initializer_range": 0.15,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [2, 2, 2],
-    },
-    "bos_token_id": 0,
-    "eos_token_id": END,
-    "pad_token_id": 0,
-}
-TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": 61,
-    "vision_start_token_id": 62,
-    "vision_end_token_id": 63,
-}
-TOWER = {"depth": 1, "num_heads": 2, "patch_size": 8, "initializer_range": 0.15}
+FIELDS = ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")
 
 
-def build(kind: str):
-    """lora, full (tower frozen), tower (all trained), or a Qwen2.5-VL with LoRA."""
-    torch.manual_seed(0)
-    if kind == "qwen2_5":
-        tower = TOWER | {"hidden_size": 32, "out_hidden_size": 48, "window_size": 32}
-        tower |= {"intermediate_size": 64, "fullatt_block_indexes": [0]}
-        config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=tower, **TOKENS)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    else:
-        tower = TOWER | {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
-        config = Qwen2VLConfig(text_config=TEXT, vision_config=tower, **TOKENS)
-        model = Qwen2VLForConditionalGeneration(config)
-    add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
-    if kind != "tower":
-        models.freeze_vision(model)
-    if kind in ("lora", "qwen2_5"):
-        model = models.add_lora(model, {"r": 4, "lora_alpha": 8})
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
+@pytest.fixture(scope="module")
+def folder(grpo_folder):
+    return grpo_folder
 
 
 @pytest.fixture(scope="module")
 def built():
     return {kind: build(kind) for kind in ("lora", "full", "tower", "qwen2_5")}
-
-
-def make_prompt(sizes, before: int, after: int, seed: int) -> shared_prefix.Prompt:
-    """A prompt of words around images; sizes: (height, width) of each, in tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(count: int) -> torch.Tensor:
-        return torch.randint(2, WORDS, (count,), generator=generator)
-
-    ids = [words(before)]
-    for height, width in sizes:
-        ids += [torch.full((height * width,), IMAGE), words(1)]
-    ids = torch.cat([*ids, words(after)])
-    if not sizes:
-        return shared_prefix.Prompt(ids, torch.zeros_like(ids), None, None)
-    grid = torch.tensor([(1, 2 * height, 2 * width) for height, width in sizes])
-    patches = int(grid.prod(-1).sum())
-    pixels = torch.randn(patches, PATCH_DIM, generator=generator)
-    return shared_prefix.Prompt(ids, (ids == IMAGE).long(), pixels, grid)
 
 
 def as_batch(groups) -> dict:
@@ -125,6 +56,7 @@ def as_batch(groups) -> dict:
         "image_grid_thw": torch.cat([p.grid for p in seen]) if seen else None,
         "num_images": [0 if p.grid is None else len(p.grid) for p, _ in rows],
         "width": prompts.size(1),
+        "groups": [n for n, (_, replies) in enumerate(groups) for _ in replies],
     }
 
 
@@ -143,22 +75,37 @@ def whole_rows(model, batch) -> list[torch.Tensor]:
 def shared_rows(model, batch, max_tokens, vision) -> list[torch.Tensor]:
     """The same from the rows' tensors, with shared prompts."""
     width, backbone = batch["width"], models.get_base_model(model).model
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
-    images = [batch[n] for n in ("pixel_values", "image_grid_thw", "num_images")]
-    runs = shared_prefix.split_rows(*(batch[n] for n in names), width, *images)
+    tokens = (batch[name][:, :width] for name in ("input_ids", "attention_mask"))
+    runs = split_rows(*tokens, batch["groups"], **{n: batch[n] for n in FIELDS})
     lengths = batch["attention_mask"][:, width:].sum(1).tolist()
     made = [[None] * len(lengths), [None] * len(lengths)]
-    for chunk in packed_rows.chunked(runs, lengths, max_tokens):
+    for chunk in packed_rows.split_chunks(runs, lengths, max_tokens):
         packed = [
             (p, [batch["input_ids"][r, width : width + lengths[r]] for r in rows])
             for p, rows in chunk
         ]
-        parts = packed_rows.packed_log_probs(model, backbone, packed, vision)
+        parts = packed_rows.compute_log_probs(model, backbone, packed, vision)
+        order = [row for _, rows in chunk for row in rows]
         for values, part in zip(made, parts, strict=True):
-            for (_, rows), group in zip(chunk, part, strict=True):
-                for row, value in zip(rows, group, strict=True):
-                    values[row] = value
+            for row, value in zip(order, part, strict=True):
+                values[row] = value
     return [pad_sequence(values, batch_first=True) for values in made]
+
+
+def test_rows_belong_to_the_group_they_are_said_to_not_to_equal_neighbours():
+    prompt = make_prompt([(2, 2)], 3, 2, 0)
+    reply = torch.tensor([5, END])
+    batch = as_batch([(prompt, [reply] * 4)])
+    tokens = [batch[name][:, :-2] for name in ("input_ids", "attention_mask")]
+    for groups, expected in (
+        ([0, 0, 1, 1], [[0, 1], [2, 3]]),  # the same question twice, two groups
+        ([4, 7, 4, 7], [[0, 2], [1, 3]]),  # rows that were shuffled
+    ):
+        found = split_rows(*tokens, groups, **{name: batch[name] for name in FIELDS})
+        assert [rows for _, rows in found] == expected
+        for made, _ in found:
+            for name in ("ids", "token_types", "pixel_values", "grid"):
+                assert torch.equal(getattr(made, name), getattr(prompt, name))
 
 
 def gradient_of(model, value: torch.Tensor) -> torch.Tensor:
@@ -215,7 +162,7 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention
 def test_a_chunk_keeps_to_the_token_budget_and_cuts_no_group():
     groups = [(make_prompt([], 1, n - 1, n), [n]) for n in (8, 3, 5, 30)]
     lengths = dict.fromkeys((8, 3, 5, 30), 2)  # of row n, whose prompt has n tokens
-    chunks = packed_rows.chunked(groups, lengths, 20)
+    chunks = packed_rows.split_chunks(groups, lengths, 20)
     # 2 x (5 + 2) = 14 fit in 20; a third of 8 + 2 would make 30; 32 are alone
     assert [[rows[0] for _, rows in chunk] for chunk in chunks] == [[3, 5], [8], [30]]
 
@@ -223,7 +170,7 @@ def test_a_chunk_keeps_to_the_token_budget_and_cuts_no_group():
 def test_flex_attention_gets_the_same_mask():
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
     dense = packed_rows.block_mask(segments)
-    rule = packed_rows.segment_rule(segments)
+    rule = packed_rows.make_mask_rule(segments)
     made = create_mask(rule, 2, None, 8, 8, device="cpu")[:, 0]
     assert torch.equal(made, dense)
     # by hand: the second reply's first token sees the prompt and itself
@@ -232,7 +179,7 @@ def test_flex_attention_gets_the_same_mask():
 
 def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
     rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
-    assert Segments.of(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
+    assert Segments.from_ids(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
     backbone = models.get_base_model(built["full"]).model
     ids = torch.randint(2, WORDS, (2, 8), generator=torch.Generator().manual_seed(0))
     real = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])  # left-padded
@@ -259,14 +206,14 @@ def test_an_image_is_computed_once_and_equals_the_models_own(built):
     pixels, grid = images_of(1, 2, 1)
     with torch.no_grad():
         own = backbone.get_image_features(pixels, grid, return_dict=True).pooler_output
-    made = cache.features(backbone, pixels, grid).pooler_output
+    made = cache.get_features(backbone, pixels, grid).pooler_output
     assert (cache.computed, cache.reused) == (2, 1)
     torch.testing.assert_close(torch.cat(made), torch.cat(own), rtol=0, atol=1e-5)
-    again = cache.features(backbone, *images_of(2)).pooler_output
+    again = cache.get_features(backbone, *images_of(2)).pooler_output
     assert torch.equal(again[0], made[1]) and cache.computed == 2
     # other processor settings: other pixels, or the same in another grid
-    cache.features(backbone, pixels[:16] * 2, grid[:1])
-    cache.features(backbone, pixels[:16], torch.tensor([[1, 2, 8]]))
+    cache.get_features(backbone, pixels[:16] * 2, grid[:1])
+    cache.get_features(backbone, pixels[:16], torch.tensor([[1, 2, 8]]))
     assert cache.computed == 4
 
 
@@ -275,7 +222,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
     size = 4 * TEXT["hidden_size"] * 4  # bytes of 4 tokens in float32
     cache = VisionCache(limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
-        cache.features(backbone, *images_of(seed))
+        cache.get_features(backbone, *images_of(seed))
     assert (cache.computed, cache.reused) == (4, 2)
     assert cache.used_bytes == 2 * size
 
@@ -283,11 +230,11 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
 def test_features_of_a_tower_that_trains_are_refused(built):
     backbone = models.get_base_model(built["tower"]).model
     with pytest.raises(ValueError, match="freeze_vision: true"):
-        VisionCache().features(backbone, *images_of(1))
+        VisionCache().get_features(backbone, *images_of(1))
 
 
 def test_each_image_goes_through_the_tower_once_in_all_updates(folder, tmp_path):
-    trainer = test_grpo.make_trainer(folder, tmp_path, count=2, max_steps=3)
+    trainer = make_trainer(folder, tmp_path, count=2, max_steps=3)
     seen = []
     trainer.model.get_base_model().model.visual.register_forward_hook(
         lambda _module, args, kwargs, _out: seen.append(kwargs["grid_thw"]),
@@ -311,8 +258,8 @@ def test_a_difference_turns_sharing_off_with_a_message(
             3, -1
         )  # images as if they were text
 
-    monkeypatch.setattr(packed_rows, "prompt_positions", flat)
-    trainer = test_grpo.make_trainer(folder, tmp_path)
+    monkeypatch.setattr(packed_rows, "compute_positions", flat)
+    trainer = make_trainer(folder, tmp_path)
     with caplog.at_level(logging.WARNING, "univg_nb"):
         trainer.train()
     assert not trainer.shared_forward and not trainer.shared_rollout
@@ -323,9 +270,9 @@ def test_the_check_passes_and_leaves_random_numbers_alone(folder, tmp_path):
     made = []
     for mode in ("auto", "on"):
         keep = {"shared_prefix": mode}
-        trainer = test_grpo.make_trainer(folder, tmp_path, keep=keep)
+        trainer = make_trainer(folder, tmp_path, keep=keep)
         assert trainer.unchecked == (mode == "auto")
-        inputs, _ = test_grpo.scored_batch(trainer)
+        inputs, _ = grpo_builders.scored_batch(trainer)
         assert trainer.shared_forward and not trainer.unchecked
         made.append(inputs["input_ids"])
     assert torch.equal(*made)
@@ -335,10 +282,105 @@ def test_a_wrong_switch_or_an_impossible_on_says_what_to_do(
     folder, tmp_path, monkeypatch
 ):
     with pytest.raises(ValueError, match="auto, on or off"):
-        test_grpo.make_trainer(folder, tmp_path, keep={"shared_prefix": "yes"})
+        make_trainer(folder, tmp_path, keep={"shared_prefix": "yes"})
     with pytest.raises(ValueError, match="row_tokens = 0"):
-        test_grpo.make_trainer(folder, tmp_path, keep={"row_tokens": 0})
+        make_trainer(folder, tmp_path, keep={"row_tokens": 0})
     monkeypatch.setattr(check, "ATTENTION", ())  # as with flash attention
     with pytest.raises(ValueError, match="takes no mask of our own; set it to auto"):
-        test_grpo.make_trainer(folder, tmp_path, keep={"shared_prefix": "on"})
-    assert not test_grpo.make_trainer(folder, tmp_path).shared_forward
+        make_trainer(folder, tmp_path, keep={"shared_prefix": "on"})
+    assert not make_trainer(folder, tmp_path).shared_forward
+
+
+def test_tools_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="tools: not supported with shared prompts"):
+        make_trainer(folder, tmp_path, keep={"tools": [print]})
+
+
+# ---------------------------------------------------------------- whole passes
+
+
+@pytest.mark.parametrize("batch_size", [2 * G, 3])
+def test_the_trainers_passes_equal_trl_in_value_and_gradient(
+    folder, tmp_path, batch_size
+):
+    trainer = make_trainer(folder, tmp_path)
+    assert trainer.shared_forward and trainer.shared_rollout
+    inputs, mask = grpo_builders.scored_batch(trainer)
+    made = {}
+    for shared in (True, False):
+        trainer.shared_forward = shared
+        trainer.model.zero_grad()
+        logps, entropy, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, **inputs, batch_size=batch_size, compute_entropy=True
+        )
+        (logps * mask).pow(2).sum().backward()
+        gradient = torch.cat(
+            [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        )
+        made[shared] = (logps * mask).detach(), (entropy * mask).detach(), gradient
+    *ours, gradient = made[True]
+    *theirs, expected = made[False]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_whole_model_trains_against_a_reference_of_its_own(
+    folder, tmp_path, monkeypatch
+):
+    """As at full scale: no adapter, so the reference is a second model, which attends
+    as the policy does. Shared prompts and whole rows give the same updates."""
+    monkeypatch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
+    logged = {}
+    for shared in (True, False):
+        out = tmp_path / str(shared)
+        config = make_config(folder, max_steps=2)
+        config["model"]["dtype"] = "float64"
+        config["sft"]["adapter"] = "none"
+        samples, start = make_samples(folder), folder / "base"
+        trainer = grpo.build_trainer(
+            config, out, samples, start, out / "r.jsonl", shared_prefix=shared
+        )
+        attention = [
+            get_attention(model.model) for model in (trainer.model, trainer.ref_model)
+        ]
+        assert attention == [SEGMENTS if shared else "sdpa"] * 2
+        trainer.train()
+        logged[shared] = [
+            [row[key] for key in ("loss", "kl", "grad_norm", "entropy")]
+            for row in trainer.state.log_history[:2]
+        ]
+    first, second = logged[True]
+    assert abs(first[1]) < 1e-9 and second[1] > 1e-6  # the policy leaves its reference
+    for shared, whole in zip(logged[True], logged[False], strict=True):
+        assert shared == pytest.approx(whole, rel=1e-6, abs=1e-9)
+
+
+def test_groups_stay_groups_through_shuffling_and_micro_batches(folder, tmp_path):
+    """Of equal neighbors too: six rows ask the same question, in two groups."""
+    config = make_config(
+        folder, per_device_train_batch_size=G // 2, gradient_accumulation_steps=6
+    )
+    one, other = make_samples(folder, 2)
+    trainer = grpo.build_trainer(config, tmp_path, [one, one, other], folder / "sft")
+    trainer.model.train()
+    rendered = []
+    render = trainer.processing_class.apply_chat_template
+
+    def count(conversation, **options):
+        many = isinstance(conversation[0], list)
+        rendered.append(len(conversation) if many else 1)
+        return render(conversation, **options)
+
+    trainer.processing_class.apply_chat_template = count
+    rows = next(iter(trainer.get_train_dataloader()))
+    trainer._prepare_inputs(rows)
+    assert sum(rendered) == 3  # one for each group, not one for each reply
+    prompts = {}
+    for batch in trainer._buffered_inputs:
+        assert len(set(batch["group"].tolist())) == 1  # a micro-batch is half a group
+        rows = batch["group"].tolist(), batch["prompt_ids"].tolist()
+        for group, ids in zip(*rows, strict=True):
+            prompts.setdefault(group, []).append(ids)
+    assert [len(rows) for rows in prompts.values()] == [G] * 3
+    assert all(row == rows[0] for rows in prompts.values() for row in rows)
+    assert len({tuple(rows[0]) for rows in prompts.values()}) == 2

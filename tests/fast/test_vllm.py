@@ -81,8 +81,8 @@ def test_runs_of_image_tokens_become_the_single_ones_of_the_text(processor, item
         single = processor.tokenizer(text)["input_ids"]
         assert len(ids) > len(single)
         image_token = processor.image_token_id
-        assert vllm.one_token_an_image(ids, image_token) == single
-        assert vllm.one_token_an_image(single, image_token) == single
+        assert vllm.collapse_image_tokens(ids, image_token) == single
+        assert vllm.collapse_image_tokens(single, image_token) == single
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_resized_pictures_have_the_same_pixels_under_any_limits(
 ):
     narrow = processor.image_processor
     before = picture(width, height, seed)
-    after = vllm.resized(before, narrow)
+    after = vllm.resize_image(before, narrow)
     expected = narrow(images=[before])
     for image_processor in (narrow, wide):
         found = image_processor(images=[after])
@@ -108,17 +108,17 @@ def test_a_server_finds_the_runs_and_a_colocated_engine_single_tokens(processor)
     image = processor.image_token_id
     ids, shared = [[5, image, image, 6], [5, image, image, 6]], picture(64, 64)
     images = [[shared], [shared]]
-    colocated, made = vllm.vllm_inputs(ids, images, processor, "colocate")
+    colocated, made = vllm.make_vllm_inputs(ids, images, processor, "colocate")
     assert colocated == [[5, image, 6]] * 2
     assert made[0][0] is made[1][0] and made[0][0].size == (48, 48)
-    assert vllm.vllm_inputs(ids, images, processor, "server")[0] == ids
+    assert vllm.make_vllm_inputs(ids, images, processor, "server")[0] == ids
 
 
 def test_other_log_probs_than_the_policys_end_the_training():
-    vllm.check_difference({})
-    vllm.check_difference({vllm.DIFFERENCE: [0.3, 0.01]})
+    vllm.check_log_prob_difference({})
+    vllm.check_log_prob_difference({vllm.DIFFERENCE: [0.3, 0.01]})
     with pytest.raises(ValueError, match=r"by 0\.3 nats.*grpo\.use_vllm=false"):
-        vllm.check_difference({vllm.DIFFERENCE: [0.01, 0.3]})
+        vllm.check_log_prob_difference({vllm.DIFFERENCE: [0.01, 0.3]})
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_what_trl_cannot_hand_over_is_refused_before_anything_loads(
     tmp_path, changes, remedy
 ):
     config = runs.load_scale("tiny")
-    assert vllm.conflict(config) == ""
+    assert vllm.find_conflict(config) == ""
     for change in ["grpo.use_vllm=true", *changes]:
         config = runs.override(config, change)
     with pytest.raises(ValueError, match=remedy):
@@ -143,8 +143,8 @@ def test_what_trl_cannot_hand_over_is_refused_before_anything_loads(
 
 
 def test_another_version_of_vllm_than_the_tried_one_is_said():
-    assert vllm.version_note("0.32.1+cu129") == "ok"
-    assert "0.31.0 found; tried with" in vllm.version_note("0.31.0")
+    assert vllm.describe_version("0.32.1+cu129") == "ok"
+    assert "0.31.0 found; tried with" in vllm.describe_version("0.31.0")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = map(Requirement, project["optional-dependencies"]["gpu"])
     (declared,) = [extra.specifier for extra in extras if extra.name == "vllm"]
@@ -167,7 +167,7 @@ class Version(BaseHTTPRequestHandler):
 
 def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path):
     config = runs.override(runs.load_scale("tiny"), "grpo.norm_learning_rate=null")
-    assert vllm.server_problem(config["grpo"]) == ""
+    assert vllm.find_server_problem(config["grpo"]) == ""
     with ThreadingHTTPServer(("127.0.0.1", 0), Version) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for change in (
@@ -178,7 +178,7 @@ def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path
         ):
             config = runs.override(config, change)
         server.version = "0.31.0+cu129"
-        assert vllm.server_problem(config["grpo"]) == ""
+        assert vllm.find_server_problem(config["grpo"]) == ""
         server.version = "0.32.0"
         with pytest.raises(ValueError, match=r"is vLLM 0\.32\.0.*vllm_mode=colocate"):
             grpo.build_trainer(config, tmp_path, [], tmp_path)
@@ -186,7 +186,7 @@ def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path
         (check,) = [c for c in made if c.name == "version of the vLLM server"]
         assert not check.ok and "vllm<=0.31" in check.detail
         server.shutdown()
-    assert vllm.server_problem(config["grpo"]) == ""  # not up yet: TRL waits
+    assert vllm.find_server_problem(config["grpo"]) == ""  # not up yet: TRL waits
 
 
 # ---------------------------------------------------------------- vLLM itself
@@ -213,7 +213,7 @@ def test_vllm_computes_the_log_probs_of_the_policy(processor, items, monkeypatch
         text, pictures = rendered(processor, item)
         inputs = processor(text=text, images=[pictures], return_tensors="pt")
         ids = inputs["input_ids"][0].tolist()
-        (single,), (resized,) = vllm.vllm_inputs(
+        (single,), (resized,) = vllm.make_vllm_inputs(
             [ids], [pictures], processor, "colocate"
         )
         with_pictures = {"multi_modal_data": {"image": resized}}

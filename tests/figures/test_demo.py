@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from univg_nb import models
-from univg_nb.evaluate.replies import Made
+from univg_nb.evaluate.replies import GeneratedReply
 from univg_nb.figures import demo
 
 
@@ -29,7 +29,7 @@ def test_ask_draws_the_box_on_the_image_the_question_names(loaded, items, monkey
 
     def fixed(model, processor, samples, **options):
         asked.extend(samples)
-        return [Made(said, 9, False)]
+        return [GeneratedReply(said, 9, False)]
 
     monkeypatch.setattr("univg_nb.evaluate.replies.reply", fixed)
     images = items[3].images[:3]

@@ -186,7 +186,7 @@ def test_tiny_peak_of_grpo_is_predicted_within_a_quarter(tmp_path, checkpointing
         warnings.simplefilter("ignore", FutureWarning)
         made = grpo.build_trainer(config, tmp_path / "out", train, start)
         measured = peak_of(made.train)
-    tokens = len(made.encoded.prompts[0].ids) + 48
+    tokens = len(made.prompts[0].ids) + 48
     where = Layout("single", 1, tokens, 48, 256, tokens)
     check_peak(measured, config, "grpo", where, ["weights", "reference"])
 

@@ -19,9 +19,9 @@ from transformers import ProcessorMixin
 from univg_nb.data import prompts
 from univg_nb.data.images import encode_data_url, open_image
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.replies import Made
+from univg_nb.evaluate.replies import GeneratedReply
 from univg_nb.fast.sampling import VISION_TOKENS
-from univg_nb.fast.vllm import resized
+from univg_nb.fast.vllm import resize_image
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ServedModel:
         style: str = "univg",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-    ) -> list[Made]:
+    ) -> list[GeneratedReply]:
         """Return one reply to each sample, all asked at once.
 
         Images are sent as `processor` resizes them: vLLM takes no limits by request.
@@ -73,10 +73,10 @@ class ServedModel:
         owners = {path: sample.id for sample in samples for path in sample.images}
         urls = {}
         for path, owner in owners.items():
-            image = resized(open_image(path, owner), processor.image_processor)
+            image = resize_image(open_image(path, owner), processor.image_processor)
             urls[path] = encode_data_url(image, "PNG", compress_level=1)
 
-        def ask(sample: GroundingSample, seed: int) -> Made:
+        def ask(sample: GroundingSample, seed: int) -> GeneratedReply:
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": urls[path]}}
                 for path in sample.images
@@ -91,7 +91,7 @@ class ServedModel:
                 logit_bias={str(token): -100 for token in banned},
             )
             (choice,) = answer.choices
-            return Made(
+            return GeneratedReply(
                 response=choice.message.content or "",
                 tokens=answer.usage.completion_tokens if answer.usage else 0,
                 truncated=choice.finish_reason == "length",

@@ -1,12 +1,11 @@
-"""Attention over packed rows without a mask over the row, for the CPU.
+"""Attention over packed rows, and which attention implementations take our masks.
 
-Under one mask for a whole row every reply is scored against all others, only for the
-mask to drop it: work that grows with the square of the replies. Here each piece of a
-row attends by itself, the prompt causally and each reply to the prompt and itself, by
-torch's own scaled_dot_product_attention. FlexAttention does the like on a GPU.
-
-Known to transformers as SEGMENTS: `language_model.set_attn_implementation(SEGMENTS)`.
-With any other mask than `Segments` it is sdpa.
+In a packed row (`packed_rows`) a prompt is followed by its replies. One mask over the
+whole row would compute the scores of every reply with all others, only to drop them.
+`segment_attention` computes each piece of a row by itself: the prompt causally, each
+reply over the prompt and itself. This is for the CPU; FlexAttention does the same on a
+GPU. transformers knows the function as SEGMENTS:
+`language_model.set_attn_implementation(SEGMENTS)`.
 """
 
 from __future__ import annotations
@@ -18,43 +17,46 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-)
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "univg_segments"
+ATTENTION = ("sdpa", "eager", "flex_attention", SEGMENTS)  # take a mask of our own
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # where the shared prompt was checked
 
 
 @dataclass
 class Segments:
-    """The pieces of packed rows, and what each reply may see.
+    """The pieces of packed rows, given to `segment_attention` in place of a mask.
 
-    sizes: for every row [prompt, reply 1, ..., reply G, padding], in tokens; their sum
-    is the same for all rows.
+    Attributes:
+        sizes: for every row [prompt, reply 1, ..., reply G, padding], in tokens.
     """
 
     sizes: list[list[int]]
-    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, segments: Tensor) -> Segments:
-        """From (B, S): 0 for the prompt, 1..G for the replies in order, -1 padding."""
-        rows = []
-        for row in segments.tolist():
-            replies = [row.count(number) for number in range(1, max(row) + 1)]
-            rows.append([row.count(0), *replies, row.count(-1)])
-        return cls(rows)
+    def from_ids(cls, segments: Tensor) -> Segments:
+        """Count the pieces of (B, S): 0 prompt, 1..G replies in order, -1 padding."""
+        return cls(
+            [
+                [row.count(number) for number in [*range(max(row) + 1), -1]]
+                for row in segments.tolist()
+            ]
+        )
 
-    def mask(self, prompt: int, reply: int, like: Tensor) -> Tensor:
-        """Added to scores, (reply, prompt + reply): the whole prompt, then causal."""
+    def get_mask(self, prompt: int, reply: int, like: Tensor) -> Tensor:
+        """Return what is added to a reply's scores, (reply, prompt + reply).
+
+        It sees the whole prompt, and itself causally; `like` gives dtype and device.
+        """
         key = (prompt, reply, like.dtype)
-        if key not in self.masks:
+        if key not in self._masks:
             later = like.new_full((reply, reply), torch.finfo(like.dtype).min).triu(1)
-            self.masks[key] = torch.cat([like.new_zeros(reply, prompt), later], dim=1)
-        return self.masks[key]
+            self._masks[key] = torch.cat([like.new_zeros(reply, prompt), later], dim=1)
+        return self._masks[key]
 
 
 def segment_attention(
@@ -67,36 +69,39 @@ def segment_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, H, S, D), key and value (B, K, S, D)
-    with K heads that divide H -> (B, S, H, D)."""
+    """Compute attention piece by piece, or as sdpa with any other mask than Segments.
+
+    The signature is that of transformers: query (B, H, S, D), key and value (B, K, S,
+    D) with K heads that divide H; the result is (B, S, H, D).
+    """
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
-    how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    options["enable_gqa"] = True
     rows = []
     for row, sizes in enumerate(attention_mask.sizes):
-        # Split once: the backward pass then joins the pieces' gradients once.
+        # One split of all pieces: the backward pass joins their gradients once.
         queries, keys, values = (
             x[row : row + 1].split(sizes, dim=2) for x in (query, key, value)
         )
         pieces = []
-        if sizes[0]:  # a prompt of one token is the first of every reply
+        if sizes[0]:  # a prompt of one token is the first token of every reply
+            prompt = queries[0], keys[0], values[0]
             pieces.append(
-                scaled_dot_product_attention(
-                    queries[0], keys[0], values[0], is_causal=True, **how
-                )
+                scaled_dot_product_attention(*prompt, is_causal=True, **options)
             )
-        for number in range(1, len(sizes) - 1):
-            pieces.append(
-                scaled_dot_product_attention(
-                    queries[number],
-                    torch.cat([keys[0], keys[number]], dim=2),
-                    torch.cat([values[0], values[number]], dim=2),
-                    attn_mask=attention_mask.mask(sizes[0], sizes[number], query),
-                    **how,
-                )
+        pieces += [
+            scaled_dot_product_attention(
+                queries[number],
+                torch.cat([keys[0], keys[number]], dim=2),
+                torch.cat([values[0], values[number]], dim=2),
+                attn_mask=attention_mask.get_mask(sizes[0], sizes[number], query),
+                **options,
             )
+            for number in range(1, len(sizes) - 1)
+        ]
         pieces.append(torch.zeros_like(queries[-1]))  # padding, whose states are unused
         rows.append(torch.cat(pieces, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
@@ -105,25 +110,22 @@ def segment_attention(
 AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
 
-ATTENTION = ("sdpa", "eager", "flex_attention", SEGMENTS)  # that take our masks
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
-
-def attention_of(model: Module) -> str:
-    """The attention implementation of the language model."""
+def get_attention(model: Module) -> str:
+    """Return the name of the language model's attention implementation."""
     return model.config.get_text_config()._attn_implementation
 
 
-def compute_dtype(model: Module) -> torch.dtype:
-    """What the model computes in: the dtype of autocast where it is on."""
+def get_compute_dtype(model: Module) -> torch.dtype:
+    """Return the dtype the model computes in: that of autocast where it is on."""
     first = next(model.parameters())
     if torch.is_autocast_enabled(first.device.type):
         return torch.get_autocast_dtype(first.device.type)
     return first.dtype
 
 
-def additive(allowed: Tensor, model: Module) -> Tensor:
-    """bool (B, Q, K) -> what attention adds to its scores, (B, 1, Q, K)."""
-    dtype = compute_dtype(model)
+def make_additive_mask(allowed: Tensor, model: Module) -> Tensor:
+    """Turn bool (B, Q, K) into what `model` adds to its scores, (B, 1, Q, K)."""
+    dtype = get_compute_dtype(model)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]

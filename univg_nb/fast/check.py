@@ -1,21 +1,19 @@
-"""Before shared prompts are trusted: one group both ways, on the model at hand.
+"""Whether prompts can be shared: one group computed both ways, on the model at hand.
 
-What a library update or another model could break (positions, masks, the head) shows
-here as a difference of log-probs, before anything is trained on it.
+What an update of a library or another model could break (positions, masks, the head)
+shows as a difference of log-probs, before anything is trained on it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList
 from transformers.utils import is_torch_flex_attn_available
 
@@ -24,18 +22,18 @@ from univg_nb.fast.attention import (
     ATTENTION,
     MODEL_TYPES,
     SEGMENTS,
-    attention_of,
-    compute_dtype,
+    get_attention,
+    get_compute_dtype,
 )
-from univg_nb.fast.folded import folded
-from univg_nb.fast.packed_rows import packed_log_probs
+from univg_nb.fast.folded import fold_adapter
+from univg_nb.fast.packed_rows import compute_log_probs
 from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.sampling import sample_replies
 from univg_nb.fast.vision_features import VisionCache
 
 logger = logging.getLogger(__name__)
 
-REPLIES, LENGTH = 2, 8  # of the group that goes both ways
+REPLIES, LENGTH = 2, 8  # of the group that is computed both ways
 
 # Largest difference of a token's log-prob that counts as equal. float32: rounding is
 # below 1e-5. Half precision: two orders of the same sum differ by some 0.1 at logits
@@ -44,19 +42,19 @@ TOLERANCE = 1e-4
 TOLERANCE_HALF = 0.5
 
 
-def tolerance(backbone: Module) -> float:
-    """What `largest_difference` may be for the dtype the model computes in."""
-    half = compute_dtype(backbone) in (torch.bfloat16, torch.float16)
+def get_tolerance(backbone: Module) -> float:
+    """Return the difference allowed for the dtype that the model computes in."""
+    half = get_compute_dtype(backbone) in (torch.bfloat16, torch.float16)
     return TOLERANCE_HALF if half else TOLERANCE
 
 
-def attention_choices(backbone: Module) -> list[str]:
-    """Attention implementations that take our masks, the best for the device first.
+def list_attention(backbone: Module) -> list[str]:
+    """Return the attention implementations that take our masks, the best first.
 
     FlexAttention on a GPU, SEGMENTS in the place of sdpa on a CPU, then the model's
-    own. A GPU model with flash attention, which takes no mask, has sdpa instead.
+    own. A GPU model with flash attention, which takes no mask, gets sdpa instead.
     """
-    own = attention_of(backbone)
+    own = get_attention(backbone)
     on_gpu = next(backbone.parameters()).device.type == "cuda"
     names = [own] if own in ATTENTION else ["sdpa"] if on_gpu else []
     if on_gpu and is_torch_flex_attn_available():
@@ -66,29 +64,32 @@ def attention_choices(backbone: Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def plain_choice(backbone: Module) -> str:
-    """For use unchecked: the attention that takes our masks without being compiled."""
-    names = attention_choices(backbone)
+def choose_unchecked(backbone: Module) -> str:
+    """Return the attention for use without a check: one that needs no compiler."""
+    names = list_attention(backbone)
     return SEGMENTS if SEGMENTS in names else names[-1]
 
 
-def obstacle(base: Module, sharded: bool) -> str | None:
-    """Why this model's prompts cannot be shared, or None. sharded: by FSDP."""
+def find_obstacle(base: Module, sharded: bool) -> str | None:
+    """Return why the prompts of a model cannot be shared, or None.
+
+    Args:
+        base: the model below any adapter.
+        sharded: whether FSDP shards its weights.
+    """
     if sharded:
         return "FSDP shards the weights"
     if base.config.model_type not in MODEL_TYPES:
         return f"{base.config.model_type} has not Qwen2-VL's positions"
-    if not attention_choices(base.model):
-        return f"{attention_of(base)} takes no mask of our own"
+    if not list_attention(base.model):
+        return f"{get_attention(base)} takes no mask of our own"
     return None
 
 
 @contextmanager
-def rollout_attention(backbone: Module) -> Iterator[None]:
-    """Inside, sdpa takes FlexAttention's place: that would compile anew for every
-    length of the cache."""
-    language = backbone.language_model
-    before = attention_of(backbone)
+def use_rollout_attention(backbone: Module) -> Iterator[None]:
+    """Replace FlexAttention by sdpa: it would compile for every length of the cache."""
+    language, before = backbone.language_model, get_attention(backbone)
     if before == "flex_attention":
         language.set_attn_implementation("sdpa")
     try:
@@ -98,98 +99,87 @@ def rollout_attention(backbone: Module) -> Iterator[None]:
             language.set_attn_implementation(before)
 
 
-class Recorder:
-    """Keeps the log-probs (N, V) of every step of a rollout, before they are shaped."""
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.steps: list[Tensor] = []
-
-    def __call__(self, _ids: Tensor, logits: Tensor) -> Tensor:
-        self.steps.append((logits / self.temperature).log_softmax(-1))
-        return logits
-
-
 @torch.no_grad()
-def largest_difference(
+def compare_log_probs(
     model: Module,
     prompt: Prompt,
-    warp: LogitsProcessorList,
+    warpers: LogitsProcessorList,
     temperature: float,
     vision: VisionCache | None = None,
 ) -> float:
-    """Largest difference between log-probs of the shared way and of whole rows.
+    """Compare log-probs of a shared prompt with those of whole rows.
 
-    Samples REPLIES replies to the prompt from one prefill, and compares the log-probs
-    seen while sampling and those of the packed row with the model's own, for rows of
-    prompt and reply. Leaves random numbers and training mode as they were.
+    Samples REPLIES replies to the prompt from one prefill. The log-probs seen while
+    sampling and those of the packed row are compared with the model's own for rows of
+    prompt, images and reply. Random numbers and training mode stay as they were.
+
+    Args:
+        model: the policy, with TRL's fused head.
+        prompt: the prompt of the group.
+        warpers: see `sampling.make_warpers`.
+        temperature: that of the fused head.
+        vision: keeps image features.
+
+    Returns:
+        The largest difference; infinity where FlexAttention does not compile or fit.
     """
-    base, device = models.get_base_model(model), prompt.ids.device
+    backbone, device = models.get_base_model(model).model, prompt.ids.device
+    steps: list[Tensor] = []  # log-probs (REPLIES, V) before they are shaped
+
+    def record(_ids: Tensor, logits: Tensor) -> Tensor:
+        steps.append((logits / temperature).log_softmax(-1))
+        return logits
+
     training = model.training
-    recorder = Recorder(temperature)
     model.eval()
     try:
         cards = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cards), folded(model):
-            with rollout_attention(base.model):
-                sampled = sample_replies(
-                    base,
-                    base.model,
+        with torch.random.fork_rng(cards), fold_adapter(model):
+            with use_rollout_attention(backbone):
+                (sampled,) = sample_replies(
+                    model,
                     [prompt],
                     REPLIES,
                     max_new_tokens=LENGTH,
                     eos_token_ids=[],
-                    warp=LogitsProcessorList([recorder, *warp]),
+                    warpers=LogitsProcessorList([record, *warpers]),
                     seeds=range(REPLIES),
                     vision=vision,
-                )[0]
-            replies = [torch.tensor(reply, device=device) for reply in sampled]
-            packed, _ = packed_log_probs(model, base.model, [(prompt, replies)], vision)
-        whole = whole_rows(model, prompt, replies)
+                )
+            replies = torch.tensor(sampled, device=device)  # (REPLIES, LENGTH)
+            packed, _ = compute_log_probs(
+                model, backbone, [(prompt, list(replies))], vision
+            )
+        whole = _compute_whole_rows(model, prompt, replies)
+    except RuntimeError as error:
+        if get_attention(backbone) != "flex_attention":
+            raise
+        logger.warning("FlexAttention does not run here: %s", error)
+        return math.inf
     finally:
         model.train(training)
-    ids = torch.stack(replies)  # (REPLIES, LENGTH)
-    seen = torch.stack(recorder.steps, dim=1).gather(2, ids[..., None])[..., 0]
-    both = torch.stack([torch.stack(packed[0]), seen.float()])
+    seen = torch.stack(steps, dim=1).gather(2, replies[..., None])[..., 0]
+    both = torch.stack([torch.stack(list(packed)), seen.float()])
     return float((both - whole).abs().max())
 
 
-def difference_with(model: Module, *group: Any) -> tuple[Tensor, float]:
-    """(largest difference of the group as a tensor, what is allowed). What does not
-    compile or fit counts as infinitely different; other attention may do."""
-    backbone = models.get_base_model(model).model
-    device = next(backbone.parameters()).device
-    try:
-        worst = largest_difference(model, *group)
-    except RuntimeError as error:
-        if attention_of(backbone) != "flex_attention":
-            raise
-        logger.warning("FlexAttention does not run here: %s", error)
-        worst = math.inf
-    return torch.tensor([worst], device=device), tolerance(backbone)
-
-
-def whole_rows(model: Module, prompt: Prompt, replies: Sequence[Tensor]) -> Tensor:
-    """Log-probs (replies, longest) from rows of prompt and reply, each with the
-    prompt and its images: the way without sharing."""
-    rows = [torch.cat([prompt.ids, reply]) for reply in replies]
-    real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    types = [torch.cat([prompt.token_types, torch.zeros_like(r)]) for r in replies]
-    ids = pad_sequence(rows, batch_first=True)
-    labels = ids.masked_fill(real == 0, -100)
-    labels[:, : len(prompt.ids)] = -100
+def _compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor:
+    """Compute log-probs (G, L) of replies (G, L) to a prompt without sharing it."""
+    rows, width = len(replies), len(prompt.ids)
+    ids = torch.cat([prompt.ids.expand(rows, -1), replies], dim=1)
+    types = torch.cat([prompt.token_types.expand(rows, -1), 0 * replies], dim=1)
     images = {}
-    if prompt.grid is not None:
-        images = {
-            "pixel_values": prompt.pixel_values.repeat(len(rows), 1),
-            "image_grid_thw": prompt.grid.repeat(len(rows), 1),
-        }
+    for pixels, grid in prompt.images:
+        images["pixel_values"] = pixels.repeat(rows, 1)
+        images["image_grid_thw"] = grid.repeat(rows, 1)
+    labels = ids.clone()
+    labels[:, :width] = -100
     output = model(
         input_ids=ids,
-        attention_mask=real,
-        mm_token_type_ids=pad_sequence(types, batch_first=True),
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=types,
         labels=labels,
         fused_lm_head=True,
         **images,
     )
-    return output.log_probs[:, len(prompt.ids) - 1 :]
+    return output.log_probs[:, width - 1 :]

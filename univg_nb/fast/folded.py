@@ -12,14 +12,45 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn import Module
 
 
-def can_fold(model: Module) -> bool:
-    """Whether folding changes nothing but the speed.
+@contextmanager
+def fold_adapter(model: Module) -> Iterator[None]:
+    """Make the active adapter a part of the weights: one product instead of three.
 
-    Plain LoRA, switched on, on whole float32 weights: bf16 would round the sum, and
-    4-bit or sharded weights cannot take it.
+    With a small model on a CPU, LoRA's additional calls cost more than its arithmetic.
+    The old weights come back bit for bit (subtraction would drift). Nothing is done
+    where gradients are on, or where the adapter cannot be folded.
     """
-    if not isinstance(model, PeftModel):
-        return False
+    if torch.is_grad_enabled() or not _can_fold(model):
+        yield
+        return
+    assert isinstance(model, PeftModel)
+    kept = []
+    try:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                weight = module.get_base_layer().weight
+                kept.append((weight, weight.data))
+                deltas = [module.get_delta_weight(a) for a in module.active_adapters]
+                weight.data = torch.stack([weight.data, *deltas]).sum(0)
+            elif isinstance(module, ModulesToSaveWrapper):
+                # With adapters disabled it shows the original module.
+                trained = module.modules_to_save[module.active_adapter].parameters()
+                original = module.original_module.parameters()
+                for ours, theirs in zip(original, trained, strict=True):
+                    kept.append((ours, ours.data))
+                    ours.data = theirs.data
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, value in kept:
+            parameter.data = value
+
+
+def _can_fold(model: Module) -> bool:
+    """Return whether this is plain LoRA, switched on, on whole float32 weights.
+
+    bf16 would round the sum, and 4-bit or sharded weights cannot take it.
+    """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     return bool(layers) and all(
         type(layer) is Linear
@@ -29,38 +60,3 @@ def can_fold(model: Module) -> bool:
         and layer.get_base_layer().weight.dim() == 2
         for layer in layers
     )
-
-
-@contextmanager
-def folded(model: Module) -> Iterator[None]:
-    """Inside, the active adapter is part of the weights: one product for three.
-
-    On a CPU with a small model LoRA's extra calls cost more than its arithmetic. The
-    old weights come back as they were, bit for bit (subtracting would drift). Outside
-    of `torch.no_grad` this would cut the adapter off from its gradient.
-    """
-    if torch.is_grad_enabled() or not can_fold(model):
-        yield
-        return
-    assert isinstance(model, PeftModel)
-    kept = []
-    try:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                base = layer.get_base_layer()
-                kept.append((base.weight, base.weight.data))
-                delta = [layer.get_delta_weight(name) for name in layer.active_adapters]
-                base.weight.data = torch.stack([base.weight.data, *delta]).sum(0)
-        for wrapper in [
-            m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)
-        ]:  # switched off, it shows the original
-            trained = wrapper.modules_to_save[wrapper.active_adapter].parameters()
-            original = wrapper.original_module.parameters()
-            for ours, theirs in zip(original, trained, strict=True):
-                kept.append((ours, ours.data))
-                ours.data = theirs.data
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, value in kept:
-            parameter.data = value

@@ -1,12 +1,12 @@
-"""The training forward of GRPO: a prompt and all its replies in one row.
+"""The training pass of GRPO: a prompt and all its replies in one row.
 
     [ prompt without its last token | s1 | s2 | ... | sG ],   s_i = last token + reply i
 
-runs through the unmodified model, so that images and prompt are computed once a group
-(`shared_prefix` says why that is exact). Each segment starts with a copy of the
-prompt's last token, so that every reply has its own place from which its first token is
-predicted. TRL's fused head makes log-probs in tiles and computes the logits again in
-the backward pass; it gets the replies' places only, so neither its memory nor its time
+The row runs through the unmodified model, so that images and prompt are computed once
+for a group (`prompts` says why this is exact). Each segment starts with a copy of the
+prompt's last token, so that every reply has its own place that predicts its first
+token. TRL's fused head computes log-probs in tiles and recomputes the logits in the
+backward pass. It gets the places of the replies only: neither its memory nor its time
 grows with vocabulary x prompt.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,26 @@ from torch.nn import Module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
-from univg_nb.fast.attention import SEGMENTS, Segments, additive, attention_of
-from univg_nb.fast.prompts import Prompt, prompt_positions
-from univg_nb.fast.vision_features import VisionCache, vision_inputs
+from univg_nb.fast.attention import (
+    SEGMENTS,
+    Segments,
+    get_attention,
+    make_additive_mask,
+)
+from univg_nb.fast.prompts import Prompt, compute_positions
+from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 UNLIMITED = 2**62
 
 
 def block_mask(segments: Tensor) -> Tensor:
-    """Who sees whom, bool (B, S, S): causal, a segment sees segment 0 and itself only.
+    """Return who sees whom: causal, and of other segments only the prompt.
 
-    segments: (B, S) 0 for the prompt, 1..G for the replies, -1 for padding.
+    Args:
+        segments: (B, S) 0 for the prompt, 1..G for the replies, -1 for padding.
+
+    Returns:
+        bool (B, S, S), query by key.
     """
     length = segments.size(1)
     key, query = segments[:, None, :], segments[:, :, None]
@@ -40,8 +50,8 @@ def block_mask(segments: Tensor) -> Tensor:
     return causal & ((key == query) | (key == 0))
 
 
-def segment_rule(segments: Tensor) -> Callable[..., Tensor]:
-    """`block_mask` as FlexAttention asks for it: a function of indices."""
+def make_mask_rule(segments: Tensor) -> Callable[..., Tensor]:
+    """Return `block_mask` in FlexAttention's form, a function of indices."""
 
     def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         ours, theirs = segments[row, query], segments[row, key]
@@ -50,33 +60,37 @@ def segment_rule(segments: Tensor) -> Callable[..., Tensor]:
     return sees
 
 
-def attention_mask(
+def make_attention_mask(
     segments: Tensor, backbone: Module
 ) -> Tensor | BlockMask | dict[str, Segments]:
-    """The mask in the form that the model's attention takes.
+    """Return the mask in the form that the model's attention takes.
 
     FlexAttention (GPU) and SEGMENTS (CPU) skip what nobody sees and never make a mask
     of length x length; sdpa and eager get one that is added to the scores.
     """
-    if attention_of(backbone) == SEGMENTS:  # a dict reaches the layers as it is
+    attention = get_attention(backbone)
+    if attention == SEGMENTS:  # a dict reaches the layers as it is
         kinds = backbone.config.get_text_config().layer_types
-        return dict.fromkeys(kinds, Segments.of(segments))
-    if attention_of(backbone) != "flex_attention":
-        return additive(block_mask(segments), backbone)
+        return dict.fromkeys(kinds, Segments.from_ids(segments))
+    if attention != "flex_attention":
+        return make_additive_mask(block_mask(segments), backbone)
     rows, length = segments.shape
-    rule, device = segment_rule(segments), segments.device
+    rule, device = make_mask_rule(segments), segments.device
     return create_block_mask(rule, rows, None, length, length, device=device)
 
 
-def chunked(
+def split_chunks(
     groups: Sequence[tuple[Prompt, list[int]]],
     lengths: Sequence[int],
     max_tokens: int = UNLIMITED,
 ) -> list[list[tuple[Prompt, list[int]]]]:
-    """Split groups into batches of at most `max_tokens`, padding included.
+    """Split groups into batches of similar lengths.
 
-    lengths: reply tokens of every row. Similar lengths come together. Groups are never
-    cut, so one that is longer than the budget is a batch by itself.
+    Args:
+        groups: prompt and numbers of its rows.
+        lengths: reply tokens of every row.
+        max_tokens: most tokens of a batch, padding included. Groups are never cut: one
+            that is longer is a batch by itself.
     """
 
     def size(group: tuple[Prompt, list[int]]) -> int:
@@ -92,13 +106,13 @@ def chunked(
 
 @contextmanager
 def only_at(backbone: Module, chosen: Tensor) -> Iterator[None]:
-    """Inside, the backbone returns its states at `chosen` only, as one row.
+    """Let the backbone return its states at `chosen`, bool (B, S), only, as one row.
 
-    chosen: bool (B, S). What follows the backbone (the head) then costs nothing for the
-    prompt; off Triton devices TRL's head would score every place.
+    What follows the backbone (the head) then costs nothing for the prompt; off Triton
+    devices TRL's head would score every place.
     """
 
-    def select(_module: Module, _inputs: tuple, output: object) -> object:
+    def select(_module: Module, _inputs: tuple, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state[chosen][None]
         return output
 
@@ -109,29 +123,33 @@ def only_at(backbone: Module, chosen: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def packed_log_probs(
+def compute_log_probs(
     model: Module,
     backbone: Module,
     groups: Sequence[tuple[Prompt, Sequence[Tensor]]],
     vision: VisionCache | None = None,
-) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Log-probability and entropy of every reply token, one row per group.
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Compute log-prob and entropy of every reply token, one row for each group.
 
-    model: called with TRL's fused head (`fused_lm_head=True`, pre-shifted labels);
-    backbone: its Qwen2VLModel, for positions. groups: prompt and replies, each (L_i,)
-    without padding; vision: remembers image features. Returns two nested lists
-    [group][reply] of (L_i,) tensors in float32, the second [] where the head computes
-    no entropies.
+    Args:
+        model: called with TRL's fused head (`fused_lm_head=True`, shifted labels).
+        backbone: its Qwen2VLModel, for positions and masks.
+        groups: prompt and replies, each (L,) without padding.
+        vision: keeps image features.
+
+    Returns:
+        The log-probs (L,) of every reply in order, in float32, and their entropies,
+        which are () where the head computes none.
     """
     rows: dict[str, list[Tensor]] = {"ids": [], "labels": [], "segments": [], "pos": []}
     for prompt, replies in groups:
-        where = prompt_positions(backbone, prompt)  # (3, P)
-        last, start = prompt.ids[-1:], where[:, -1:]
-        assert int(where.max()) == int(start.max()), "a prompt must end in text"
+        place = compute_positions(backbone, prompt)  # (3, P)
+        last, start = prompt.ids[-1:], place[:, -1:]
+        assert int(place.max()) == int(start.max()), "a prompt must end in text"
         ids = [prompt.ids[:-1]]
         labels = [torch.full_like(prompt.ids[:-1], -100)]
         segments = [torch.zeros_like(prompt.ids[:-1])]
-        positions = [where[:, :-1]]
+        positions = [place[:, :-1]]
         for number, reply in enumerate(replies, start=1):
             if not len(reply):  # a truncated reply that TRL masks out altogether
                 continue
@@ -144,26 +162,21 @@ def packed_log_probs(
         rows["segments"].append(torch.cat(segments))
         rows["pos"].append(torch.cat(positions, dim=1).T)  # (S, 3)
     input_ids = pad_sequence(rows["ids"], batch_first=True)  # (B, S)
-    labels = pad_sequence(rows["labels"], batch_first=True, padding_value=-100)
-    segments = pad_sequence(rows["segments"], batch_first=True, padding_value=-1)
-    positions = pad_sequence(rows["pos"], batch_first=True).permute(2, 0, 1)
-    chosen = labels != -100
+    label_ids = pad_sequence(rows["labels"], batch_first=True, padding_value=-100)
+    segment_ids = pad_sequence(rows["segments"], batch_first=True, padding_value=-1)
+    position_ids = pad_sequence(rows["pos"], batch_first=True).permute(2, 0, 1)
+    chosen = label_ids != -100
     images = [image for prompt, _ in groups for image in prompt.images]
     with only_at(backbone, chosen):
         outputs = model(
             input_ids=input_ids,
-            attention_mask=attention_mask(segments, backbone),
-            position_ids=positions,  # (3, B, S)
-            shift_labels=labels[chosen][None],
+            attention_mask=make_attention_mask(segment_ids, backbone),
+            position_ids=position_ids,  # (3, B, S)
+            shift_labels=label_ids[chosen][None],
             fused_lm_head=True,
-            **vision_inputs(backbone, images, vision),
+            **make_vision_inputs(backbone, images, vision),
         )
     lengths = [len(reply) for _, replies in groups for reply in replies]
-
-    def split(values: Tensor | None) -> list[list[Tensor]]:
-        if values is None:
-            return []
-        parts = iter(values[0].split(lengths))
-        return [[next(parts) for _ in replies] for _, replies in groups]
-
-    return split(outputs.log_probs), split(outputs.entropy)
+    if outputs.entropy is None:
+        return outputs.log_probs[0].split(lengths), ()
+    return outputs.log_probs[0].split(lengths), outputs.entropy[0].split(lengths)

@@ -1,22 +1,20 @@
-"""One prefill for all replies to a prompt: prompts, positions, masks, and sampling.
+"""Prompts of GRPO groups: each encoded once, with the positions that replies continue.
 
-The G replies of a group share a long prompt with images. Here each distinct prompt goes
-through the model once, in the rollout (`sample_replies`) as in the training passes
-(`packed_rows`). A reply sees the prompt and itself (a 4-D attention mask) and takes the
-positions that follow the prompt (M-RoPE), exactly as if it stood alone.
-
-Works for models with Qwen2-VL's `get_rope_index`.
+The G replies of a group share a long prompt with images. In the rollout (`sampling`)
+and in the training passes (`packed_rows`) each prompt goes through the model once: a
+reply sees the prompt and itself (an attention mask) and takes the positions that follow
+the prompt (M-RoPE), exactly as if it stood alone. This works for models with the
+`get_rope_index` of Qwen2-VL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
@@ -24,80 +22,78 @@ from transformers import BatchFeature
 
 from univg_nb.data.images import open_image
 
-# DOC of encoding:
-# """Each distinct prompt of a generation batch encoded once, then expanded to its rows.
-
-# TRL repeats a prompt G times and encodes every row twice, images included.
-# """
-
 
 @dataclass
 class Prompt:
-    """One distinct prompt and its images, no padding.
+    """One prompt and its images, without padding.
 
-    ids: (P,) token ids; token_types: (P,) 0 text, 1 image; pixel_values: (patches,
-    patch_dim) or None; grid: (images, 3) patches in time, height, width, or None.
+    Attributes:
+        ids: (P,) token ids.
+        token_types: (P,) 0 for text, 1 for an image.
+        pixel_values: (patches, patch_dim) of all images, or None.
+        grid: (images, 3) patches in time, height and width, or None.
     """
 
     ids: Tensor
     token_types: Tensor
-    pixel_values: Tensor | None
-    grid: Tensor | None
+    pixel_values: Tensor | None = None
+    grid: Tensor | None = None
 
     @property
     def images(self) -> list[tuple[Tensor, Tensor]]:
         """[(pixel_values, grid)], or [] without images."""
-        return [] if self.grid is None else [(self.pixel_values, self.grid)]
-
-    def same_as(self, other: Prompt) -> bool:
-        """Whether both are the same text over the same pixels."""
-        if (self.pixel_values is None) != (other.pixel_values is None):
-            return False
-        return torch.equal(self.ids, other.ids) and (
-            self.pixel_values is None
-            or (
-                torch.equal(self.grid, other.grid)
-                and torch.equal(self.pixel_values, other.pixel_values)
-            )
-        )
+        if self.pixel_values is None or self.grid is None:
+            return []
+        return [(self.pixel_values, self.grid)]
 
 
 def split_rows(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    token_types: Tensor,
-    prompt_length: int,
-    pixel_values: Tensor | None,
-    grid: Tensor | None,
-    num_images: Sequence[int] | None,
+    input_ids: Sequence[Tensor] | Tensor,
+    attention_mask: Sequence[Tensor] | Tensor,
+    groups: Sequence[int],
+    *,
+    mm_token_type_ids: Sequence[Tensor] | Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    num_images: Sequence[int] | None = None,
+    **_: Any,
 ) -> list[tuple[Prompt, list[int]]]:
-    """Runs of adjacent rows with the same prompt: [(prompt, its row numbers), ...].
+    """Take the prompt of every group out of rows, padded or not.
 
-    input_ids, attention_mask, token_types: (B, P+C), prompts left-padded. A group cut
-    by a micro-batch border just gives two runs; nothing depends on G.
+    Args:
+        input_ids: (B, P) prompts.
+        attention_mask: (B, P) 1 for a token, 0 for padding.
+        groups: the group of every row; the rows of a group have the same prompt.
+        mm_token_type_ids: (B, P or more) 0 for text, 1 for an image; None is all text.
+        pixel_values: (patches, patch_dim) of the images of all rows.
+        image_grid_thw: (images, 3) of the images of all rows.
+        num_images: images of every row; None is no images.
+
+    Returns:
+        (prompt, numbers of its rows) for every group, in the order of the rows.
     """
-    counts = num_images or [0] * len(input_ids)
-    image_ends = [0, *accumulate(counts)]
-    patches = [0, *accumulate(grid.prod(-1).tolist())] if grid is not None else [0]
-    runs: list[tuple[Prompt, list[int]]] = []
-    for row in range(len(input_ids)):
-        real = attention_mask[row, :prompt_length].bool()
-        first, last = image_ends[row], image_ends[row + 1]
-        prompt = Prompt(
-            input_ids[row, :prompt_length][real],
-            token_types[row, :prompt_length][real],
-            pixel_values[patches[first] : patches[last]] if last > first else None,
-            grid[first:last] if last > first else None,
-        )
-        if runs and prompt.same_as(runs[-1][0]):
-            runs[-1][1].append(row)
-        else:
-            runs.append((prompt, [row]))
-    return runs
+    grids = image_grid_thw
+    image_ends = [0, *accumulate(num_images or [0] * len(groups))]
+    patch_ends = [0] if grids is None else [0, *accumulate(grids.prod(-1).tolist())]
+    found: dict[int, tuple[Prompt, list[int]]] = {}
+    for row, group in enumerate(groups):
+        if group not in found:
+            ids, real = input_ids[row], attention_mask[row].bool()
+            types = torch.zeros_like(ids)
+            if mm_token_type_ids is not None:
+                types = mm_token_type_ids[row][: len(ids)]
+            prompt = Prompt(ids[real], types[real])
+            first, last = image_ends[row], image_ends[row + 1]
+            if grids is not None and pixel_values is not None and last > first:
+                prompt.grid = grids[first:last]
+                prompt.pixel_values = pixel_values[patch_ends[first] : patch_ends[last]]
+            found[group] = (prompt, [])
+        found[group][1].append(row)
+    return list(found.values())
 
 
-def prompt_positions(backbone: Module, prompt: Prompt) -> Tensor:
-    """M-RoPE positions of a prompt, (3, P); replies continue at the maximum + 1."""
+def compute_positions(backbone: Module, prompt: Prompt) -> Tensor:
+    """Compute M-RoPE positions of a prompt, (3, P); replies continue at maximum + 1."""
     if prompt.grid is None:
         return torch.arange(len(prompt.ids), device=prompt.ids.device).expand(3, -1)
     positions, _ = backbone.get_rope_index(
@@ -108,130 +104,61 @@ def prompt_positions(backbone: Module, prompt: Prompt) -> Tensor:
     return positions[:, 0]  # (3, 1, P) -> (3, P)
 
 
-@dataclass
-class EncodedBatch:
-    """Distinct prompts, how many adjacent rows each has, and the rows' images."""
-
-    prompts: list[Prompt]
-    counts: list[int]
-    images: list[list[Image]]  # of every row
-    pad_token_id: int
-
-    @classmethod
-    def encode(
-        cls,
-        processor: Any,
-        conversations: Sequence[list[dict[str, Any]]],
-        group_size: int,
-        device: torch.device,
-    ) -> EncodedBatch:
-        """Render, open and tokenise. Adjacent equal conversations, at most `group_size`
-        of them, count as one prompt. Raises ValueError for an unreadable image."""
-        distinct: list[list[dict[str, Any]]] = []
-        counts: list[int] = []
-        for conversation in conversations:
-            if distinct and counts[-1] < group_size and conversation == distinct[-1]:
-                counts[-1] += 1
-            else:
-                distinct.append(conversation)
-                counts.append(1)
-        opened = [
-            [
-                _picture(part["image"])
-                for message in conversation
-                for part in message["content"]
-                if part["type"] == "image"
-            ]
-            for conversation in distinct
-        ]
-        texts = processor.apply_chat_template(
-            distinct, tokenize=False, add_generation_prompt=True
-        )
-        encoded = processor(text=texts, images=opened if any(opened) else None)
-        grid = torch.as_tensor(encoded["image_grid_thw"]) if any(opened) else None
-        pixels = torch.as_tensor(encoded["pixel_values"]) if any(opened) else None
-        prompts = []
-        first_image = first_patch = 0
-        for row, group in enumerate(opened):
-            ids = torch.tensor(encoded["input_ids"][row], device=device)
-            types = torch.tensor(encoded["mm_token_type_ids"][row], device=device)
-            if not group:
-                prompts.append(Prompt(ids, types, None, None))
-                continue
-            mine = grid[first_image : first_image + len(group)]
-            patches = int(mine.prod(-1).sum())
-            own = pixels[first_patch : first_patch + patches]
-            prompts.append(Prompt(ids, types, own.to(device), mine.to(device)))
-            first_image += len(group)
-            first_patch += patches
-        batch = cls(prompts, counts, [], processor.tokenizer.pad_token_id)
-        batch.images = batch._repeat(opened)
-        return batch
-
-    def _repeat(self, values: Sequence[Any]) -> list[Any]:
-        """One value per prompt -> one per row."""
-        return [v for v, n in zip(values, self.counts, strict=True) for _ in range(n)]
-
-    def expand(self, replies: Sequence[Sequence[Any]]) -> list[Any]:
-        """[prompt][reply] -> one reply per row."""
-        pairs = zip(replies, self.counts, strict=True)
-        return [reply for group, n in pairs for reply in group[:n]]
-
-    def prompt_ids(self) -> list[list[int]]:
-        """Token ids of every row, unpadded."""
-        return self._repeat([prompt.ids.tolist() for prompt in self.prompts])
-
-    def fields(self) -> dict[str, Any]:
-        """What TRL calls multimodal fields, for all rows: flat tensors for images,
-        nested lists per token."""
-        types = self._repeat([prompt.token_types.tolist() for prompt in self.prompts])
-        return {**self._pixels(), "mm_token_type_ids": types}
-
-    def model_inputs(self) -> BatchFeature:
-        """All rows as the processor would return them, left-padded."""
-        ids = self._padded([prompt.ids for prompt in self.prompts], self.pad_token_id)
-        types = self._padded([prompt.token_types for prompt in self.prompts], 0)
-        real = self._padded([torch.ones_like(p.ids) for p in self.prompts], 0)
-        return BatchFeature(
-            {
-                "input_ids": ids,
-                "attention_mask": real,
-                "mm_token_type_ids": types,
-                **self._pixels(),
-            }
-        )
-
-    def _padded(self, values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-        return pad_sequence(
-            self._repeat(values),
-            batch_first=True,
-            padding_value=fill,
-            padding_side="left",
-        )
-
-    def _pixels(self) -> dict[str, torch.Tensor]:
-        rows = [p for p in self._repeat(self.prompts) if p.grid is not None]
-        if not rows:
-            return {}
-        return {
-            "pixel_values": torch.cat([p.pixel_values for p in rows]),
-            "image_grid_thw": torch.cat([p.grid for p in rows]),
-        }
+def open_images(conversations: Sequence[Any]) -> None:
+    """Open the images that structured messages name by a path, in place."""
+    for messages in conversations:
+        for message in messages if isinstance(messages, list) else ():
+            for part in message["content"]:
+                if isinstance(part, dict) and isinstance(part.get("image"), str):
+                    part["image"] = open_image(part["image"])
 
 
-def _picture(image: str | Image) -> Image:
-    return open_image(image) if isinstance(image, str) else image
+def make_prompts(
+    ids: Sequence[Sequence[int]],
+    images: Sequence[Any] | None,
+    fields: Mapping[str, Any],
+    device: torch.device,
+) -> list[Prompt]:
+    """Make prompts of what TRL's `_tokenize_prompts` returns."""
+    rows = [torch.tensor(row, device=device) for row in ids]
+    types = fields.get("mm_token_type_ids") or [[0] * len(row) for row in ids]
+    names = [name for name in ("pixel_values", "image_grid_thw") if name in fields]
+    found = split_rows(
+        rows,
+        [torch.ones_like(row) for row in rows],
+        range(len(rows)),
+        mm_token_type_ids=[torch.tensor(row, device=device) for row in types],
+        num_images=images and [len(some or ()) for some in images],
+        **{name: torch.as_tensor(fields[name]).to(device) for name in names},
+    )
+    return [prompt for prompt, _ in found]
 
 
-class EncodedOnce:
-    """A processor whose call returns the batch that was encoded before."""
+def make_fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return TRL's multimodal fields of rows: pixels flat, a list for each row else."""
+    fields: dict[str, Any] = {}
+    images = [image for prompt in prompts for image in prompt.images]
+    if images:
+        pixels, grids = zip(*images, strict=True)
+        fields = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    return fields | {"mm_token_type_ids": [p.token_types.tolist() for p in prompts]}
 
-    def __init__(self, processor: Any, batch: Callable[[], EncodedBatch]) -> None:
-        self._processor = processor
-        self._batch = batch
+
+class ReusedEncoding:
+    """A processor that renders nothing, and whose call returns fields made before."""
+
+    def __init__(self, processor: Any, fields: Mapping[str, Any]) -> None:
+        self._processor, self._fields = processor, fields
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
 
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        """Return no text, as none is used."""
+        return ""
+
     def __call__(self, **_: Any) -> BatchFeature:
-        return self._batch().model_inputs()
+        """Return the fields as model inputs, padded on the left."""
+        types = [torch.tensor(row) for row in self._fields["mm_token_type_ids"]]
+        padded = pad_sequence(types, batch_first=True, padding_side="left")
+        return BatchFeature({**self._fields, "mm_token_type_ids": padded})

@@ -1,8 +1,8 @@
-"""Random numbers of sampling: a stream of its own for every reply.
+"""Sampling of replies: one prefill for each prompt, one noise stream for each reply.
 
-torch.multinomial draws all rows of a batch from one stream, and a reply would then
-depend on which others are sampled beside it: on the batch size, and on how many
-processes share the work.
+Rollouts and evaluation use the same `sample_replies`. The noise of a reply comes from a
+stream of its own, because torch.multinomial draws all rows of a batch from one stream:
+a reply would then depend on the batch size, and on how many processes share the work.
 """
 
 from __future__ import annotations
@@ -12,66 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import Module
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation import logits_process
 from trl import GRPOConfig
 
-from univg_nb.fast.attention import additive
-from univg_nb.fast.prompts import Prompt, prompt_positions
-from univg_nb.fast.vision_features import VisionCache, vision_inputs
+from univg_nb import models
+from univg_nb.fast.attention import make_additive_mask
+from univg_nb.fast.prompts import Prompt, compute_positions
+from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
-# DOC of sampling:
-# """How replies are sampled: which tokens never are, and what shapes the distribution."""
-
-
-def noise_seed(*numbers: int) -> int:
-    """The seed of one reply from what names it, as (seed, item, number of the reply);
-    all at least 0."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class SeededNoise(LogitsProcessor):
-    """Turns greedy decoding into sampling, with a random stream of its own per row.
-
-    argmax(logits / temperature + Gumbel noise) is a sample of softmax(logits /
-    temperature).
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self.seeds = seeds
-        self.temperature = temperature
-        self.streams: list[torch.Generator] = []
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch only."""
-        self.streams = [self.streams[row] for row in rows]
-
-    def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor
-    ) -> torch.FloatTensor:
-        """scores (B, V) -> noisy scores (B, V); input_ids (B, T) is not used."""
-        if not self.streams:  # only here is the device known
-            self.streams = [
-                torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds
-            ]
-        waits = torch.stack(
-            [
-                torch.empty_like(row).exponential_(generator=stream)
-                for row, stream in zip(scores, self.streams, strict=True)
-            ]
-        )
-        return scores / self.temperature - waits.log()  # -log(Exp(1)) is Gumbel
-
-
+# Never sampled: such a token has no image behind it, and the next forward pass fails
+# (docs/paper_facts.md#vision-tokens).
 VISION_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
@@ -81,42 +34,22 @@ VISION_TOKENS = (
 )
 
 
-def can_share_rollout(args: GRPOConfig) -> bool:
-    """Whether `logits_warp` covers all sampling options; vLLM samples by itself."""
-    extra = set(args.generation_kwargs or {}) - {"suppress_tokens"}
-    return not (
-        args.use_vllm
-        or args.use_transformers_continuous_batching
-        or args.repetition_penalty != 1.0
-        or extra
-    )
-
-
-def logits_warp(args: GRPOConfig, banned: Sequence[int]) -> LogitsProcessorList:
-    """What turns logits into those sampled from, in transformers' own order."""
-    warp = LogitsProcessorList([SuppressTokensLogitsProcessor(list(banned))])
-    if args.temperature != 1.0:
-        warp.append(TemperatureLogitsWarper(args.temperature))
-    if args.top_k:
-        warp.append(TopKLogitsWarper(args.top_k))
-    if args.top_p < 1.0:
-        warp.append(TopPLogitsWarper(args.top_p))
-    if args.min_p is not None:
-        warp.append(MinPLogitsWarper(args.min_p))
-    return warp
+def get_vision_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of those VISION_TOKENS that the tokenizer has, sorted."""
+    known = tokenizer.get_vocab()
+    return sorted(known[token] for token in VISION_TOKENS if token in known)
 
 
 def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
-    """Forbid vision tokens in `args.generation_kwargs`; their ids.
+    """Ban vision tokens in `args.generation_kwargs`, for TRL's own sampling.
 
-    A sampled one has no image behind it, and the next forward pass fails with "Image
-    features and image tokens do not match" (DESIGN sec. 9).
+    Returns:
+        The ids of all banned tokens, those that `args` banned before included.
     """
-    known = tokenizer.get_vocab()
-    banned = [known[token] for token in VISION_TOKENS if token in known]
+    banned = get_vision_token_ids(tokenizer)
     options = dict(args.generation_kwargs or {})
     if args.use_vllm:
-        bias = {token: -100.0 for token in banned}
+        bias = dict.fromkeys(banned, -100.0)
         options["logit_bias"] = {**options.get("logit_bias", {}), **bias}
     else:
         banned = sorted({*banned, *options.get("suppress_tokens", [])})
@@ -125,94 +58,193 @@ def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
     return banned
 
 
+def can_share_rollout(args: GRPOConfig) -> bool:
+    """Return whether `make_warpers` covers all sampling options of `args`."""
+    return not (
+        args.use_vllm
+        or args.use_transformers_continuous_batching
+        or args.repetition_penalty != 1.0
+        or set(args.generation_kwargs or {}) - {"suppress_tokens"}
+    )
+
+
+def make_warpers(
+    banned: Sequence[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float | None = None,
+) -> LogitsProcessorList:
+    """Return what turns logits into those sampled from, in transformers' order.
+
+    Args:
+        banned: ids of tokens that are never sampled.
+        temperature: above 0; greedy decoding takes the default.
+        top_k: most tokens kept; 0 keeps all.
+        top_p: least probability of the kept tokens together.
+        min_p: least probability of a kept token, as a share of the largest.
+    """
+    warpers = LogitsProcessorList(
+        [logits_process.SuppressTokensLogitsProcessor(list(banned))]
+    )
+    if temperature != 1.0:
+        warpers.append(logits_process.TemperatureLogitsWarper(temperature))
+    if top_k:
+        warpers.append(logits_process.TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(logits_process.TopPLogitsWarper(top_p))
+    if min_p is not None:
+        warpers.append(logits_process.MinPLogitsWarper(min_p))
+    return warpers
+
+
+def noise_seed(*numbers: int) -> int:
+    """Return the seed of one reply from the numbers that name it, all at least 0.
+
+    Such as (seed, index of the item, number of the reply).
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sample_tokens(log_probs: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
+    """Draw a token for each row from its own stream: (N, V) -> (N,).
+
+    argmax(log p + Gumbel noise) is a sample of p.
+    """
+    pairs = zip(log_probs, streams, strict=True)
+    noise = [torch.empty_like(row).exponential_(generator=one) for row, one in pairs]
+    return (log_probs - torch.stack(noise).log()).argmax(-1)  # -log(Exp(1)) is Gumbel
+
+
 @torch.no_grad()
 def sample_replies(
     model: Module,
-    backbone: Module,
     prompts: Sequence[Prompt],
     num_replies: int,
     *,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
-    warp: LogitsProcessorList,
-    seeds: Sequence[int],
+    warpers: LogitsProcessorList,
+    seeds: Sequence[int] = (),
     vision: VisionCache | None = None,
 ) -> list[list[list[int]]]:
-    """Sample `num_replies` replies to every prompt: [prompt][reply] -> token ids.
+    """Generate replies to prompts, sampled or greedy.
 
-    Each prompt is one row of the batch and its replies are `num_replies` queries of
-    that row, so the cache holds the prompt once. A reply ends with its first EOS, which
-    is kept, or at `max_new_tokens`. Rows whose replies are all done leave the batch.
-    `warp` turns logits (N, V) into the logits sampled from (temperature, top-p, banned
-    tokens); seeds: one for each reply, those of a prompt adjacent, so that a reply does
-    not depend on the others; vision remembers image features. Raises
-    FloatingPointError when the probabilities are not finite.
+    Each prompt is one row of the batch and its replies are queries of that row, so the
+    cache holds the prompt once. A reply ends with its first end token, which is kept,
+    or at `max_new_tokens`. Rows whose replies have all ended leave the batch.
+
+    Args:
+        model: a Qwen2-VL or a model like it, in eval mode. Several replies to a prompt
+            need an attention implementation of `attention.ATTENTION`.
+        prompts: the prompts, on the model's device.
+        num_replies: replies to each prompt, G.
+        max_new_tokens: most tokens of a reply.
+        eos_token_ids: tokens that end a reply.
+        warpers: turns logits (N, V) into those sampled from, see `make_warpers`.
+        seeds: one for each reply, those of a prompt adjacent; without, the most likely
+            tokens are taken. A reply does not depend on the other rows, up to float
+            rounding.
+        vision: keeps image features.
+
+    Returns:
+        [prompt][reply] -> token ids.
+
+    Raises:
+        FloatingPointError: if the next-token probabilities are not finite.
     """
-    device = prompts[0].ids.device
-    where = [prompt_positions(backbone, prompt) for prompt in prompts]
-    width = max(len(prompt.ids) for prompt in prompts) - 1
-    size, group = len(prompts), num_replies
-    ids = torch.zeros(size, width, dtype=torch.long, device=device)
-    seen = torch.zeros(size, width, dtype=torch.bool, device=device)
-    positions = torch.zeros(3, size, width, dtype=torch.long, device=device)
-    for row, (prompt, place) in enumerate(zip(prompts, where, strict=True)):
-        count = len(prompt.ids) - 1
-        ids[row, width - count :] = prompt.ids[:-1]
-        seen[row, width - count :] = True
-        positions[:, row, width - count :] = place[:, :-1]
-    cache = DynamicCache(config=backbone.config.get_text_config())
-    backbone(
-        input_ids=ids,
-        attention_mask=seen.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **vision_inputs(backbone, [i for p in prompts for i in p.images], vision),
-    )
+    base = models.get_base_model(model)
+    backbone, head = base.model, base.get_output_embeddings()
+    device, group = prompts[0].ids.device, num_replies
+    positions = [compute_positions(backbone, prompt) for prompt in prompts]  # (3, P)
+    cache, seen = _prefill(backbone, prompts, positions, vision)
     tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].repeat(1, group)
-    at = torch.stack([place[:, -1] for place in where], dim=1)  # (3, D)
+    last = torch.stack([place[:, -1] for place in positions], dim=1)  # (3, D)
+    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
-    finished = torch.zeros(size, group, dtype=torch.bool, device=device)
-    alive = torch.arange(size, device=device)  # which prompts the rows still are
+    finished = torch.zeros(len(prompts), group, dtype=torch.bool, device=device)
+    alive = list(range(len(prompts)))  # the prompt of every row
     replies: list[list[list[int]]] = [[[] for _ in range(group)] for _ in prompts]
-    # Keys of later steps lie behind the prompt, `group` a step, one for each reply.
-    own = torch.eye(group, dtype=torch.bool, device=device)
-    head = model.get_output_embeddings()
-    noise = SeededNoise(seeds, temperature=1.0)
     for step in range(max_new_tokens):
-        mask = torch.cat(
-            [
-                seen[:, None, :].expand(-1, group, -1),
-                own.repeat(1, step + 1).expand(len(alive), -1, -1),
-            ],
-            dim=2,
-        )  # (D, G, width + G*(step+1))
         hidden = backbone(
             input_ids=tokens,
-            attention_mask=additive(mask, backbone),
-            position_ids=(at + step)[:, :, None].expand(-1, -1, group),
+            attention_mask=_make_step_mask(seen, group, step, backbone),
+            position_ids=(last + step)[:, :, None].expand(-1, -1, group),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # (D, G, H)
-        logits = head(hidden).float().flatten(0, 1)  # (D*G, V)
-        probabilities = warp(tokens.view(-1, 1), logits).softmax(-1)
-        if not probabilities.isfinite().all():
+        logits = warpers(tokens.view(-1, 1), head(hidden).float().flatten(0, 1))
+        if not logits.amax(-1).isfinite().all():
             raise FloatingPointError(
-                "the policy's next-token probabilities are not finite: its weights "
-                "have diverged; lower grpo.learning_rate or grpo.max_grad_norm"
+                "the model's next-token probabilities are not finite: its weights have "
+                "diverged; train with a lower learning_rate or max_grad_norm"
             )
-        tokens = noise(tokens, probabilities.log()).argmax(-1).view(-1, group)
-        for row, prompt in enumerate(alive.tolist()):
-            for reply, token in enumerate(tokens[row].tolist()):
-                if not finished[row, reply]:
+        if streams:
+            chosen = sample_tokens(logits.softmax(-1).log(), streams)
+        else:
+            chosen = logits.argmax(-1)
+        tokens = chosen.view(-1, group)
+        rows = zip(alive, tokens.tolist(), finished.tolist(), strict=True)
+        for prompt, row, done in rows:
+            for reply, token in enumerate(row):
+                if not done[reply]:
                     replies[prompt][reply].append(token)
         finished = finished | torch.isin(tokens, eos)
         keep = ~finished.all(dim=1)
+        if not keep.any():
+            break
         if not keep.all():
-            if not keep.any():
-                break
             cache.batch_select_indices(keep)
-            noise.keep(keep.repeat_interleave(group).nonzero()[:, 0].tolist())
-            alive, finished, seen = alive[keep], finished[keep], seen[keep]
-            tokens, at = tokens[keep], at[:, keep]
+            kept = keep.repeat_interleave(group).tolist()
+            streams = [one for one, stays in zip(streams, kept, strict=False) if stays]
+            alive = [
+                row for row, stays in zip(alive, keep.tolist(), strict=True) if stays
+            ]
+            finished, seen, tokens = finished[keep], seen[keep], tokens[keep]
+            last = last[:, keep]
     return replies
+
+
+def _prefill(
+    backbone: Module,
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    vision: VisionCache | None,
+) -> tuple[DynamicCache, Tensor]:
+    """Return the cache of prompts without their last tokens, and its mask (D, P)."""
+    device = prompts[0].ids.device
+    width = max(len(prompt.ids) for prompt in prompts) - 1
+    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
+    places = torch.zeros(3, len(prompts), width, dtype=torch.long, device=device)
+    for row, (prompt, place) in enumerate(zip(prompts, positions, strict=True)):
+        start = width - len(prompt.ids) + 1
+        ids[row, start:] = prompt.ids[:-1]
+        seen[row, start:] = True
+        places[:, row, start:] = place[:, :-1]
+    cache = DynamicCache(config=backbone.config.get_text_config())
+    images = [image for prompt in prompts for image in prompt.images]
+    backbone(
+        input_ids=ids,
+        attention_mask=seen.long(),
+        position_ids=places,
+        past_key_values=cache,
+        use_cache=True,
+        **make_vision_inputs(backbone, images, vision),
+    )
+    return cache, seen
+
+
+def _make_step_mask(seen: Tensor, group: int, step: int, backbone: Module) -> Tensor:
+    """Return the mask of one step, for G tokens of every row.
+
+    The cache holds the prompt, then G keys a step, one for each reply. A single reply
+    sees all of them: the usual mask (D, keys), which any attention takes.
+    """
+    size = len(seen)
+    if group == 1:
+        return torch.cat([seen, seen.new_ones(size, step + 1)], dim=1).long()
+    own = torch.eye(group, dtype=torch.bool, device=seen.device).repeat(1, step + 1)
+    prompt = seen[:, None, :].expand(-1, group, -1)
+    mask = torch.cat([prompt, own.expand(size, -1, -1)], dim=2)
+    return make_additive_mask(mask, backbone)

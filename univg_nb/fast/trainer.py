@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer, computing prompt and images once per group and pass.
 
-TRL encodes every row twice and sends images and prompt through the model for each of
-the G replies. Here each distinct prompt is encoded once, prefilled once, and sits once
-in a row of the reference and policy passes (`shared_prefix`). What is learned does not
-change: log-probs are equal, and the replies have the same distribution. A frozen
-vision tower sees each image once (`vision_cache`).
+TRL encodes every row twice and sends prompt and images through the model for each of
+the G replies. Here each prompt is rendered, encoded and prefilled once, and sits once
+in a row of the reference and policy passes. What is learned does not change: log-probs
+are equal, and the replies have the same distribution. docs/fast_example.py shows the
+use with any reward functions.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -28,25 +30,11 @@ from trl.trainer.utils import (
 )
 
 from univg_nb import models
-from univg_nb.fast import (
-    attention,
-    check,
-    packed_rows,
-    sampling,
-)
-from univg_nb.fast import (
-    prompts as shared_prefix,
-)
-from univg_nb.fast.folded import folded
-from univg_nb.fast.prompts import EncodedBatch, EncodedOnce
-from univg_nb.fast.sampling import (
-    ban_vision_tokens,
-    can_share_rollout,
-    logits_warp,
-    noise_seed,
-)
+from univg_nb.fast import check, packed_rows, prompts, sampling, vllm
+from univg_nb.fast.attention import get_attention
+from univg_nb.fast.folded import fold_adapter
+from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.vision_features import VisionCache, tower_trains
-from univg_nb.fast.vllm import check_difference, vllm_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +42,28 @@ logger = logging.getLogger(__name__)
 class SharedPrefixGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with shared prompts, and with vision tokens banned while sampling.
 
-    shared_prefix "auto": at first use one group goes both ways; where log-probs differ
-    (`shared_check`) a message says so and TRL's own passes are taken, as they are for
-    what `shared_check.obstacle` names. "on" shares unchecked and refuses an obstacle,
-    "off" does not share; YAML's bare on and off, which are booleans, mean the same.
-    Rollouts by vLLM or with options that `sampling.logits_warp` does not cover are
-    TRL's. row_tokens: about so many tokens go through the model at a time, in whole
-    groups. Rows need `images`: paths or pictures.
+    Rows and reward functions are TRL's; `images` are paths or pictures. Rollouts by
+    vLLM, or with options that `sampling.make_warpers` does not cover, are TRL's. Tools
+    and rollout functions are not supported.
+
+    Args:
+        model: as for GRPOTrainer, as is every argument that is not named here.
+        args: GRPOConfig; its generation_kwargs get the banned tokens.
+        processing_class: the model's processor.
+        shared_prefix: "auto" computes one group both ways at first use. Where log-probs
+            differ (`check`), or `check.find_obstacle` finds a reason, TRL's own passes
+            are taken. "on" shares unchecked and refuses an obstacle; "off" does not
+            share. The booleans, which YAML makes of bare on and off, mean the same.
+        row_tokens: about so many tokens go through the model at a time, in whole
+            groups.
+        **others: further arguments of GRPOTrainer.
+
+    Raises:
+        ValueError: for an option out of range, and for "on" with an obstacle.
     """
+
+    processing_class: Any
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -75,111 +77,125 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     ) -> None:
         if shared_prefix not in ("auto", "on", "off", True, False):
             raise ValueError(
-                f"grpo.shared_prefix = {shared_prefix!r}: write auto, on or off"
+                f"shared_prefix = {shared_prefix!r}: write auto, on or off"
             )
         if row_tokens < 1:
-            raise ValueError(f"grpo.row_tokens = {row_tokens}: must be at least 1")
+            raise ValueError(f"row_tokens = {row_tokens}: must be at least 1")
+        if refused := {"tools", "rollout_func", "environment_factory"} & others.keys():
+            raise ValueError(f"{', '.join(refused)}: not supported with shared prompts")
         self.row_tokens = row_tokens
-        self.banned_tokens = ban_vision_tokens(args, processing_class.tokenizer)
+        tokenizer = processing_class.tokenizer
+        self.banned_tokens = sampling.ban_vision_tokens(args, tokenizer)
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )
         if self.ref_model is not None:  # its tower is as fixed as the policy's
             self.ref_model.requires_grad_(False)
         base = models.get_base_model(self.model)
-        reason = check.obstacle(base, self.is_fsdp_enabled)
+        reason = check.find_obstacle(base, self.is_fsdp_enabled)
         if reason and shared_prefix in ("on", True):
-            raise ValueError(
-                f"grpo.shared_prefix = on, but {reason}; set it to auto or off"
-            )
+            raise ValueError(f"shared_prefix = on, but {reason}; set it to auto or off")
         self.shared_forward = shared_prefix not in ("off", False) and not reason
-        self.shared_rollout = self.shared_forward and can_share_rollout(args)
+        self.shared_rollout = self.shared_forward and sampling.can_share_rollout(args)
         self.unchecked = self.shared_forward and shared_prefix == "auto"
         if self.shared_forward and not self.unchecked:
-            self._attend_with(check.plain_choice(base.model))
+            self._set_attention(check.choose_unchecked(base.model))
         # With sharded weights all processes must call the tower equally often.
-        remember = self.shared_forward and not is_deepspeed_zero3_enabled()
-        frozen = remember and not tower_trains(base.model)
-        self.vision = VisionCache() if frozen else None
+        cached = self.shared_forward and not is_deepspeed_zero3_enabled()
+        self.vision = VisionCache() if cached and not tower_trains(base.model) else None
+        self.row_groups: list[int] = []  # the group of every row of the next pass
+
+    # ---------------------------------------------------------------- the rollout
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
-        """TRL's, which encodes all rows again: hand it what was encoded before."""
-        self.real_processor = self.processing_class
-        self.processing_class = EncodedOnce(self.real_processor, lambda: self.encoded)
+        """Run TRL's without its second encoding; add the `group` of every row."""
+        processor = self.processing_class
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            self.processing_class = self.real_processor
-        check_difference(self._metrics["train" if self.model.training else "eval"])
+            self.processing_class = processor
+        output["group"] = torch.tensor(self.row_groups, device=self.accelerator.device)
+        mode = "train" if self.model.training else "eval"
+        vllm.check_log_prob_difference(self._metrics[mode])
         return output
 
-    def _tokenize_prompts(self, prompts: list) -> tuple[list, list, dict]:
-        """TRL's, but each distinct prompt once."""
-        self.encoded = EncodedBatch.encode(
-            self.real_processor, prompts, self.num_generations, self.accelerator.device
+    def _tokenize_prompts(self, prompts_of_rows: list) -> tuple[list, Any, dict]:
+        """Run TRL's for the first row of each group. Groups are adjacent, as in TRL."""
+        training, count = self.model.training, len(prompts_of_rows)
+        size = self.num_generations if training else self.num_generations_eval
+        first = self.accelerator.process_index * count
+        rows = [(first + row) // size - first // size for row in range(count)]
+        distinct = [prompts_of_rows[rows.index(g)] for g in range(rows[-1] + 1)]
+        prompts.open_images(distinct)
+        ids, images, fields = super()._tokenize_prompts(distinct)
+        self.prompts = prompts.make_prompts(
+            ids, images, fields, self.accelerator.device
         )
+        self.row_groups = rows
+        fields = prompts.make_fields([self.prompts[group] for group in rows])
+        self.real_processor = self.processing_class
+        self.processing_class = prompts.ReusedEncoding(self.real_processor, fields)
         if self.unchecked:
-            self._check_sharing(self.encoded.prompts[0])
-        fields = {} if self.shared_rollout else self.encoded.fields()
-        return self.encoded.prompt_ids(), self.encoded.images, fields
+            self._check_sharing(self.prompts[0])
+        images = images and [images[group] for group in rows]
+        return [ids[group] for group in rows], images, fields
 
     def _generate_single_turn(
-        self,
-        prompt_ids: list,
-        images: list,
-        multimodal_fields: dict,
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list, None]:
-        """One prefill per distinct prompt; else TRL's way (vLLM among others)."""
+        self, prompt_ids: list, images: Any, *args: Any, **options: Any
+    ) -> tuple[list, list | None]:
+        """Sample with one prefill for each prompt, or as TRL does (vLLM and others)."""
         began = time.perf_counter()
         if self.shared_rollout:
-            with (
-                self._for_generation() as model,
-                self.accelerator.autocast(),
-                torch.no_grad(),
-                folded(model),
-                check.rollout_attention(models.get_base_model(model).model),
-            ):
-                base = models.get_base_model(model)
-                replies = sampling.sample_replies(
-                    base,
-                    base.model,
-                    self.encoded.prompts,
-                    max(self.encoded.counts),
-                    max_new_tokens=self.max_completion_length,
-                    eos_token_ids=self.eos_token_ids,
-                    warp=logits_warp(self.args, self.banned_tokens),
-                    seeds=self._reply_seeds(),
-                    vision=self.vision,
-                )
-            made = self.encoded.expand(replies), None
+            streams = [iter(replies) for replies in self._sample()]
+            made = [next(streams[group]) for group in self.row_groups], None
         else:
-            if self.use_vllm:
-                prompt_ids, images = vllm_inputs(
+            if self.use_vllm and images is not None:
+                prompt_ids, images = vllm.make_vllm_inputs(
                     prompt_ids, images, self.real_processor, self.vllm_mode
                 )
-            made = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            made = super()._generate_single_turn(prompt_ids, images, *args, **options)
         self._record_seconds("generate", began)
         return made
 
-    def _reply_seeds(self) -> list[int]:
-        """One for each of this process's replies, `max(counts)` to a prompt: from the
-        run's seed, the update and the row in the batch of all processes, so that the
-        replies do not depend on how rows are shared out."""
-        counts = self.encoded.counts
-        first = self.accelerator.process_index * sum(counts)
-        starts = [first + sum(counts[:i]) for i in range(len(counts))]
+    def _sample(self) -> list[list[list[int]]]:
+        """Sample as many replies to each prompt as the largest group has rows.
+
+        The noise of a reply comes from the run's seed, the update and the row in the
+        batch of all processes: replies do not depend on how rows are shared out.
+        """
+        rows, groups = self.row_groups, range(len(self.prompts))
+        count = max(rows.count(group) for group in groups)
         micro = self._step % self.args.gradient_accumulation_steps
         when = (self.args.seed, self.state.global_step, micro)
-        return [
-            noise_seed(*when, start + i) for start in starts for i in range(max(counts))
+        start = self.accelerator.process_index * len(rows)
+        firsts = [start + rows.index(group) for group in groups]
+        seeds = [
+            sampling.noise_seed(*when, row + i) for row in firsts for i in range(count)
         ]
+        with (
+            self._unwrap_for_generation() as model,
+            self.accelerator.autocast(),
+            torch.no_grad(),
+            fold_adapter(model),
+            check.use_rollout_attention(models.get_base_model(model).model),
+        ):
+            return sampling.sample_replies(
+                model,
+                self.prompts,
+                count,
+                max_new_tokens=self.max_completion_length,
+                eos_token_ids=self.eos_token_ids,
+                warpers=self._make_warpers(),
+                seeds=seeds,
+                vision=self.vision,
+            )
 
-    def _for_generation(self) -> AbstractContextManager[Any]:
-        """TRL's way to the bare model: sharded weights gathered, no checkpointing."""
+    def _make_warpers(self) -> LogitsProcessorList:
+        options = (getattr(self.args, name) for name in ("top_k", "top_p", "min_p"))
+        return sampling.make_warpers(self.banned_tokens, self.temperature, *options)
+
+    def _unwrap_for_generation(self) -> AbstractContextManager[Any]:
+        """Return TRL's bare model: sharded weights gathered, no checkpointing."""
         return unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
@@ -187,41 +203,44 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
 
-    def _check_sharing(self, prompt: shared_prefix.Prompt) -> None:
-        """One group both ways. Keeps the first attention that gives equal log-probs;
-        where none does, TRL's way from here on, and a message."""
+    def _check_sharing(self, prompt: Prompt) -> None:
+        """Compute one group both ways and keep the first attention that agrees.
+
+        Where none does, TRL's passes are taken from here on, with a message.
+        """
         self.unchecked = False
-        warp = logits_warp(self.args, self.banned_tokens)
-        with self._for_generation() as model, self.accelerator.autocast():
+        with self._unwrap_for_generation() as model, self.accelerator.autocast():
             backbone = models.get_base_model(model).model
-            before, allowed = attention.attention_of(backbone), 0.0
-            for name in check.attention_choices(backbone):
-                self._attend_with(name)
-                worst, allowed = check.difference_with(
-                    model, prompt, warp, self.temperature, self.vision
+            before, allowed = get_attention(backbone), check.get_tolerance(backbone)
+            for name in check.list_attention(backbone):
+                self._set_attention(name)
+                found = check.compare_log_probs(
+                    model, prompt, self._make_warpers(), self.temperature, self.vision
                 )
-                worst = self.accelerator.gather(worst).max().item()  # one answer
+                everywhere = torch.tensor([found], device=self.accelerator.device)
+                worst = self.accelerator.gather(everywhere).max().item()  # one answer
                 if worst <= allowed:
                     return
                 logger.warning(
                     "shared prompts with %s: log-probs differ by %.2g from those of "
                     "whole rows (allowed: %.2g)", name, worst, allowed,
                 )  # fmt: skip
-            self._attend_with(before)
-        logger.warning("grpo.shared_prefix: auto falls back to TRL's own passes")
+            self._set_attention(before)
+        logger.warning("shared_prefix: auto falls back to TRL's own passes")
         self.shared_forward = self.shared_rollout = False
         self.vision = None
 
-    def _attend_with(self, name: str) -> None:
-        """Give the policy this attention, and the reference where it has weights of
-        its own (after full fine-tuning; else it is an adapter of the policy)."""
+    def _set_attention(self, name: str) -> None:
+        """Set the attention of the policy, and of a reference with its own weights."""
         for model in (self.model, self.ref_model):
             if model is not None:
                 base = models.get_base_model(self.accelerator.unwrap_model(model))
                 base.model.language_model.set_attn_implementation(name)
 
+    # ---------------------------------------------------------------- the update
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """TRL's, but groups stay whole, and similar lengths share a micro-batch.
+        """Run TRL's, but keep groups whole, and similar lengths in one micro-batch.
 
         TRL shuffles rows, which scatters the groups. Only the split into micro-batches
         differs: an update sees the same rows, so with a mean over sequences its
@@ -232,82 +251,68 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         if self._step % every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            order = self._row_order(batch)
+            order = self._order_rows(batch)
             batch = {
-                key: _permuted(value, order)
+                key: _permute(value, order)
                 for key, value in split_pixel_values_by_grid(batch).items()
             }
             chunks = split_tensor_dict(batch, self.args.steps_per_generation)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(c) for c in chunks]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _row_order(self, batch: dict[str, Any]) -> list[int]:
-        """Row numbers: groups shuffled, then by length within an optimiser step."""
+    def _order_rows(self, batch: dict[str, Any]) -> list[int]:
+        """Shuffle groups, then sort them by length within an optimizer step."""
         lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
-        rows, unit = len(lengths), self.num_generations
-        step = self.args.per_device_train_batch_size * (
-            self.args.gradient_accumulation_steps
-        )
-        if rows % unit or step % unit:  # groups cut by processes: nothing to keep
+        rows, size, args = len(lengths), self.num_generations, self.args
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if rows % size or step % size:  # processes cut groups: nothing to keep whole
             return torch.randperm(rows).tolist()
-        groups = torch.randperm(rows // unit).tolist()
-        totals = lengths.view(-1, unit).sum(1).tolist()
-        window = step // unit
-        for start in range(0, len(groups), window):
-            part = slice(start, start + window)
+        groups = torch.randperm(rows // size).tolist()
+        totals = lengths.view(-1, size).sum(1).tolist()
+        for start in range(0, len(groups), step // size):
+            part = slice(start, start + step // size)
             groups[part] = sorted(groups[part], key=totals.__getitem__)
-        return [group * unit + i for group in groups for i in range(unit)]
+        return [group * size + i for group in groups for i in range(size)]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute TRL's loss; its policy pass finds the groups of the rows."""
+        self.row_groups = inputs["group"].tolist()
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **fields: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B, C) log-probs and entropies; rows of one prompt share its computation."""
-        began, groups = time.perf_counter(), []
-        if self.shared_forward and not compute_aux_loss:
-            groups = shared_prefix.split_rows(
-                input_ids,
-                attention_mask,
-                fields["mm_token_type_ids"],
-                input_ids.size(1) - logits_to_keep,
-                fields.get("pixel_values"),
-                fields.get("image_grid_thw"),
-                fields.get("num_images"),
-            )
-            if self.unchecked:  # resumed between updates that use the same replies
-                self._check_sharing(groups[0][0])
-        if not self.shared_forward or compute_aux_loss:
-            made = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size,
-                compute_entropy, compute_aux_loss, **fields,
-            )  # fmt: skip
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor,
+        logits_to_keep: int, **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Compute (B, C) log-probs and entropies; a group shares its prompt."""
+        began, width = time.perf_counter(), input_ids.size(1) - logits_to_keep
+        rows = input_ids[:, :width], attention_mask[:, :width], self.row_groups
+        groups = prompts.split_rows(*rows, **options) if self.shared_forward else []
+        if self.unchecked:  # resumed between updates that use the same replies
+            self._check_sharing(groups[0][0])
+        if self.shared_forward:
+            counts = attention_mask[:, width:].sum(1).tolist()
+            pairs = zip(input_ids[:, width:], counts, strict=True)
+            replies = [row[:count] for row, count in pairs]
+            made = self._compute_shared(model, groups, replies, logits_to_keep)
         else:
-            made = self._shared_log_probs(
-                model, groups, input_ids, attention_mask, logits_to_keep,
-                compute_entropy,
-            )  # fmt: skip
+            made = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **options
+            )
         if not torch.is_grad_enabled():
             self._record_seconds("reference", began)
         return made
 
-    def _shared_log_probs(
+    def _compute_shared(
         self,
         model: Any,
-        groups: list[tuple[shared_prefix.Prompt, list[int]]],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        compute_entropy: bool,
+        groups: list[tuple[Prompt, list[int]]],
+        replies: list[Tensor],
+        length: int,
     ) -> tuple[Tensor, Tensor | None, None]:
-        width = input_ids.size(1) - logits_to_keep
-        lengths = attention_mask[:, width:].sum(1).tolist()
+        """Compute log-probs and entropies of all replies, (B, length).
+
+        The head of a reference with weights of its own computes no entropies.
+        """
         unwrapped = self.accelerator.unwrap_model(model)
         backbone = models.get_base_model(unwrapped).model
         # Where a forward pass talks to other processes, all must make equally many.
@@ -315,46 +320,34 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         talks = sharded or (training and self.accelerator.num_processes > 1)
         budget = packed_rows.UNLIMITED if talks else self.row_tokens
         called = model if talks or training else unwrapped
-        log_probs: list[Any] = [None] * len(input_ids)
-        entropies: list[Any] = [None] * len(input_ids)
-        for chunk in packed_rows.chunked(groups, lengths, budget):
+        order: list[int] = []  # the row of every value below
+        log_probs: list[Tensor] = []
+        entropies: list[Tensor] = []
+        for chunk in packed_rows.split_chunks(groups, [*map(len, replies)], budget):
             packed = [
-                (prompt, [input_ids[r, width : width + lengths[r]] for r in rows])
-                for prompt, rows in chunk
+                (prompt, [replies[row] for row in rows]) for prompt, rows in chunk
             ]
-            with self.accelerator.autocast(), folded(unwrapped):
-                parts = packed_rows.packed_log_probs(
+            with self.accelerator.autocast(), fold_adapter(unwrapped):
+                parts = packed_rows.compute_log_probs(
                     called, backbone, packed, self.vision
                 )
-            for kept, part in zip((log_probs, entropies), parts, strict=True):
-                _put(kept, chunk, part)
+            order += [row for _, rows in chunk for row in rows]
+            log_probs += parts[0]
+            entropies += parts[1]
 
-        def padded(values: list[Tensor]) -> Tensor:
-            stacked = pad_sequence(values, batch_first=True)
-            return pad(stacked, (0, logits_to_keep - stacked.size(1)))
+        def stack(values: list[Tensor]) -> Tensor:
+            pairs = sorted(zip(order, values, strict=True), key=itemgetter(0))
+            stacked = pad_sequence([value for _, value in pairs], batch_first=True)
+            return pad(stacked, (0, length - stacked.size(1)))
 
-        return padded(log_probs), padded(entropies) if compute_entropy else None, None
+        return stack(log_probs), stack(entropies) if entropies else None, None
 
     def _record_seconds(self, part: str, began: float) -> None:
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][f"seconds/{part}"].append(time.perf_counter() - began)
 
 
-def _put(
-    kept: list[Any],
-    chunk: list[tuple[shared_prefix.Prompt, list[int]]],
-    part: list[list[Tensor]],
-) -> None:
-    """Put values [group][reply] at the numbers of their rows; the head of a reference
-    with weights of its own makes no entropies, and then there are none to put."""
-    if not part:
-        return
-    for (_, rows), values in zip(chunk, part, strict=True):
-        for row, value in zip(rows, values, strict=True):
-            kept[row] = value
-
-
-def _permuted(value: Any, order: list[int]) -> Any:
+def _permute(value: Any, order: list[int]) -> Any:
     if isinstance(value, Tensor):
         return value[order] if value.ndim else value
     return [value[i] for i in order]

@@ -1,4 +1,12 @@
-"""With which settings, and in which version, vLLM can sample the replies of GRPO."""
+"""Rollouts by vLLM: which settings and versions work, and what vLLM is given.
+
+TRL 1.16 gives vLLM the token ids of the training pass, in which an image already stands
+as its run of image tokens, and the opened picture. A colocated vLLM then puts a run in
+the place of the first image token that it finds for each image: the model reads prompts
+with too many image tokens, without an error (huggingface/trl, issue 6294). And vLLM
+resizes pictures within the limits of the model's own processor, not those of the scale.
+`make_vllm_inputs` rules out both.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +22,13 @@ from packaging.version import Version
 from PIL.Image import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-# DOC of vllm_rollout:
-# """What TRL hands to vLLM, made such that vLLM sees what the policy is trained on.
-
-# TRL 1.16 gives vLLM the token ids of the training pass, in which every image already
-# stands as its run of image tokens, and the opened picture. A colocated vLLM then puts a
-# run in the place of the first image token it finds for each image, so the model reads
-# prompts with too many image tokens in them, without an error (huggingface/trl, issue
-# 6294). And vLLM resizes pictures within the limits of the model's own processor, not
-# those of the scale. Both would make replies worse, and both are ruled out here.
-# """
-
 TRIED = SpecifierSet(">=0.32,<0.33")  # as in pyproject.toml
+DIFFERENCE = "sampling/sampling_logp_difference/mean"  # a metric of TRL
+ALLOWED = 0.1  # nats a token; rounding to bfloat16 stays far below
 
 
-def conflict(config: Mapping[str, Any]) -> str:
-    """Why TRL cannot hand this scale's policy to vLLM, and what to set; or ""."""
+def find_conflict(config: Mapping[str, Any]) -> str:
+    """Return why TRL cannot hand a scale's policy to vLLM, and what to set, or ""."""
     if not config["grpo"].get("use_vllm"):
         return ""
     if config["grpo"].get("norm_learning_rate") is not None:
@@ -46,8 +45,8 @@ def conflict(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def version_note(installed: str) -> str:
-    """ "ok", or that this project was tried with another version of vLLM.
+def describe_version(installed: str) -> str:
+    """Return "ok", or that this project was tried with another version of vLLM.
 
     TRL 1.16 recommends 0.22 to 0.31. Those want a transformers older than 5.18, which
     takes no finished image features, so the paths that need them do not work there.
@@ -56,68 +55,54 @@ def version_note(installed: str) -> str:
     return "ok" if base in TRIED else f"{installed} found; tried with {TRIED}"
 
 
-def server_address(grpo: Mapping[str, Any]) -> str:
-    """Where TRL looks for the server of a scale's grpo section."""
+def get_server_url(grpo: Mapping[str, Any]) -> str:
+    """Return where TRL looks for the server of a scale's grpo section."""
     host = grpo.get("vllm_server_host", "0.0.0.0")
     port = grpo.get("vllm_server_port", 8000)
     return grpo.get("vllm_server_base_url") or f"http://{host}:{port}"
 
 
-def served_by_trl() -> SpecifierSet:
-    """The versions of vLLM whose server the installed TRL reads."""
-    for text in importlib.metadata.requires("trl") or []:
-        wanted = Requirement(text)
-        if wanted.name == "vllm":
-            return wanted.specifier
-    raise AssertionError("TRL no longer names the versions of vLLM it works with")
+def find_server_problem(grpo: Mapping[str, Any]) -> str:
+    """Return why the running server cannot sample for GRPO, and what to do, or "".
 
-
-def server_problem(grpo: Mapping[str, Any]) -> str:
-    """Why the running server cannot sample for GRPO, and what to do; or "".
-
-    A server of vLLM 0.32 answers with log-probs in a form that TRL 1.16 fails on. The
-    server may be of another version than the vLLM beside the trainer. One that does not
-    answer is no problem here: TRL waits for it.
+    A server of vLLM 0.32 answers with log-probs in a form that TRL 1.16 fails on. One
+    that does not answer is no problem here: TRL waits for it.
     """
     if not grpo.get("use_vllm") or grpo.get("vllm_mode") != "server":
         return ""
-    address = server_address(grpo)
+    url = get_server_url(grpo)
     try:
-        with urllib.request.urlopen(f"{address}/version", timeout=5) as answer:
+        with urllib.request.urlopen(f"{url}/version", timeout=5) as answer:
             version = json.load(answer)["version"]
     except OSError:
         return ""
     except (ValueError, KeyError, TypeError):
-        return f"{address} does not answer as a vLLM server; set grpo.vllm_server_port"
-    wanted = served_by_trl()
+        return f"{url} does not answer as a vLLM server; set grpo.vllm_server_port"
+    declared = map(Requirement, importlib.metadata.requires("trl") or [])
+    wanted = next(one.specifier for one in declared if one.name == "vllm")
     if Version(version).base_version in wanted:
         return ""
     return (
-        f"{address} is vLLM {version}, whose replies TRL cannot read ({wanted}); serve "
+        f"{url} is vLLM {version}, whose replies TRL cannot read ({wanted}); serve "
         'with pip install "vllm<=0.31" in an environment of its own, or set '
         "grpo.vllm_mode=colocate"
     )
 
 
-DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
-ALLOWED = 0.1  # nats a token; rounding to bfloat16 stays far below
-
-
-def one_token_an_image(ids: list[int], image_token: int) -> list[int]:
-    """`ids` with every run of `image_token` as one, the form that vLLM expands itself.
+def collapse_image_tokens(ids: list[int], image_token: int) -> list[int]:
+    """Return `ids` with each run of `image_token` as one, which vLLM expands itself.
 
     The chat template of Qwen2-VL has other tokens between two images.
     """
-    return [
-        token
-        for before, token in zip([None, *ids], ids, strict=False)
-        if not token == before == image_token
-    ]
+    pairs = zip([None, *ids], ids, strict=False)
+    return [token for before, token in pairs if not before == token == image_token]
 
 
-def resized(picture: Image, image_processor: Any) -> Image:
-    """As large as `image_processor` makes it, by its own way, so that it finds nothing
-    to do any more, and neither does another one with wider limits."""
+def resize_image(picture: Image, image_processor: Any) -> Image:
+    """Resize a picture as `image_processor` does, which leaves it nothing to do.
+
+    One with wider limits has nothing to do either.
+    """
     (pixels,) = image_processor.resize(
         images=pil_to_tensor(picture)[None],  # (1, 3, H, W)
         size=image_processor.size,
@@ -127,29 +112,35 @@ def resized(picture: Image, image_processor: Any) -> Image:
     return to_pil_image(pixels)
 
 
-def vllm_inputs(
+def make_vllm_inputs(
     ids: list[list[int]], images: list[list[Image]], processor: Any, mode: str
 ) -> tuple[list[list[int]], list[list[Image]]]:
-    """(token ids, pictures) of every row, for `mode` "colocate" or "server".
+    """Return the token ids and pictures of every row as vLLM is to get them.
 
-    ids: with runs of image tokens, as trained on. A server gets pictures and ids in two
-    requests, and TRL looks for the runs to say where the pictures go; there they stay.
+    Args:
+        ids: with runs of image tokens, as trained on.
+        images: the opened pictures.
+        processor: the processor of the training.
+        mode: "colocate" or "server". A server gets pictures and ids in two requests,
+            and TRL looks for the runs to say where the pictures go; there they stay.
     """
     if mode == "colocate":
-        ids = [one_token_an_image(row, processor.image_token_id) for row in ids]
+        ids = [collapse_image_tokens(row, processor.image_token_id) for row in ids]
     made: dict[int, Image] = {}  # the rows of a group hold the same objects
     for picture in (picture for row in images for picture in row):
         if id(picture) not in made:
-            made[id(picture)] = resized(picture, processor.image_processor)
+            made[id(picture)] = resize_image(picture, processor.image_processor)
     return ids, [[made[id(picture)] for picture in row] for row in images]
 
 
-def check_difference(metrics: dict[str, list[float]]) -> None:
-    """ValueError if vLLM's log-probs are not those of the policy, by TRL's own metric
-    of the last generation, a mean over all processes.
+def check_log_prob_difference(metrics: Mapping[str, list[float]]) -> None:
+    """Raise ValueError if vLLM's log-probs are not those of the policy.
 
-    TRL's importance weights hide it in the loss: they go to 0, and nothing is learned.
-    Without them (grpo.vllm_importance_sampling_correction=false) there is no metric.
+    TRL's importance weights hide it: they go to 0, and nothing is learned. Without them
+    (grpo.vllm_importance_sampling_correction=false) there is no metric.
+
+    Args:
+        metrics: those of the trainer; the last DIFFERENCE counts, over all processes.
     """
     found = metrics.get(DIFFERENCE)
     if found and found[-1] > ALLOWED:

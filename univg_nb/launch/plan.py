@@ -199,7 +199,7 @@ def check_packages(config: Mapping[str, Any], strategy: str) -> list[Check]:
         try:
             module = importlib.import_module(name)
             if name == "vllm":
-                detail = vllm.version_note(module.__version__)
+                detail = vllm.describe_version(module.__version__)
         except (ImportError, OSError) as error:  # also: built for another torch or CUDA
             absent = isinstance(error, ModuleNotFoundError) and error.name == name
             problem = "not installed" if absent else f"does not import: {error}"
@@ -207,7 +207,7 @@ def check_packages(config: Mapping[str, Any], strategy: str) -> list[Check]:
             ok = False
         made.append(Check(f"package {name}", ok, detail))
     if "vllm" in needed:
-        conflict = vllm.conflict(config)
+        conflict = vllm.find_conflict(config)
         made.append(Check("settings for vLLM", not conflict, conflict or "ok"))
     return made
 
@@ -268,10 +268,10 @@ def check_machine(config: Mapping[str, Any], layout: Layout) -> list[Check]:
     if launch.get("port"):
         made.append(check_port(launch["port"], "port of the rendezvous"))
     if grpo.get("use_vllm") and grpo.get("vllm_mode") == "server":
-        server = urlsplit(vllm.server_address(grpo))
+        server = urlsplit(vllm.get_server_url(grpo))
         if server.hostname in ("0.0.0.0", "127.0.0.1", "localhost"):
             made.append(check_port(server.port or 80, "vLLM server", taken=True))
-        problem = vllm.server_problem(grpo)
+        problem = vllm.find_server_problem(grpo)
         made.append(Check("version of the vLLM server", not problem, problem or "ok"))
     return made
 

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from univg_nb.data import prompts
 from univg_nb.data.images import count_image_tokens
 from univg_nb.data.sample import GroundingSample
-from univg_nb.fast.vision_features import Encoded, pixels
+from univg_nb.fast.vision_features import EncodedImage, preprocess_images
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 
@@ -107,13 +107,14 @@ class VisionCollator:
     """
 
     processor: ProcessorMixin
-    features: dict[str, Encoded] | None = None
+    features: dict[str, EncodedImage] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows; see the class."""
         paths = [path for row in rows for path in row["images"]]
         if self.features is None:
-            key, (values, grids) = "pixel_values", pixels(self.processor, paths)
+            key = "pixel_values"
+            values, grids = preprocess_images(self.processor, paths)
         else:
             key, found = "image_features", [self.features[path] for path in paths]
             values = torch.cat([feature for feature, _ in found])

@@ -1,0 +1,187 @@
+"""The sampler of rollouts and evaluation: as generate, one noise stream for a reply."""
+
+import pytest
+import torch
+from grpo_builders import make_samples, make_trainer, scored_batch
+from tiny_models import END, WORDS, build, make_prompt
+from transformers import LogitsProcessorList
+
+from univg_nb import models
+from univg_nb.evaluate import replies
+from univg_nb.fast import sampling
+from univg_nb.fast.folded import fold_adapter
+from univg_nb.train.final_norm import find_trained_norm, load_with_trained_norm
+
+KINDS = ("lora", "full", "qwen2_5", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def built():
+    return {kind: build(kind).eval() for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def folder(grpo_folder):
+    return grpo_folder
+
+
+class Greedy:
+    """Puts all probability on the most likely token."""
+
+    def __call__(self, _ids, scores):
+        best = torch.full_like(scores, -torch.inf)
+        return best.scatter(1, scores.argmax(1, keepdim=True), 0.0)
+
+
+LAYOUTS = [
+    make_prompt(sizes, before, after, seed)
+    for seed, (sizes, before, after) in enumerate(
+        [
+            ([(2, 2)], 3, 4),
+            ([], 2, 9),
+            ([(1, 2), (2, 1), (2, 2)], 1, 2),
+            ([(2, 1)], 5, 1),
+        ]
+    )
+]
+
+
+def generate(base, prompt, count):
+    images = {}
+    for pixels, grid in prompt.images:
+        images = {"pixel_values": pixels, "image_grid_thw": grid}
+    made = base.generate(
+        input_ids=prompt.ids[None],
+        attention_mask=torch.ones_like(prompt.ids)[None],
+        mm_token_type_ids=prompt.token_types[None],
+        eos_token_id=10**6,
+        pad_token_id=0,
+        max_new_tokens=count,
+        do_sample=False,
+        **images,
+    )
+    return made[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_replies_are_those_of_generate(built, kind):
+    """Left padding, images, an end token that some replies reach: their rows leave."""
+    base = models.get_base_model(built[kind])
+    full = [generate(base, prompt, 10) for prompt in LAYOUTS]
+    end = full[0][3]
+    expected = [
+        reply[: reply.index(end) + 1] if end in reply else reply for reply in full
+    ]
+    assert any(len(reply) < 10 for reply in expected)
+    options = {"max_new_tokens": 10, "eos_token_ids": [end]}
+    one = sampling.sample_replies(
+        built[kind], LAYOUTS, 1, warpers=LogitsProcessorList(), **options
+    )
+    assert one == [[reply] for reply in expected]
+    if kind == "qwen3":  # shared prompts were not checked for it
+        return
+    three = sampling.sample_replies(
+        built[kind],
+        LAYOUTS,
+        3,
+        warpers=LogitsProcessorList([Greedy()]),
+        seeds=range(12),
+        **options,
+    )
+    assert three == [[reply] * 3 for reply in expected]
+
+
+def test_a_sampled_reply_depends_on_its_seed_only(built):
+    def sample(prompts, count, seeds):
+        return sampling.sample_replies(
+            built["full"],
+            prompts,
+            count,
+            max_new_tokens=12,
+            eos_token_ids=range(END, WORDS, 5),
+            warpers=sampling.make_warpers([], temperature=1.5),
+            seeds=seeds,
+        )
+
+    together = [reply for group in sample(LAYOUTS, 3, range(12)) for reply in group]
+    assert len({len(reply) for reply in together}) > 2
+    for seed, reply in enumerate(together):
+        assert sample([LAYOUTS[seed // 3]], 1, [seed]) == [[reply]]
+    assert sample(LAYOUTS[:1], 1, [99]) != [[together[0]]]
+
+
+def test_noise_samples_the_softmax():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0]) / 2
+    streams = [torch.Generator().manual_seed(seed) for seed in range(5_000)]
+    rows = logits.log_softmax(-1).expand(5_000, 4)
+    drawn = sampling.sample_tokens(rows, streams)
+    shares = torch.bincount(drawn, minlength=4) / 5_000
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.025, rtol=0)
+
+
+def test_warpers_are_those_of_generate(built):
+    """Ban, temperature, top-k, top-p and min-p in transformers' order."""
+    options = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
+    logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    made = sampling.make_warpers([3, 5], **options)(None, logits.clone())
+    base = models.get_base_model(built["full"])
+    config, _ = base._prepare_generation_config(
+        None, do_sample=True, suppress_tokens=[3, 5], **options
+    )
+    theirs = base._get_logits_processor(config, input_ids_seq_length=1)
+    assert torch.equal(made, theirs(torch.zeros(6, 1, dtype=torch.long), logits))
+    assert (made[:, [3, 5]] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
+    """By GRPO in either way, nor by evaluation: the next forward pass would fail."""
+    trainer = make_trainer(folder, tmp_path, keep={"shared_prefix": shared})
+    assert trainer.shared_rollout is shared
+    ids = trainer._tokenizer.convert_tokens_to_ids(list(sampling.VISION_TOKENS))
+    assert len(set(ids)) == 5 and None not in ids
+
+    def favor(_module, _args, logits):
+        logits[..., ids] += 1e4
+        return logits
+
+    base = models.get_base_model(trainer.model)
+    hook = base.lm_head.register_forward_hook(favor)
+    inputs, mask = scored_batch(trainer)
+    seen = []
+    warpers = sampling.make_warpers
+
+    def watch(banned, *options):
+        seen.append(banned)
+        return warpers(banned, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "make_warpers", watch)
+        processor, samples = trainer.processing_class, make_samples(folder, 2)
+        replies.reply(base, processor, samples, max_new_tokens=4)
+    hook.remove()
+    sampled = inputs["input_ids"][:, -inputs["logits_to_keep"] :]
+    assert not torch.isin(sampled[mask.bool()], torch.tensor(ids)).any()
+    assert seen == [sorted(ids)] == [trainer.banned_tokens]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_folding_gives_the_same_logits_and_the_weights_back(folder, norm):
+    load = load_with_trained_norm if norm else models.load_for_training
+    model, _ = load({"name_or_path": str(folder / "base")}, folder / "sft")
+    if norm:
+        find_trained_norm(model).data *= 1.5
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with fold_adapter(model):
+            assert not torch.equal(
+                model.state_dict()[next(k for k in before if "base_layer" in k)],
+                before[next(k for k in before if "base_layer" in k)],
+            )
+            inside = model(input_ids=ids).logits
+    torch.testing.assert_close(inside, plain, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_A" in n for n in trained)
