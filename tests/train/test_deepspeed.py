@@ -41,7 +41,7 @@ def trained(request, model_cfg, rows, tmp_path_factory):
 def test_the_strategy_in_force_and_a_result_that_loads_by_itself(
     model_cfg, rows, trained
 ):
-    _, kind, out = trained
+    _, _, out = trained
     state = io.read_json(out / "launch" / "rank-1.json")
     assert (state["distributed_type"], state["world_size"]) == ("DEEPSPEED", 2)
     assert losses(out)[-1] < losses(out)[0]

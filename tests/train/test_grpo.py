@@ -1,4 +1,4 @@
-"""GRPO: weights in any layout, shared prompts, banned tokens, files, guards."""
+"""GRPO: weights in any layout, files, exact resume, guards, the released loss."""
 
 import math
 import os
@@ -9,164 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from grpo_builders import (
+    G,
+    box_text,
+    make_config,
+    make_samples,
+    make_trainer,
+    ready_batch,
+    scored_batch,
+    scripted_update,
+)
 from interrupted import killed
-from PIL import Image
-from transformers import LogitsProcessorList, TrainerCallback
+from transformers import TrainerCallback
 
 from univg_nb import io, models
-from univg_nb.base_model import architecture
-from univg_nb.data.sample import GroundingSample
-from univg_nb.fast import (
-    attention as attention_module,
-)
-from univg_nb.fast import (
-    sampling,
-)
-from univg_nb.fast import (
-    trainer as trainer_module,
-)
-from univg_nb.fast.attention import SEGMENTS
-from univg_nb.fast.folded import folded
-from univg_nb.fast.prompts import EncodedBatch
-from univg_nb.fast.sampling import VISION_TOKENS
-from univg_nb.train import grpo, grpo_trainer, rollouts
-from univg_nb.train.difficulty import difficulty_weight
+from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
+from univg_nb.train import grpo, rollouts
 from univg_nb.train.final_norm import find_trained_norm, load_with_trained_norm
 
-G = 4
-COLOURS = ["red", "blue", "green", "black"]
 
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A Qwen2-VL far smaller than the shipped one, an SFT adapter, and images."""
-    out = tmp_path_factory.mktemp("grpo")
-    tokenizer = architecture.train_tokenizer(
-        ["find the red cup 0123456789 <think></think>"] * 3
-    )
-    config = architecture.make_config(tokenizer)
-    text, vision = config.text_config, config.vision_config
-    text.hidden_size, text.intermediate_size = 64, 96
-    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 2, 2, 1
-    text.layer_types = text.layer_types[:2]
-    vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size = 1, 32, 2, 64
-    torch.manual_seed(0)
-    model = models.AutoModelForImageTextToText.from_config(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out / "base")
-    architecture.build_processor(tokenizer).save_pretrained(out / "base")
-    lora = models.add_lora(model, {"r": 4, "lora_alpha": 8})
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    lora.save_pretrained(out / "sft")
-    for number, colour in enumerate(COLOURS):
-        picture = Image.new("RGB", (64, 64), colour)
-        picture.paste("white", (8 * number, 8, 8 * number + 20, 40))
-        picture.save(out / f"{number}.png")
-    return out
-
-
-def make_samples(folder: Path, count: int = 4) -> list[GroundingSample]:
-    """Prompts of different lengths: 1 to 3 images, single-image mode every third."""
-    return [
-        GroundingSample(
-            id=f"s{i}",
-            task="refer" if i % 3 == 0 else "diff",
-            images=tuple(str(folder / f"{(i + j) % 4}.png") for j in range(1 + i % 3)),
-            question="find the red cup " * (1 + i % 2) + str(i),
-            answer=(100, 100, 500, 500),
-            cot=bool(i % 3),
-        )
-        for i in range(count)
-    ]
-
-
-def make_config(folder: Path, **grpo_options) -> dict:
-    section = {
-        "num_generations": G,
-        "beta": 0.04,
-        "max_completion_length": 6,
-        "per_device_train_batch_size": 2 * G,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return {
-        "model": {"name_or_path": str(folder / "base")},
-        "data": {},
-        "sft": {"adapter": "lora"},
-        "grpo": section | grpo_options,
-        "evaluate": {},
-    }
-
-
-def make_trainer(folder: Path, out: Path, count: int = 4, keep=None, **options):
-    """A trainer ready to train; `keep` are options of DifficultyGRPOTrainer."""
-    return grpo.build_trainer(
-        make_config(folder, **options),
-        out,
-        make_samples(folder, count),
-        folder / "sft",
-        **(keep or {}),
-    )
-
-
-def box_text(side: int) -> str:
-    return f"<think>a</think><answer>(100,100),({side},{side})</answer>"
-
-
-class Scripted(grpo_trainer.DifficultyGRPOTrainer):
-    """Samples fixed replies, so that any layout sees the same ones."""
-
-    def _generate_single_turn(self, prompt_ids, *_args, **_kwargs):
-        first = self.accelerator.process_index * len(prompt_ids)
-        texts = [
-            # each group its own difficulty, by its prompt, and each reply its own box
-            box_text((500, 400, 300, 150)[(first + row) % G] + sum(ids) % 7 * 10)
-            for row, ids in enumerate(prompt_ids)
-        ]
-        ids = self._tokenizer(texts)["input_ids"]
-        return [row + [self._tokenizer.eos_token_id] for row in ids], None
+@pytest.fixture(scope="module")
+def folder(grpo_folder):
+    return grpo_folder
 
 
 # ---------------------------------------------------------------- weights
-
-
-def scripted_update(folder, out, per_device, accumulation):
-    """(rollout rows, gradient of each adapter matrix) of one update, in float64."""
-    config = make_config(
-        folder,
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=1e9,
-    )
-    config["model"]["dtype"] = "float64"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
-        log = out / "rollouts.jsonl"
-        trainer = grpo.build_trainer(
-            config, out, make_samples(folder), folder / "sft", log, weight="exp"
-        )
-    # The reference moves away from the policy: the KL has a gradient too.
-    for name, parameter in trainer.model.named_parameters():
-        if ".ref." in name:
-            torch.manual_seed(len(name))
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    gradients = {}
-
-    class Catch(TrainerCallback):
-        def on_pre_optimizer_step(self, *_args, model=None, **_kwargs):
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    gradients[name] = parameter.grad.clone()
-
-    trainer.add_callback(Catch())
-    trainer.train()
-    return io.read_jsonl(log), gradients
 
 
 def assert_same_update(made, expected):
@@ -187,7 +54,7 @@ def one_batch(folder, tmp_path_factory):
 def test_T2_weights_and_gradient_do_not_depend_on_the_layout(
     folder, tmp_path, one_batch, per_device, accumulation
 ):
-    """PF sec. 9, T2: the released mean was over the micro-batch, not the group."""
+    """The released mean was over the micro-batch (docs/paper_facts.md#t2)."""
     rows, gradients = one_batch
     assert len({row["weight"] for row in rows}) == len(rows) == 2
     assert gradients
@@ -202,17 +69,18 @@ def test_T2_weights_and_gradient_do_not_depend_on_the_layout(
 
 @pytest.mark.slow
 def test_T2_nor_on_two_processes(folder, tmp_path, one_batch):
-    """Also T11: both processes have replies, and one file has each of them once."""
+    """Both processes have replies, and one file has each of them once
+    (docs/paper_facts.md#t11)."""
     layouts = [(G, 1), (G // 2, 2)]
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, torch\n"
         "from pathlib import Path\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
-        "import test_grpo\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import grpo_builders\n"
         "folder, out = map(Path, sys.argv[1:])\n"
         f"for number, layout in enumerate({layouts}):\n"
-        "    made = test_grpo.scripted_update(folder, out / str(number), *layout)\n"
+        "    made = grpo_builders.scripted_update(folder, out / str(number), *layout)\n"
         "    rank = torch.distributed.get_rank()\n"
         "    torch.save(made, out / f'{number}_{rank}.pt')\n"
     )
@@ -228,218 +96,14 @@ def test_T2_nor_on_two_processes(folder, tmp_path, one_batch):
         assert all(torch.equal(made[0][1][k], g) for k, g in made[1][1].items())
 
 
-def test_loss_is_the_weighted_surrogate_plus_an_unweighted_kl(folder, tmp_path):
-    trainer = make_trainer(folder, tmp_path, keep={"weight": "power"})
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    batch = trainer._prepare_inputs(
-        next(iter(trainer.get_train_dataloader()))
-    )  # 2G rows
-    generator = torch.Generator().manual_seed(0)
-    shape = batch["completion_ids"].shape
-    advantages = torch.randn(shape[0], generator=generator)
-    phi = difficulty_weight(torch.tensor([0.1, 0.9]), "power").repeat_interleave(G)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    fields = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-    with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, seen, shape[1], **{f: batch[f] for f in fields}
-        )
-        old = logps + 0.5 * torch.randn(shape, generator=generator)  # the clip bites
-        ref = logps + 0.3 * torch.randn(shape, generator=generator)
-        made = trainer.compute_loss(
-            trainer.model,
-            batch
-            | {"advantages": phi * advantages}
-            | {"old_per_token_logps": old, "ref_per_token_logps": ref},
-        )
-        ratio, a = torch.exp(logps - old), advantages[:, None]
-        surrogate = torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
-        kl = torch.exp(ref - logps) - (ref - logps) - 1
-        mask = batch["completion_mask"]
-        token = -phi[:, None] * surrogate + 0.04 * kl
-        expected = ((token * mask).sum(1) / mask.sum(1)).mean()
-    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_unknown_weight_fails_before_any_rollout(folder, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'exp'"):
         make_trainer(folder, tmp_path, keep={"weight": "expo"})
 
 
-# ---------------------------------------------------------------- shared prompts
-
-
-def scored_batch(trainer):
-    """One rollout's tensors, as `_get_per_token_logps_and_entropies` takes them."""
-    trainer.model.train()
-    rows = next(iter(trainer.get_train_dataloader()))
-    batch = trainer._generate_and_score_completions(rows)
-    fields = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-    return {
-        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-        "attention_mask": torch.cat(
-            [batch["prompt_mask"], batch["completion_mask"]], 1
-        ),
-        "logits_to_keep": batch["completion_ids"].size(1),
-        **{name: batch[name] for name in fields},
-    }, batch["completion_mask"]
-
-
-@pytest.mark.parametrize("batch_size", [2 * G, 3])
-def test_shared_rows_equal_trl_in_value_and_gradient(folder, tmp_path, batch_size):
-    trainer = make_trainer(folder, tmp_path)
-    assert trainer.shared_forward and trainer.shared_rollout
-    inputs, mask = scored_batch(trainer)
-    made = {}
-    for shared in (True, False):
-        trainer.shared_forward = shared
-        trainer.model.zero_grad()
-        logps, entropy, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, **inputs, batch_size=batch_size, compute_entropy=True
-        )
-        (logps * mask).pow(2).sum().backward()
-        gradient = torch.cat(
-            [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
-        )
-        made[shared] = (logps * mask).detach(), (entropy * mask).detach(), gradient
-    *ours, gradient = made[True]
-    *theirs, expected = made[False]
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert (gradient - expected).norm() < 1e-4 * expected.norm()
-
-
-class Greedy:
-    """Puts all probability on the most likely token."""
-
-    def __call__(self, _ids, scores):
-        best = torch.full_like(scores, -torch.inf)
-        return best.scatter(1, scores.argmax(1, keepdim=True), 0.0)
-
-
-def test_shared_rollout_follows_generate(folder, tmp_path):
-    trainer = make_trainer(folder, tmp_path, count=5)
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": i} for i in sample.images]
-                + [{"type": "text", "text": sample.question}],
-            }
-        ]
-        for sample in make_samples(folder, 5)
-    ]
-    batch = EncodedBatch.encode(
-        trainer.processing_class, conversations, G, torch.device("cpu")
-    )
-    base = models.get_base_model(trainer.model)
-    # An end token that some greedy replies reach, so that rows leave the batch.
-    options = {"max_new_tokens": 10, "do_sample": False}
-    full = [
-        base.generate(
-            input_ids=p.ids[None],
-            attention_mask=torch.ones_like(p.ids)[None],
-            mm_token_type_ids=p.token_types[None],
-            pixel_values=p.pixel_values,
-            image_grid_thw=p.grid,
-            eos_token_id=10**6,
-            pad_token_id=0,
-            **options,
-        )[0, len(p.ids) :].tolist()
-        for p in batch.prompts
-    ]
-    end = full[0][3]
-    expected = [
-        reply[: reply.index(end) + 1] if end in reply else reply for reply in full
-    ]
-    made = sampling.sample_replies(
-        base,
-        base.model,
-        batch.prompts,
-        3,
-        max_new_tokens=10,
-        eos_token_ids=[end],
-        warp=LogitsProcessorList([Greedy()]),
-        seeds=range(15),
-    )
-    assert made == [[reply] * 3 for reply in expected]
-
-
-def test_the_whole_model_trains_against_a_reference_of_its_own(
-    folder, tmp_path, monkeypatch
-):
-    """As at full scale: no adapter, so the reference is a second model, which attends
-    as the policy does. Shared prompts and whole rows give the same updates."""
-    monkeypatch.setattr(grpo, "DifficultyGRPOTrainer", Scripted)
-    logged = {}
-    for shared in (True, False):
-        out = tmp_path / str(shared)
-        config = make_config(folder, max_steps=2)
-        config["model"]["dtype"] = "float64"
-        config["sft"]["adapter"] = "none"
-        samples, start = make_samples(folder), folder / "base"
-        trainer = grpo.build_trainer(
-            config, out, samples, start, out / "r.jsonl", shared_prefix=shared
-        )
-        attention = [
-            attention_module.attention_of(model.model)
-            for model in (trainer.model, trainer.ref_model)
-        ]
-        assert attention == [SEGMENTS if shared else "sdpa"] * 2
-        trainer.train()
-        logged[shared] = [
-            [row[key] for key in ("loss", "kl", "grad_norm", "entropy")]
-            for row in trainer.state.log_history[:2]
-        ]
-    first, second = logged[True]
-    assert abs(first[1]) < 1e-9 and second[1] > 1e-6  # the policy leaves its reference
-    for shared, whole in zip(logged[True], logged[False], strict=True):
-        assert shared == pytest.approx(whole, rel=1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
-    """A sampled image token has no image: the next forward pass would fail."""
-    trainer = make_trainer(folder, tmp_path, keep={"shared_prefix": shared})
-    assert trainer.shared_rollout is shared
-    ids = trainer._tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
-
-    def favour(_module, _args, logits):
-        logits[..., ids] += 1e4
-        return logits
-
-    hook = models.get_base_model(trainer.model).lm_head.register_forward_hook(favour)
-    inputs, mask = scored_batch(trainer)
-    hook.remove()
-    sampled = inputs["input_ids"][:, -inputs["logits_to_keep"] :]
-    assert not torch.isin(sampled[mask.bool()], torch.tensor(ids)).any()
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_folding_gives_the_same_logits_and_the_weights_back(folder, norm):
-    load = load_with_trained_norm if norm else models.load_for_training
-    model, _ = load({"name_or_path": str(folder / "base")}, folder / "sft")
-    if norm:
-        find_trained_norm(model).data *= 1.5
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        plain = model(input_ids=ids).logits
-        with folded(model):
-            assert not torch.equal(
-                model.state_dict()[next(k for k in before if "base_layer" in k)],
-                before[next(k for k in before if "base_layer" in k)],
-            )
-            inside = model(input_ids=ids).logits
-    torch.testing.assert_close(inside, plain, rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert any("lora_A" in n for n in trained)
-
-
 def test_T8_temperature_and_reward_weights_take_effect(folder, tmp_path):
-    """PF sec. 9, T8: the released trainer fixed the one and ignored the other."""
+    """The released trainer fixed the one and ignored the other
+    (docs/paper_facts.md#t8)."""
     cold = make_trainer(folder, tmp_path, temperature=0.01, reward_weights=[1.0, 0.0])
     inputs, mask = scored_batch(cold)
     _, entropy, _ = cold._get_per_token_logps_and_entropies(
@@ -454,7 +118,8 @@ def test_T8_temperature_and_reward_weights_take_effect(folder, tmp_path):
 
 
 def test_T12_the_length_of_an_epoch_counts_no_dropped_prompts(folder, tmp_path):
-    """PF sec. 9, T12: five prompts, two an update, make two updates, not three."""
+    """Five prompts, two an update, make two updates, not three
+    (docs/paper_facts.md#t12)."""
     trainer = make_trainer(folder, tmp_path, count=5, max_steps=-1, num_train_epochs=1)
     sampler = trainer._get_train_sampler()
     assert len(list(sampler)) == len(sampler) == 4 * G
@@ -619,14 +284,16 @@ def test_sigterm_in_the_middle_of_an_update_resumes_exactly(folder, tmp_path):
 
 
 def test_rollout_rows_hold_boxes_as_scoring_reads_them():
+    known = {"sample_id": "a", "task": "diff", "length": 9}
     replies = [
-        rollouts.Reply("a", "diff", text, 9, truncated)
+        known | {"text": text, "truncated": truncated}
         for text, truncated in [(box_text(500), False), ("<think>on and on", True)]
     ]
-    ones, zeros = torch.tensor([1.0, 0.0]), torch.tensor([0.7, -0.7])
-    row = rollouts.group_rows(
-        3, replies, ones, ones, 2 * ones, zeros, torch.tensor([1.6487])
-    )[0]
+    ones = torch.tensor([1.0, 0.0])
+    columns = {"iou": ones, "format": ones, "rewards": 2 * ones}
+    columns["advantages"] = torch.tensor([0.7, -0.7])
+    weights = torch.tensor([1.6487])
+    (row,) = rollouts.make_group_rows(3, replies, weights, columns)
     assert row["boxes"] == [[100, 100, 500, 500], None]
     assert row["status"] == ["ok", "no_answer"]
     assert row["mean_iou"] == 0.5 and row["weight"] == pytest.approx(1.6487)
@@ -651,9 +318,7 @@ def test_impossible_layouts_say_what_to_change(
 
 def test_a_loss_that_is_not_finite_stops_with_advice(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = ready_batch(trainer)
     batch["advantages"] = batch["advantages"] * torch.nan
     with pytest.raises(FloatingPointError, match="learning_rate"):
         trainer.compute_loss(trainer.model, batch)
@@ -670,13 +335,6 @@ def test_no_reward_at_all_stops_with_advice(folder, tmp_path):
     with pytest.raises(ValueError, match=r"last 3 generations.*stage 1 longer"):
         trainer.train()
     assert trainer.state.global_step == 2
-
-
-def ready_batch(trainer):
-    """The micro-batch of an update, as compute_loss takes it."""
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
 def test_an_exploding_kl_is_bounded_counted_and_stopped(folder, tmp_path):
@@ -697,6 +355,41 @@ def test_an_exploding_kl_is_bounded_counted_and_stopped(folder, tmp_path):
         trainer.compute_loss(
             trainer.model, batch | {"ref_per_token_logps": ref + 200.0}
         )
+
+
+def test_trl_gets_a_batch_with_a_bounded_kl_and_nobody_edits_it(
+    folder, tmp_path, monkeypatch
+):
+    """TRL may read the reference before or after it runs the policy."""
+    trainer = make_trainer(folder, tmp_path)
+    batch = ready_batch(trainer)
+    batch["ref_per_token_logps"] = batch["ref_per_token_logps"] + 200.0
+    given = []
+    theirs = SharedPrefixGRPOTrainer.compute_loss
+
+    def compute_loss(self, model, inputs):
+        before = {key: id(value) for key, value in inputs.items()}
+        given.append(inputs["ref_per_token_logps"].clone())
+        loss = theirs(self, model, inputs)
+        assert {key: id(value) for key, value in inputs.items()} == before
+        assert torch.equal(inputs["ref_per_token_logps"], given[0])
+        return loss
+
+    monkeypatch.setattr(SharedPrefixGRPOTrainer, "compute_loss", compute_loss)
+    with pytest.raises(FloatingPointError, match="KL explodes"):
+        trainer.compute_loss(trainer.model, batch)
+    # the policy is still its reference: 200 above it, bounded to 10
+    torch.testing.assert_close(given[0], batch["ref_per_token_logps"] - 190.0)
+
+
+def test_the_module_is_a_command_with_the_same_exit_codes(tmp_path):
+    command = [sys.executable, "-m", "univg_nb.train.grpo", "no-such-scale"]
+    done = subprocess.run(
+        [*command, "--sft-adapter", "a"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]  # bitsandbytes may say something before
+    assert said.startswith("error: ") and "no-such-scale" in said
 
 
 # ---------------------------------------------------------------- comparison forms
@@ -767,8 +460,9 @@ def loss_trainer(folder, tmp_path_factory):
 def test_the_trainers_loss_is_the_released_formula(
     loss_trainer, monkeypatch, form, on_policy
 ):
-    """PF sec. 4 and 5, written out for each group of a batch of three: value and
-    gradient of the trainer's own loss on random log-probs, advantages and IoUs."""
+    """The objective (docs/paper_facts.md#weight) written out for each group of a batch
+    of three: value and gradient of the trainer's own loss on random log-probs,
+    advantages and IoUs."""
     trainer, steps = loss_trainer, 12
     monkeypatch.setitem(trainer.weight_options, "form", form)
     for seed in range(10):
@@ -785,19 +479,20 @@ def test_the_trainers_loss_is_the_released_formula(
         # up to 0.9: the released log weight is negative above 0.98 (T3)
         iou, advantages = 0.9 * random(3 * G), 2 * random(3 * G) - 1
         trainer.gathered_rewards = torch.stack([iou, iou], 1)
-        weights = trainer._group_weights(iou.view(3, G))
+        weights = trainer._compute_weights(iou.view(3, G))
         batch = {
             "prompt_ids": torch.zeros(3 * G, 1, dtype=torch.long),
             "prompt_mask": torch.ones(3 * G, 1, dtype=torch.long),
             "completion_ids": torch.zeros(3 * G, steps, dtype=torch.long),
             "completion_mask": mask,
-            "advantages": advantages * trainer._my_rows(weights),
-            "mean_iou": trainer._my_rows(trainer.mean_iou),
+            "group": torch.arange(3).repeat_interleave(G),
+            "advantages": advantages * trainer._take_rows(weights),
+            "mean_iou": trainer._take_rows(trainer.mean_iou),
             "old_per_token_logps": old,
             "ref_per_token_logps": ref,
         }
         monkeypatch.setattr(
-            trainer_module.SharedPrefixGRPOTrainer,
+            SharedPrefixGRPOTrainer,
             "_get_per_token_logps_and_entropies",
             lambda *_args, logps=logps, **_kwargs: (logps, logps.detach(), None),
         )
@@ -832,6 +527,8 @@ def test_gradient_by_bin_is_the_logits_gradient(folder, tmp_path):
     value = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
     (gradient,) = torch.autograd.grad((value * mask).sum(), logits)
     expected = gradient.abs().sum(-1).sum(1) / mask.sum(1)
-    made = rollouts.logit_gradient(logps.detach(), old, advantages, mask, (0.2, 0.2))
+    made = rollouts.compute_logit_gradient(
+        logps.detach(), old, advantages, mask, (0.2, 0.2)
+    )
     torch.testing.assert_close(made, expected)
     assert made[2] == 0

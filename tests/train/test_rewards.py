@@ -1,4 +1,4 @@
-"""Rewards against values worked out from PF sec. 4."""
+"""Rewards against values worked out from docs/paper_facts.md#rewards."""
 
 import random
 import re
@@ -21,7 +21,7 @@ def format_of(text, cot=True):
 
 
 def released_iou(a, b):
-    """PF sec. 4: pixel-inclusive (x2 - 1, then + 1), areas without the trick."""
+    """Pixel-inclusive (x2 - 1, then + 1), areas without the trick, as released."""
     x1, y1 = max(a[0], b[0]), max(a[1], b[1])
     x2, y2 = min(a[2], b[2]) - 1, min(a[3], b[3]) - 1
     overlap = (x2 - x1 + 1) * (y2 - y1 + 1) if x1 < x2 and y1 < y2 else 0
@@ -104,7 +104,7 @@ def test_format_reward_of_single_image_items_asks_for_a_bare_box():
 
 
 def test_T1_single_image_mode_is_decided_per_sample():
-    """The released code judged the whole batch by its first sample (PF sec. 9, T1)."""
+    """The released code judged the batch by its first sample (paper_facts.md#t1)."""
     bare = "(100,100),(300,300)"
     replies, cot = [bare, bare, GOOD, GOOD], [False, True, True, False]
     answer = [TARGET] * 4

@@ -1,25 +1,41 @@
-"""Weights that make hard groups count more (the paper's difficulty-aware GRPO).
+"""Weights that make hard groups count more: the paper's difficulty-aware GRPO.
 
-A group is the G replies to one sample; its difficulty is the mean IoU m of those
-replies. Group normalisation of advantages hides m: a group at 0.8 and one at 0.2 push
-equally hard. The weight phi(m) puts the difference back (PF sec. 5).
+A group is the G replies to one sample; its difficulty is the mean IoU m of the replies.
+The normalization of advantages within a group hides m: a group at 0.8 and one at 0.2
+push equally hard. The weight phi(m) puts the difference back
+(docs/paper_facts.md#weight).
 
-phi multiplies the policy-gradient term and leaves the KL term alone. For phi > 0 that
-is the same as multiplying the group's advantages, which is how the trainer does it:
+phi multiplies the policy-gradient term and leaves the KL term alone. For phi > 0 this
+equals multiplying the group's advantages, which is how the trainer does it:
 phi * min(r A, clip(r) A) = min(r phi A, clip(r) phi A).
 """
 
-import difflib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-FORMS = ("none", "exp", "power", "log", "log_released", "peak", "constant")
+from univg_nb.config import suggestion
+
+# phi as a function of m, any shape, and of the options power and constant. "exp" (1 to
+# 2.72) is what the released script runs; "log_released" is negative above m = 0.98,
+# where it pushes towards worse answers (docs/paper_facts.md#t3). "peak" and "constant"
+# are not in the paper. "peak" favors groups that succeed half of the time. "constant"
+# is a control: e^(1-m) is above 1 nearly everywhere, so it also raises the step size.
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda m, **_: torch.ones_like(m),
+    "exp": lambda m, **_: torch.exp(1 - m),
+    "power": lambda m, power, **_: (1.05 - m) ** power,
+    "log": lambda m, **_: (-torch.log(0.02 + m)).clamp(min=0),
+    "log_released": lambda m, **_: -torch.log(0.02 + m),
+    "peak": lambda m, **_: 4 * m * (1 - m),
+    "constant": lambda m, constant, **_: torch.full_like(m, constant),
+}
 RESCALED = ("none", "mad", "drop_silent")
 BINS = ("hard", "medium", "easy")
 HARD_BELOW = 0.3
 EASY_ABOVE = 0.7
-STD_FLOOR = 1e-4  # what GRPO adds to a group's standard deviation (PF sec. 4)
+STD_FLOOR = 1e-4  # GRPO adds it to a group's standard deviation
 
 
 def difficulty_weight(
@@ -29,114 +45,94 @@ def difficulty_weight(
     unit_mean: bool = False,
     constant: float = 1.0,
 ) -> Tensor:
-    """phi for each group.
+    """Compute phi for each group.
 
-    group_iou: mean IoU of each group, in 0..1, any shape; the result has that shape.
+    Args:
+        group_iou: mean IoU of each group, in 0..1, any shape.
+        form: a name in `FORMS`, to which users may add.
+        power: exponent of "power"; 1 is the linear form.
+        unit_mean: whether to divide by the mean over the groups given, so that only
+            the difference between groups remains, another control. With several
+            processes, give the groups of all. If all weights are 0 they stay 0.
+        constant: value of "constant".
 
-    forms (m = group_iou; PF sec. 5 has the released values):
-      none          1
-      exp           e^(1-m), 1 to 2.72; what the released script runs
-      power         (1.05-m)^power; power 1 is the linear form
-      log           -ln(0.02+m), floored at 0
-      log_released  -ln(0.02+m) as released: negative above m = 0.98, where it pushes
-                    towards worse answers (PF sec. 9, T3)
-      peak          4m(1-m): most for groups that succeed half of the time; not in the
-                    paper, for comparison
-      constant      `constant` whatever m is: a control. e^(1-m) is above 1 nearly
-                    everywhere, so it also raises the step size; this tells the two
-                    effects apart
-    unit_mean divides by the mean over the groups given, so only the difference between
-    groups remains; a control for the same reason. With several processes, give it the
-    groups of all of them. If every weight is 0, they stay 0.
+    Returns:
+        The weights, in the shape of group_iou.
 
-    Raises ValueError for an unknown form or a mean IoU outside 0..1.
+    Raises:
+        ValueError: for an unknown form or a mean IoU outside 0..1.
     """
     m = torch.as_tensor(group_iou)
     if not m.is_floating_point():
         m = m.float()
-    # written so that NaN fails too
-    if not bool(((m >= 0) & (m <= 1)).all()):
+    if not bool(((m >= 0) & (m <= 1)).all()):  # written so that NaN fails too
         raise ValueError(
             f"group mean IoU must lie in 0..1, got {m.tolist()}: pass the IoU reward "
             "alone, without the format reward"
         )
-    if form == "none":
-        weight = torch.ones_like(m)
-    elif form == "exp":
-        weight = torch.exp(1 - m)
-    elif form == "power":
-        weight = (1.05 - m) ** power
-    elif form == "log":
-        weight = (-torch.log(0.02 + m)).clamp(min=0)
-    elif form == "log_released":
-        weight = -torch.log(0.02 + m)
-    elif form == "peak":
-        weight = 4 * m * (1 - m)
-    elif form == "constant":
-        weight = torch.full_like(m, constant)
-    else:
+    if form not in FORMS:
         raise _unknown("weight", form, FORMS)
-    if unit_mean and weight.numel():
-        mean = weight.mean()
-        if mean > 0:
-            weight = weight / mean
+    weight = FORMS[form](m, power=power, constant=constant)
+    if unit_mean and weight.numel() and weight.mean() > 0:
+        weight = weight / weight.mean()
     return weight
 
 
-def rescaled(rewards: Tensor, how: str = "none") -> Tensor:
-    """Factor for each group's advantages from its rewards, (groups, G) -> (groups,).
+def rescale_factor(rewards: Tensor, how: str = "none") -> Tensor:
+    """Compute a factor for the advantages of each group: other ways to size a group.
 
-    Other ways to size a group, for comparison with the weights; none is the paper's.
-    (Advantages that are not divided by a spread at all are TRL's scale_rewards: none.)
+    They are for comparison with the weights; none is the paper's.
 
-      none         1: advantages stay divided by the group's standard deviation
-      mad          divided by the mean absolute deviation instead: then the sum of |A|
-                   is G for every group that is not silent
-      drop_silent  groups whose rewards are all equal leave the mean over groups, so
-                   the others grow by groups / groups kept
+    Args:
+        rewards: (groups, G).
+        how: "none", 1: advantages stay divided by the group's standard deviation;
+            "mad", divided by the mean absolute deviation instead, so that the sum of
+            |A| is G for every group that is not silent; "drop_silent", groups whose
+            rewards are all equal leave the mean over groups, so the others grow by
+            groups / groups kept.
 
-    Raises ValueError for an unknown `how`.
+    Returns:
+        (groups,).
+
+    Raises:
+        ValueError: for an unknown `how`.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
     if how == "none":
         return torch.ones_like(rewards[:, 0])
     if how == "mad":
-        spread = centred.abs().mean(dim=1) + STD_FLOOR
-        return (rewards.std(dim=1) + STD_FLOOR) / spread
+        deviation = (rewards - rewards.mean(dim=1, keepdim=True)).abs().mean(dim=1)
+        return (rewards.std(dim=1) + STD_FLOOR) / (deviation + STD_FLOOR)
     if how == "drop_silent":
-        kept = (~silent(rewards)).to(rewards.dtype)
+        kept = (~is_silent(rewards)).to(rewards.dtype)
         return kept * len(kept) / kept.sum().clamp(min=1)
     raise _unknown("rescale", how, RESCALED)
 
 
-def silent(rewards: Tensor) -> Tensor:
-    """Which groups teach nothing, all rewards being equal: (groups, G) -> (groups,)."""
+def is_silent(rewards: Tensor) -> Tensor:
+    """Return which groups (groups, G) teach nothing, all rewards being equal."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-8
 
 
-def _unknown(option: str, value: str, known: tuple[str, ...]) -> ValueError:
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {option} {value!r}, one of {', '.join(known)}{hint}")
+def _unknown(option: str, value: str, known: Iterable[str]) -> ValueError:
+    return ValueError(f"unknown {option} {value!r}{suggestion(value, known)}")
 
 
 def group_mean_iou(ious: Tensor, num_generations: int) -> Tensor:
-    """Mean IoU of each group: (N,) with a group's replies adjacent -> (N / G,).
+    """Compute the mean IoU of groups: (N,) -> (N / G,), replies of a group adjacent.
 
-    Over the whole group whatever the micro-batch is; the released code averaged over
-    the local micro-batch, which is a group only when that equals G (PF sec. 9, T2).
-    Raises ValueError unless N is a multiple of `num_generations`.
+    The released code took it over the local micro-batch, which is a group only when
+    their sizes agree (docs/paper_facts.md#t2). ValueError if N is no multiple of G.
     """
     if num_generations < 1 or ious.dim() != 1 or len(ious) % num_generations:
         raise ValueError(
             f"IoUs of shape {tuple(ious.shape)} do not split into groups of "
             f"{num_generations}: gather the rewards of all processes first"
         )
-    return ious.view(-1, num_generations).mean(dim=1)  # (groups, G) -> (groups,)
+    return ious.view(-1, num_generations).mean(dim=1)
 
 
 def difficulty_bin(mean_iou: float) -> str:
-    """ "hard" below 0.3, "easy" above 0.7, else "medium" (PF sec. 6, Figure 3)."""
+    """Return "hard" below 0.3, "easy" above 0.7, else "medium", as in Figure 3."""
     if mean_iou < HARD_BELOW:
         return "hard"
     return "easy" if mean_iou > EASY_ABOVE else "medium"

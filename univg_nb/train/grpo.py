@@ -1,12 +1,14 @@
-"""Stage 2: GRPO with difficulty-aware weights, on TRL's GRPOTrainer.
+"""Stage 2: GRPO with difficulty weights, on TRL's GRPOTrainer.
 
-    python -m univg_nb grpo CONFIG.yaml --sft-adapter runs/NAME/sft_lora/adapter
+    python -m univg_nb grpo CONFIG --sft-adapter runs/NAME/sft_lora/adapter
+    accelerate launch -m univg_nb.train.grpo CONFIG --sft-adapter ...
 
-TRL does the method, `grpo_trainer` adds the weight of a group's mean IoU. The policy
-goes on training the SFT adapter. The KL reference is the SFT model: TRL keeps a frozen
-copy of the adapter as "ref", so no second copy of the base weights. An interrupted
-training started again with the same command goes on from its last whole checkpoint and
-ends with the same replies, metrics and weights, bit for bit on a CPU.
+TRL does the method; `grpo_trainer` adds the weight of a group's mean IoU. The policy
+trains the SFT adapter further. The KL reference is the SFT model: TRL keeps a frozen
+copy of the adapter as "ref", so there is no second copy of the base weights. An
+interrupted training that is started again with the same command goes on from its last
+whole checkpoint and ends with the same replies, metrics and weights, on a CPU bit for
+bit.
 
 Comparison forms, each one line of the scale or one --set:
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,37 +34,33 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from univg_nb import io, models, runs
+from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
 from univg_nb.config import add_scale_arguments, load_config, whole_batch
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
-from univg_nb.io import sha256_of
+from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
+from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.final_norm import load_with_trained_norm
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
-# The section's options that the trainer takes, with freeze_vision; the rest are TRL's.
-TRAINER_OPTIONS = (
-    "weight",
-    "power",
-    "constant",
-    "unit_mean",
-    "rescale",
-    "max_zero_updates",
-    "shared_prefix",
-    "row_tokens",
-    "norm_learning_rate",
-)
-OWN_OPTIONS = (*TRAINER_OPTIONS, "freeze_vision")
+# Options of the section that the trainer takes; with freeze_vision, the rest are TRL's.
+TRAINER_OPTIONS = {
+    *inspect.signature(SharedPrefixGRPOTrainer).parameters,
+    *inspect.signature(DifficultyGRPOTrainer).parameters,
+}
 
 
 def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
-    """Rows for TRL. Images stay paths and are opened when their turn comes.
+    """Make rows for TRL, which puts the images in front of the text.
 
-    TRL puts the images in front of the text. `cot` False is the single-image mode,
-    whose prompt asks for no chain and whose format reward for a bare box.
+    Args:
+        train: the samples. Their images stay paths and are opened when needed. `cot`
+            False is the single-image mode: the prompt asks for no chain, the format
+            reward for a bare box.
+        style: prompt style, one of `prompts.STYLES`.
     """
     return Dataset.from_list(
         [
@@ -79,13 +78,23 @@ def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
 
 
 def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPOConfig:
-    """The `grpo` section as GRPOConfig; ValueError for a layout that cannot be."""
+    """Turn a scale's `grpo` section into a GRPOConfig.
+
+    Args:
+        section: the section.
+        out: stage folder.
+        num_samples: number of training samples.
+
+    Raises:
+        ValueError: for a layout of batches that cannot be.
+    """
+    own = (*TRAINER_OPTIONS, "freeze_vision")
     options = {
         "loss_type": "grpo",
         "beta": 0.04,
-        # TRL's own default multiplies the KL by the policy ratio; the paper's does not.
+        # TRL's default multiplies the KL by the policy ratio; the paper's does not.
         "use_bias_correction_kl": False,
-        **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
+        **checkpoints.make_trainer_options(section, out, own),
         "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
     }
     size = options.get("num_generations", 8)
@@ -126,11 +135,23 @@ def build_trainer(
     rollout_log: Path | None = None,
     **options: Any,
 ) -> DifficultyGRPOTrainer:
-    """Everything up to the first update; `options` overrule the grpo section's."""
+    """Build everything up to the first update.
+
+    Args:
+        config: a whole scale.
+        out: stage folder.
+        train: the training samples.
+        sft_adapter: adapter of stage 1, or the folder of a fully trained model.
+        rollout_log: rollouts.jsonl, or None.
+        **options: of DifficultyGRPOTrainer; they override the grpo section.
+
+    Raises:
+        ValueError: for options that cannot be, alone or together.
+    """
     section = config["grpo"]
-    if problem := vllm.conflict(config):
+    if problem := vllm.find_conflict(config):
         raise ValueError(f"grpo.use_vllm with {problem}")
-    if problem := vllm.server_problem(section):
+    if problem := vllm.find_server_problem(section):
         raise ValueError(problem)
     arguments = grpo_config(section, out, len(train))
     four_bit = config["sft"].get("adapter") == "qlora"
@@ -142,7 +163,7 @@ def build_trainer(
         models.freeze_vision(model)
     mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
     with (
-        checkpoints.keep_adapter_exact(model, quantize == "nf4"),
+        checkpoints.keep_adapter_exact(model, four_bit),
         models.ignore_rename_warnings(),
     ):
         return DifficultyGRPOTrainer(
@@ -161,90 +182,93 @@ def train(
     train: Sequence[GroundingSample],
     *,
     sft_adapter: str | Path,
-    weight: str | None = None,
-    unit_mean: bool | None = None,
-    constant: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    **overrides: Any,
 ) -> dict[str, Any]:
-    """GRPO from an SFT adapter.
+    """Train with GRPO from an SFT adapter.
 
-    Writes out/{config.yaml, metrics.jsonl, rollouts.jsonl, adapter/, summary.json} and
-    returns the summary. config: a whole scale; weight, unit_mean, constant override
-    its grpo section. sft_adapter: the adapter folder of stage 1 (or a fully trained
-    model's). The new adapter takes its place: it is loaded the same way, on the same
-    base.
+    Writes config.yaml, metrics.jsonl, rollouts.jsonl, adapter/ and summary.json.
 
-    Raises ValueError for an impossible layout or option and for a policy that never
-    earns a reward, FloatingPointError for a loss or KL out of bounds.
+    Args:
+        config: a whole scale.
+        out: stage folder.
+        train: the training samples.
+        sft_adapter: the adapter of stage 1, or the folder of a fully trained model. The
+            new adapter replaces it: it is loaded the same way, on the same base.
+        callbacks: further callbacks of the trainer.
+        **overrides: options of the grpo section, such as weight; None changes nothing.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: for an impossible layout or option, and for a policy that never
+            earns a reward.
+        FloatingPointError: for a loss or KL out of bounds.
     """
-    out = Path(out)
-    given = {"weight": weight, "unit_mean": unit_mean, "constant": constant}
-    given = {key: value for key, value in given.items() if value is not None}
+    out, sft_adapter = Path(out), Path(sft_adapter)
+    given = {key: value for key, value in overrides.items() if value is not None}
     config = {**config, "grpo": {**config["grpo"], **given}}
-    fingerprint = _fingerprint(config, train, Path(sft_adapter))
-    trainer = build_trainer(
-        config, out, train, Path(sft_adapter), out / "rollouts.jsonl"
-    )
+    fingerprint = _compute_fingerprint(config, train, sft_adapter)
+    trainer = build_trainer(config, out, train, sft_adapter, out / "rollouts.jsonl")
     recorder = checkpoints.run_training(
         trainer, config, "grpo", out, fingerprint, callbacks
     )
     if trainer.is_world_process_zero():
         # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
         shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
-        summary = summarize(trainer, out, sft_adapter, recorder.first)
+        summary = _summarize(trainer, out, recorder.first)
+        summary["sft_adapter"] = str(sft_adapter)
         io.write_json(out / "summary.json", summary)
     trainer.accelerator.wait_for_everyone()
     del trainer, recorder
-    gc.collect()  # model, reference and optimiser: a trainer is full of cycles
+    gc.collect()  # model, reference and optimizer: a trainer is full of cycles
     return io.read_json(out / "summary.json")
 
 
-def _fingerprint(
+def _compute_fingerprint(
     config: Mapping[str, Any], train: Sequence[GroundingSample], sft_adapter: Path
 ) -> str:
-    """Changes with anything that the training depends on."""
+    """Compute a hash that changes with anything the training depends on."""
     weights = sft_adapter / "adapter_model.safetensors"
-    start = sha256_of(weights) if weights.is_file() else str(sft_adapter)
+    start = io.sha256_of(weights) if weights.is_file() else str(sft_adapter)
     used = [config["model"], config["sft"]]
     used += [whole_batch(config["grpo"], checkpoints.count_processes())]
     return io.config_hash([used, start, [asdict(sample) for sample in train]])
 
 
-def summarize(
-    trainer: DifficultyGRPOTrainer, out: Path, sft_adapter: str | Path, first: int
+def _summarize(
+    trainer: DifficultyGRPOTrainer, out: Path, first_update: int
 ) -> dict[str, Any]:
-    """What a training did: means over the first and last tenth of the updates that
-    sampled replies; seconds are those of this call, which began at update `first`.
+    """Summarize a training: means over the first and last tenth of its generations.
+
+    The seconds are those of this call, which began at `first_update`.
     """
     logged = io.read_jsonl(out / "metrics.jsonl")
     rows = [row for row in logged if "reward" in row]
     part = max(1, len(rows) // 10)
-    seconds = logged[-1]["seconds"]
-
-    def mean(key: str, some: list[dict[str, Any]]) -> float:
-        return sum(row[key] for row in some) / len(some)
-
-    return {
-        "steps": trainer.state.global_step,
+    seconds, steps = logged[-1]["seconds"], trainer.state.global_step
+    summary = {
+        "steps": steps,
         "seconds": seconds,
-        "seconds_per_update": round(seconds / (trainer.state.global_step - first), 3),
-        "reward_first": mean("reward", rows[:part]),
-        "reward_last": mean("reward", rows[-part:]),
-        "mean_iou_first": mean("groups/mean_iou", rows[:part]),
-        "mean_iou_last": mean("groups/mean_iou", rows[-part:]),
+        "seconds_per_update": round(seconds / (steps - first_update), 3),
         "weight": trainer.weight_options | {"rescale": trainer.rescale},
-        "sft_adapter": str(sft_adapter),
         "parameters": models.count_parameters(trainer.model),
     }
+    for key in ("reward", "groups/mean_iou"):
+        for when, some in (("first", rows[:part]), ("last", rows[-part:])):
+            mean = sum(row[key] for row in some) / len(some)
+            summary[f"{key.removeprefix('groups/')}_{when}"] = mean
+    return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train stage 2 from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb grpo",
-        description="Stage 2: GRPO with difficulty weights, from stage 1's adapter.",
-        epilog="example:\n  python -m univg_nb grpo tiny \\\n"
-        "      --sft-adapter runs/tiny/sft_lora/adapter --set grpo.weight=power",
+        description="Stage 2: train with GRPO and difficulty weights.",
+        epilog="example:\n  python -m univg_nb grpo tiny --sft-adapter "
+        "runs/tiny/sft_lora/adapter --set grpo.weight=exp",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -257,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weight = config["grpo"].get("weight", "exp")
     summary = train(
         config,
-        options.out or runs.resolve_run_dir("", options.scale) / f"grpo_{weight}",
+        options.out or resolve_run_dir("", options.scale) / f"grpo_{weight}",
         checkpoints.read_training_set(options, config, "stage2"),
         sft_adapter=options.sft_adapter,
     )

@@ -1,13 +1,15 @@
-"""Stage 2's trainer: GRPO with difficulty weights, on TRL's GRPOTrainer.
+"""The trainer of stage 2: GRPO with difficulty weights.
 
 The weight phi of a group's mean IoU is put on the advantages, which equals putting it
 on the clipped surrogate and leaves the KL alone. The mean is taken over the gathered
-group, so that no layout of batches and processes changes it (PF sec. 9, T2). Beside
-that: what an exact resume needs, guards, and the log of every group.
+group, so that no layout of batches and processes changes it (docs/paper_facts.md#t2).
+The trainer also bounds the KL, stops trainings that learn nothing, logs every group,
+and saves what an exact resume needs.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import transformers
 from accelerate.utils import gather_object
 from packaging.version import Version
 from torch import Tensor
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from univg_nb import io
@@ -28,7 +30,7 @@ from univg_nb.train.difficulty import (
     difficulty_bin,
     difficulty_weight,
     group_mean_iou,
-    rescaled,
+    rescale_factor,
 )
 from univg_nb.train.final_norm import find_trained_norm, set_norm_learning_rate
 from univg_nb.train.rewards import format_reward, iou_reward
@@ -39,13 +41,16 @@ KL_BROKEN = 0.1  # share of an update's tokens at that limit that stops the trai
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's order of prompts as a function of (seed, epoch), so that a resumed run
-    finds it again; TRL's own draws on, from a generator that no checkpoint has.
+    """TRL's sampler with an order that is a function of (seed, epoch).
+
+    A resumed run finds it again; TRL's own comes from a generator that no checkpoint
+    holds.
     """
 
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Any:
@@ -57,10 +62,18 @@ class EpochRepeatSampler(RepeatSampler):
 class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
     """GRPO whose groups are weighted by their difficulty.
 
-    weight, power, unit_mean, constant: as in `difficulty.difficulty_weight`; rescale:
-    as in `difficulty.rescaled`. max_zero_updates: so many generations in a row without
-    any reward are an error. norm_learning_rate: see `final_norm`. rollout_log:
-    rollouts.jsonl, or None. Rows of `train_dataset`: see `grpo.to_rows`.
+    Args:
+        model: as for SharedPrefixGRPOTrainer, as are `args` and `others`.
+        args: GRPOConfig.
+        weight: the `form` of `difficulty.difficulty_weight`.
+        power: see there, as for unit_mean and constant.
+        unit_mean: see there.
+        constant: see there.
+        rescale: the way of `difficulty.rescale_factor`.
+        max_zero_updates: so many generations in a row without any reward are an error.
+        norm_learning_rate: see `final_norm`.
+        rollout_log: rollouts.jsonl, or None.
+        **others: further arguments; for the rows see `grpo.to_rows`.
     """
 
     epoch_sampler: EpochRepeatSampler | None = None
@@ -80,16 +93,16 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         rollout_log: Path | None = None,
         **others: Any,
     ) -> None:
-        self.weight_options = {
+        self.weight_options: dict[str, Any] = {
             "form": weight,
             "power": power,
             "unit_mean": unit_mean,
             "constant": constant,
         }
-        # A wrong form fails here and not after the first rollout.
-        difficulty_weight(torch.zeros(1), **self.weight_options)
         self.rescale = rescale
-        rescaled(torch.zeros(1, 2), rescale)
+        # A wrong name fails here and not after the first rollout.
+        difficulty_weight(torch.zeros(1), **self.weight_options)
+        rescale_factor(torch.zeros(1, 2), rescale)
         super().__init__(
             model, args, reward_funcs=[iou_reward, format_reward], **others
         )
@@ -97,17 +110,16 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         self.max_zero_updates = max_zero_updates
         self.norm_learning_rate = norm_learning_rate
         self.zero_updates = 0
-        self.scored: dict[str, Any] | None = None  # the batch whose loss is being taken
+        self.policy_pass: tuple | None = None  # of the batch whose loss is computed
         self.sums = torch.zeros(2 * len(BINS) + 2, dtype=torch.float64)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's, the last norm in a group of its own if it is to be trained."""
+        """Create TRL's, with the last norm in a group of its own if it is trained."""
         made = self.optimizer
         optimizer = super().create_optimizer(model)
         if made is None and self.norm_learning_rate is not None:
-            set_norm_learning_rate(
-                optimizer, find_trained_norm(self.model), self.norm_learning_rate
-            )
+            norm = find_trained_norm(self.model)
+            set_norm_learning_rate(optimizer, norm, self.norm_learning_rate)
         return optimizer
 
     # ------------------------------------------------------------ rewards and weights
@@ -115,19 +127,19 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
     def _calculate_rewards(
         self, inputs: list, prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
-        """TRL's; keeps the gathered rewards and this process's replies."""
+        """Run TRL's; keep the gathered rewards and this process's replies."""
         began = time.perf_counter()
         self.gathered_rewards = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )  # (N, 2) of all processes, groups adjacent
         self.local_replies = [
-            rollouts.Reply(
-                row["sample_id"],
-                row["task"],
-                completion[-1]["content"],
-                len(ids),
-                ids[-1] not in self.eos_token_ids,
-            )
+            {
+                "sample_id": row["sample_id"],
+                "task": row["task"],
+                "text": completion[-1]["content"],
+                "length": len(ids),
+                "truncated": ids[-1] not in self.eos_token_ids,
+            }
             for row, completion, ids in zip(
                 inputs, completions, completion_ids_list, strict=True
             )
@@ -136,123 +148,51 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         return self.gathered_rewards
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
-        """TRL's; then this process's advantages times its groups' weights."""
+        """Run TRL's; multiply this process's advantages by its groups' weights."""
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            totals = self.gathered_rewards @ self.reward_weights.to(
-                output["advantages"]
-            )
+            advantages = output["advantages"]
+            totals = self.gathered_rewards @ self.reward_weights.to(advantages)
             totals = totals.view(-1, self.num_generations)  # (groups, G)
-            weights = self._group_weights(totals)
-            self._log_groups(totals, output["advantages"], weights)
+            weights = self._compute_weights(totals)
+            self._log_groups(totals, advantages, weights)
             self._check_rewards(totals)
-            output["advantages"] = output["advantages"] * self._my_rows(weights)
-            output["mean_iou"] = self._my_rows(self.mean_iou)
+            output["advantages"] = advantages * self._take_rows(weights)
+            output["mean_iou"] = self._take_rows(self.mean_iou)
         return output
 
-    def _group_weights(self, totals: Tensor) -> Tensor:
-        """What every group's advantages are multiplied by, all processes, (groups,)."""
-        self.mean_iou = group_mean_iou(
-            self.gathered_rewards[:, IOU], self.num_generations
-        )
+    def _compute_weights(self, totals: Tensor) -> Tensor:
+        """Compute the factor of the advantages of all processes' groups, (groups,)."""
+        ious = self.gathered_rewards[:, IOU]
+        self.mean_iou = group_mean_iou(ious, self.num_generations)
         weights = difficulty_weight(self.mean_iou, **self.weight_options)
-        return weights * rescaled(totals, self.rescale)
+        return weights * rescale_factor(totals, self.rescale)
 
-    def _my_rows(self, values: Tensor) -> Tensor:
-        """(groups,) of all processes -> (rows,) of this one."""
+    def _take_rows(self, values: Tensor) -> Tensor:
+        """Turn (groups,) of all processes into (rows,) of this one."""
         rows = values.repeat_interleave(self.num_generations)
         share = len(rows) // self.accelerator.num_processes
         return rows[self.accelerator.process_index * share :][:share]
 
     def _log_groups(self, totals: Tensor, advantages: Tensor, weights: Tensor) -> None:
-        summary = rollouts.group_summary(self.mean_iou, weights, totals)
+        summary = rollouts.summarize_groups(self.mean_iou, weights, totals)
         for name, value in summary.items():
             self._metrics["train"][name].append(value)
         if self.rollout_log is None:
             return
         advantages = self.accelerator.gather(advantages)
         replies = gather_object(self.local_replies)
-        if self.accelerator.is_main_process:  # T11: one process writes the file
-            for row in rollouts.group_rows(
-                self.state.global_step + 1,
-                replies,
-                self.gathered_rewards[:, IOU],
-                self.gathered_rewards[:, FORMAT],
-                totals.flatten(),
-                advantages,
-                weights,
-            ):
+        # One process writes the file (docs/paper_facts.md#t11).
+        if self.accelerator.is_main_process:
+            columns = {
+                "iou": self.gathered_rewards[:, IOU],
+                "format": self.gathered_rewards[:, FORMAT],
+                "rewards": totals.flatten(),
+                "advantages": advantages,
+            }
+            step = self.state.global_step + 1
+            for row in rollouts.make_group_rows(step, replies, weights, columns):
                 io.append_jsonl(self.rollout_log, row)
-
-    # ------------------------------------------------------------ the loss, guarded
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.scored = dict(inputs)  # a copy: the reference's log-probs may be bounded
-        loss = super().compute_loss(model, self.scored, *args, **kwargs)
-        self.scored = None
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"GRPO loss is {loss.item()} at update {self.state.global_step + 1}: "
-                "lower grpo.learning_rate or grpo.max_grad_norm, or raise grpo.beta; "
-                "the last rows of rollouts.jsonl show the replies it came from"
-            )
-        if self.model.training and self.accelerator.sync_gradients:
-            self._log_sums()
-        return loss
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        made = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self.scored is not None:
-            self._bound_kl(made[0].detach(), self.scored)
-        return made
-
-    def _bound_kl(self, logps: Tensor, batch: dict[str, Any]) -> None:
-        """Bound the exponent of k3 = e^d - d - 1 for the loss that is being taken, and
-        sum up what `_log_sums` writes. d = log(reference / policy) of a token.
-        """
-        mask = batch["completion_mask"].bool()
-        clamped = torch.zeros((), dtype=torch.long)
-        if "ref_per_token_logps" in batch:
-            most = logps + KL_EXPONENT  # value and slope stay finite, and pull back
-            clamped = ((batch["ref_per_token_logps"] > most) & mask).sum()
-            batch["ref_per_token_logps"] = batch["ref_per_token_logps"].minimum(most)
-        if not self.model.training:
-            return
-        size = rollouts.logit_gradient(
-            logps,
-            batch.get("old_per_token_logps", logps),
-            batch["advantages"],
-            mask,
-            (self.epsilon_low, self.epsilon_high),
-        )  # (B,)
-        bins = [difficulty_bin(value) for value in batch["mean_iou"].tolist()]
-        mine = torch.tensor([[name == found for found in bins] for name in BINS])
-        mine = mine.to(size)  # (bins, B)
-        found = [*(mine @ size).tolist(), *mine.sum(1).tolist()]
-        self.sums += torch.tensor([*found, clamped.item(), mask.sum().item()]).double()
-
-    def _log_sums(self) -> None:
-        """Over all micro-batches and processes of an update: the mean gradient of each
-        difficulty bin, and the tokens at the KL's limit.
-        """
-        values = self.sums.to(self.accelerator.device, torch.float32)
-        values = self.accelerator.reduce(values, reduction="sum").tolist()
-        self.sums.zero_()
-        count = len(BINS)
-        for name, size, rows in zip(
-            BINS, values[:count], values[count : 2 * count], strict=True
-        ):
-            if rows:
-                self._metrics["train"][f"gradient/{name}"].append(size / rows)
-        clamped, tokens = values[-2:]
-        self._metrics["train"]["kl_clamped"].append(clamped)
-        if clamped > KL_BROKEN * tokens:
-            raise FloatingPointError(
-                f"the KL explodes at update {self.state.global_step + 1}: "
-                f"{clamped:.0f} of {tokens:.0f} tokens are over e^{KL_EXPONENT:.0f} "
-                "times likelier under the reference than under the policy; lower "
-                "grpo.learning_rate or grpo.num_iterations, or raise grpo.beta"
-            )
 
     def _check_rewards(self, totals: Tensor) -> None:
         self.zero_updates = 0 if totals.any() else self.zero_updates + 1
@@ -265,26 +205,100 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
                 "with grpo.max_zero_updates"
             )
 
+    # ------------------------------------------------------------ the loss, guarded
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute TRL's loss with a bounded KL; then what `_log_sums` writes."""
+        self.row_groups = inputs["group"].tolist()
+        made = self._run_policy_pass(model, inputs)
+        logps, mask = made[0].detach(), inputs["completion_mask"].bool()
+        bounded, clamped = dict(inputs), 0
+        if "ref_per_token_logps" in inputs:
+            # The KL of a token is e^d - d - 1, d = log(reference / policy). At the
+            # bound its value and slope stay finite, and still pull back.
+            most, reference = logps + KL_EXPONENT, inputs["ref_per_token_logps"]
+            bounded["ref_per_token_logps"] = reference.minimum(most)
+            clamped = int(((reference > most) & mask).sum())
+        self.policy_pass = made
+        loss = super().compute_loss(model, bounded, *args, **kwargs)
+        self.policy_pass = None
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"GRPO loss is {loss.item()} at update {self.state.global_step + 1}: "
+                "lower grpo.learning_rate or grpo.max_grad_norm, or raise grpo.beta; "
+                "the last rows of rollouts.jsonl show the replies it came from"
+            )
+        if self.model.training:
+            self._add_sums(logps, inputs, clamped)
+            if self.accelerator.sync_gradients:
+                self._log_sums()
+        return loss
+
+    def _run_policy_pass(self, model: Any, inputs: Any) -> tuple:
+        """Compute the log-probs that TRL's loss of this batch will ask for."""
+        theirs = GRPOTrainer._get_per_token_logps_and_entropies
+        known = inspect.signature(theirs).parameters
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs[name] for name in known if name in inputs},
+        )
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
+        if self.policy_pass is not None:
+            return self.policy_pass
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _add_sums(self, logps: Tensor, batch: Any, clamped: int) -> None:
+        """Add a micro-batch to the sums that `_log_sums` writes."""
+        old, mask = batch.get("old_per_token_logps", logps), batch["completion_mask"]
+        mask, epsilon = mask.bool(), (self.epsilon_low, self.epsilon_high)
+        size = rollouts.compute_logit_gradient(
+            logps, old, batch["advantages"], mask, epsilon
+        )  # (B,)
+        bins = [difficulty_bin(value) for value in batch["mean_iou"].tolist()]
+        mine = torch.tensor([[name == found for found in bins] for name in BINS])
+        mine = mine.to(size)  # (bins, B)
+        found = [*(mine @ size).tolist(), *mine.sum(1).tolist()]
+        self.sums += torch.tensor([*found, clamped, mask.sum().item()]).double()
+
+    def _log_sums(self) -> None:
+        """Log an update's mean gradient of each bin, and its tokens at the KL limit."""
+        values = self.sums.to(self.accelerator.device, torch.float32)
+        values = self.accelerator.reduce(values, reduction="sum").tolist()
+        self.sums.zero_()
+        *bins, clamped, tokens = values
+        for i, name in enumerate(BINS):
+            if rows := bins[len(BINS) + i]:
+                self._metrics["train"][f"gradient/{name}"].append(bins[i] / rows)
+        self._metrics["train"]["kl_clamped"].append(clamped)
+        if clamped > KL_BROKEN * tokens:
+            raise FloatingPointError(
+                f"the KL explodes at update {self.state.global_step + 1}: "
+                f"{clamped:.0f} of {tokens:.0f} tokens are over e^{KL_EXPONENT:.0f} "
+                "times likelier under the reference than under the policy; lower "
+                "grpo.learning_rate or grpo.num_iterations, or raise grpo.beta"
+            )
+
     # ------------------------------------------------------------ exact resume
 
     def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
-        """TRL's, with an order that a resumed run finds again."""
+        """Return TRL's, with an order that a resumed run finds again."""
         theirs = super()._get_train_sampler(dataset)
-        self.epoch_sampler = EpochRepeatSampler(
-            theirs.data_source,
-            theirs.mini_repeat_count,
-            theirs.batch_size,
-            theirs.repeat_count,
-            theirs.shuffle,
-            theirs.seed,
-        )
+        names = inspect.signature(RepeatSampler).parameters
+        options = {name: getattr(theirs, name) for name in names}
+        self.epoch_sampler = EpochRepeatSampler(**options)
         return self.epoch_sampler
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint) / f"rollouts_{self.accelerator.process_index}.pt"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, and what it forgets: replies that later updates will use again."""
+        """Save TRL's, and what it forgets: replies that later updates use again."""
         super()._save_checkpoint(model, trial)
         every = self.args.steps_per_generation * self.num_iterations
         state = {
@@ -299,8 +313,10 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         torch.save(state, self._rollout_file(folder))
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        """The Trainer's. Before transformers 5.23 it loads the reference and not the
-        adapter that was trained, where a checkpoint has both.
+        """Load as the Trainer does, and the trained adapter in any case.
+
+        Before transformers 5.23 the Trainer loads the reference instead, where a
+        checkpoint has both.
         """
         super()._load_from_checkpoint(checkpoint, model)
         older = Version(transformers.__version__) < Version("5.23")
@@ -312,12 +328,10 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = self._rollout_file(checkpoint)
+        path, device = self._rollout_file(checkpoint), self.accelerator.device
         if not path.is_file():  # more processes than before: replies are sampled anew
             return
-        state = torch.load(
-            path, map_location=self.accelerator.device, weights_only=True
-        )
+        state = torch.load(path, map_location=device, weights_only=True)
         self._total_train_tokens = state["tokens"]
         self.zero_updates = state["zero_updates"]
         if state["processes"] == self.accelerator.num_processes:

@@ -1,12 +1,11 @@
 """The two rewards of stage 2: IoU with the answer, and a well-formed reply.
 
-Per-item values equal the released ones (PF sec. 4). Each item's own `cot` flag decides
-which format it is held to; the released code looked at the first item of the batch and
-judged all by it (PF sec. 9, T1).
+The values equal the released ones (docs/paper_facts.md#rewards). The `cot` flag of each
+item decides which format it is held to; the released code looked at the first item of
+the batch and judged all by it (docs/paper_facts.md#t1).
 
-Both functions have the signature TRL calls (`trl/trainer/grpo_trainer.py`,
-`_calculate_rewards`): keyword arguments, one list entry per completion, and extra
-columns that are ignored.
+Both functions have TRL's signature for rewards: keyword arguments, one list entry for
+each completion, and further columns that are ignored.
 """
 
 import re
@@ -25,11 +24,8 @@ _THINK_THEN_ANSWER = re.compile(
 _MAX_DIGITS = 12
 
 
-def completion_text(completion: Completion) -> str:
-    """Text of one completion: a string, or chat messages whose last one is the reply.
-
-    Raises ValueError when it is neither.
-    """
+def _get_text(completion: Completion) -> str:
+    """Return the text of a string, or of messages whose last one is the reply."""
     if isinstance(completion, str):
         return completion
     if completion and isinstance(completion[-1], dict):
@@ -43,11 +39,11 @@ def completion_text(completion: Completion) -> str:
 
 
 def rewarded_box(text: str, cot: bool) -> tuple[int, int, int, int] | None:
-    """The box the reward judges: the FIRST box inside the FIRST answer tag.
+    """Read the box that the reward judges: the FIRST one inside the FIRST answer tag.
 
-    Without a requested chain (`cot=False`, the single-image items) it is the first box
-    anywhere. This is the training rule; scoring uses `boxes.parse_box`, which takes the
-    last. Coordinates come as written, also beyond 1000 or inverted. None: no box.
+    Without a requested chain (`cot`) it is the first box anywhere. This is the training
+    rule; scoring uses `boxes.parse_box`, which takes the last. The coordinates are as
+    written, also beyond 1000 or inverted.
     """
     if cot:
         answer = _ANSWER.search(text)
@@ -64,16 +60,16 @@ def rewarded_box(text: str, cot: bool) -> tuple[int, int, int, int] | None:
 
 
 def pixel_inclusive_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """IoU in 0..1 as the released reward counts it.
+    """Compute the IoU in 0..1 of two boxes as the released reward counts it.
 
-    Its pixel-inclusive arithmetic is plain IoU except that an overlap at most one unit
-    (of 1000) wide or high counts 0 (PF sec. 4); so `boxes.iou` does the rest.
+    Its pixel-inclusive arithmetic is plain IoU, except that an overlap at most one unit
+    (of 1000) wide or high counts 0.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 1 or height <= 1:
         return 0.0
-    return boxes.iou(tuple(a), tuple(b))
+    return boxes.iou((a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3]))
 
 
 def iou_reward(
@@ -82,32 +78,47 @@ def iou_reward(
     cot: Sequence[bool],
     **_: Any,
 ) -> list[float]:
-    """Accuracy reward, one float in 0..1 per completion; no readable box gives 0.
+    """Compute the accuracy reward of each completion.
 
-    completions: N replies; answer: N boxes (x1, y1, x2, y2) on 0..1000; cot: N flags,
-    False for items that were asked for a bare box. Source: PF sec. 4, R_acc.
+    Args:
+        completions: N replies.
+        answer: N boxes (x1, y1, x2, y2) on 0..1000.
+        cot: N flags, False for items that were asked for a bare box.
+
+    Returns:
+        N values in 0..1; a reply without a readable box gets 0.
+
+    Raises:
+        ValueError: if a column has another length.
     """
     _check_lengths(completions, answer=answer, cot=cot)
-    rewards = []
-    for completion, target, chain_asked in zip(completions, answer, cot, strict=True):
-        box = rewarded_box(completion_text(completion), chain_asked)
-        rewards.append(0.0 if box is None else pixel_inclusive_iou(box, target))
-    return rewards
+    texts = map(_get_text, completions)
+    found = [rewarded_box(*pair) for pair in zip(texts, cot, strict=True)]
+    return [
+        0.0 if box is None else pixel_inclusive_iou(box, target)
+        for box, target in zip(found, answer, strict=True)
+    ]
 
 
 def format_reward(
     completions: Sequence[Completion], cot: Sequence[bool], **_: Any
 ) -> list[float]:
-    """Format reward, 0.0 or 1.0 per completion.
+    """Compute the format reward of each completion, 0.0 or 1.0.
 
-    With `cot`: a think pass, then an answer tag that holds one box and nothing else,
-    ending the reply. Junk before `<think>` and an empty pass are allowed, blanks just
-    inside the answer tag are not. Without: a box anywhere. Source: PF sec. 4, R_fmt.
+    Args:
+        completions: N replies.
+        cot: N flags. True: a think pass, then an answer tag that holds one box and
+            nothing else, at the end of the reply. Text before `<think>` and an empty
+            pass are allowed, blanks just inside the answer tag are not. False: a box
+            anywhere.
+
+    Raises:
+        ValueError: if `cot` has another length.
     """
     _check_lengths(completions, cot=cot)
     patterns = [_THINK_THEN_ANSWER if chain_asked else _BOX for chain_asked in cot]
     return [
-        float(pattern.search(completion_text(completion)) is not None)
+        float(pattern.search(_get_text(completion)) is not None)
         for pattern, completion in zip(patterns, completions, strict=True)
     ]
 
