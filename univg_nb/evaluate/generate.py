@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -137,23 +137,7 @@ def generate(
         raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
     indices = sorted(set(range(len(samples)) if job.indices is None else job.indices))
     _check_images(samples, indices)
-    if isinstance(model, ServedModel):
-        identity, reply = model.identify(), partial(model.reply, processor)
-    else:
-        weights = [models.hash_weights(model), models.hash_weights(model, adapter=True)]
-        identity = {"attention": model.config._attn_implementation}
-        identity["weights_hash"] = weights
-        reply = partial(replies.reply, model, processor)
-    # image folders may differ from place to place
-    content = [(s.id, s.task, s.question, s.answer) for s in samples]
-    settings = asdict(options) | {
-        "seed": options.seed if options.temperature > 0 else None,
-        "image_size": dict(processor.image_processor.size),
-        "items_hash": io.config_hash(content),
-        **identity,
-    }
-    del settings["batch_size"]  # replies do not depend on it
-    how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
+    settings = _collect_settings(model, processor, samples, options)
     whole, part = Path(out), get_part_path(out, number, count)
     if job.fresh:
         for path in {part, whole}:
@@ -168,10 +152,14 @@ def generate(
     if not part.is_file():
         io.write_json(get_settings_path(part), {**settings, **job.facts})
         io.write_text(part, "")
+    reply: Callable[..., list[Any]] = partial(replies.reply, model)
+    if isinstance(model, ServedModel):
+        reply = model.reply
+    how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
     began, new = time.perf_counter(), []
     for batch in tqdm(todo, desc=part.parent.name):
         seeds = [noise_seed(options.seed, i, k) for i, k in batch]
-        made = reply([samples[i] for i, _ in batch], seeds=seeds, **how)
+        made = reply(processor, [samples[i] for i, _ in batch], seeds=seeds, **how)
         for (i, k), one in zip(batch, made, strict=True):
             if (i, k) not in rows:
                 row = {"index": i, "id": samples[i].id} | asdict(one)
@@ -191,6 +179,28 @@ def generate(
         "tokens": sum(row["tokens"] for row in new),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _collect_settings(
+    model: PreTrainedModel | ServedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[GroundingSample],
+    options: GenerationOptions,
+) -> dict[str, Any]:
+    """Return everything that replies depend on."""
+    # image folders may differ from place to place
+    content = [(s.id, s.task, s.question, s.answer) for s in samples]
+    settings = asdict(options) | {
+        "seed": options.seed if options.temperature > 0 else None,
+        "image_size": dict(processor.image_processor.size),
+        "items_hash": io.config_hash(content),
+    }
+    del settings["batch_size"]  # replies do not depend on it
+    if isinstance(model, ServedModel):
+        return settings | model.identify()
+    weights = [models.hash_weights(model), models.hash_weights(model, adapter=True)]
+    attention = model.config._attn_implementation
+    return settings | {"attention": attention, "weights_hash": weights}
 
 
 def _check_images(samples: Sequence[GroundingSample], indices: list[int]) -> None:
@@ -259,7 +269,9 @@ def plan_batches(
     """
     if not indices:
         return []
-    texts = [replies.prompt_text(processor, samples[i], options.style) for i in indices]
+    texts = [
+        replies.render_prompt(processor, samples[i], options.style) for i in indices
+    ]
     lengths = map(len, processor.tokenizer(texts).input_ids)
     owners = {path: samples[i].id for i in indices for path in samples[i].images}
     sizes = {
