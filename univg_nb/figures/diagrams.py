@@ -5,11 +5,13 @@ Figure 1 is drawn from samples and results; Figure 2 is a diagram and needs no d
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -18,16 +20,8 @@ from univg_nb import paper
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.figures import drawing, plots
-from univg_nb.figures.drawing import BLUE, GRAY, GREEN, ORANGE, RED
-from univg_nb.train.difficulty import difficulty_bin
 
-# The rewards that the paper's Figure 2 shows for an easy and a hard group come to a
-# mean of 0.8 and 0.2 (docs/paper_facts.md#figures); the single bars are ours.
-HARD_GROUP = (0.05, 0.60, 0.0, 0.35, 0.10, 0.0, 0.45, 0.05)
-EASY_GROUP = (0.92, 0.75, 0.95, 0.60, 0.88, 0.70, 0.85, 0.75)
-ROLLOUTS = (0.97, 0.71, 0.16)  # IoU of the three replies drawn there
-
-Point = tuple[float, float]
+FIGURE_2 = Path(__file__).parents[1] / "assets" / "figure_2.yaml"
 
 
 def plot_average_bars(
@@ -98,89 +92,45 @@ def draw_teaser(
 
 def draw_pipeline() -> Figure:
     """Draw Figure 2: (a) the chains, (b) the weights of groups, (c) the training."""
+    content = yaml.safe_load(FIGURE_2.read_text(encoding="utf-8"))
     figure = plt.figure(figsize=(12, 8.4), layout="constrained")
     plt.close(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15])
     left, right = upper.subfigures(1, 2, width_ratios=[1.25, 1])
-    _draw_chains(left.add_subplot())
+    _draw_panel(left.add_subplot(), content["chains"])
     hard, easy = right.subplots(1, 2, sharey=True)
-    plots.plot_group_bars(HARD_GROUP, title="a hard group", ax=hard)
-    plots.plot_group_bars(EASY_GROUP, title="an easy group", ax=easy)
+    plots.plot_group_bars(content["hard_group"], title="a hard group", ax=hard)
+    plots.plot_group_bars(content["easy_group"], title="an easy group", ax=easy)
     easy.set_ylabel("")
     right.suptitle("(b) A hard group gets more weight", fontweight="bold")
-    _draw_grpo(lower.add_subplot())
+    _draw_panel(lower.add_subplot(), content["grpo"])
     return figure
 
 
-def _set_canvas(ax: Axes, width: float, height: float, title: str) -> None:
+def _draw_panel(ax: Axes, panel: Mapping[str, Any]) -> None:
+    """Draw blocks, arrows and texts as FIGURE_2 describes them."""
+    width, height = panel["size"]
     ax.set(xlim=(0, width), ylim=(0, height))
     ax.set_axis_off()
-    ax.set_title(title, fontweight="bold", loc="left")
+    ax.set_title(panel["title"], fontweight="bold", loc="left")
+    for x, y, w, h, text, name in panel["blocks"]:
+        color, corner = _find_color(name), (x - w / 2, y - h / 2)
+        for face, edge in (("white", "none"), ((color, 0.16), color)):
+            look: dict[str, Any] = {"fc": face, "ec": edge, "lw": 1.6, "zorder": 3}
+            look["boxstyle"] = "round,pad=0,rounding_size=0.15"
+            ax.add_patch(FancyBboxPatch(corner, w, h, **look))
+        ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=4)
+    for name, points in panel["arrows"]:
+        color = _find_color(name)
+        xs, ys = zip(*points[:-1], strict=True)
+        ax.plot(xs, ys, color=color, lw=1.5, solid_capstyle="round")
+        style = {"arrowstyle": "-|>", "color": color, "lw": 1.5}
+        style |= {"shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", points[-1], points[-2], arrowprops=style)
+    for x, y, text, options in panel["texts"]:
+        color = _find_color(options.get("color", "black"))
+        ax.text(x, y, text, **{**options, "color": color})
 
 
-def _draw_block(
-    ax: Axes, x: float, y: float, w: float, h: float, text: str, color: str
-) -> None:
-    """Draw a rounded box centered on (x, y) with text in it."""
-    corner, style = (x - w / 2, y - h / 2), "round,pad=0,rounding_size=0.15"
-    for face, edge in (("white", "none"), ((color, 0.16), color)):
-        look: dict[str, Any] = {"fc": face, "ec": edge, "lw": 1.6, "zorder": 3}
-        ax.add_patch(FancyBboxPatch(corner, w, h, style, **look))
-    ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=4)
-
-
-def _draw_arrow(ax: Axes, start: Point, end: Point, color: str = "0.3") -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.5, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", end, start, arrowprops=style)
-
-
-def _draw_route(ax: Axes, points: Sequence[Point], color: str) -> None:
-    """Draw an arrow along right angles."""
-    xs, ys = zip(*points[:-1], strict=True)
-    ax.plot(xs, ys, color=color, lw=1.5, solid_capstyle="round")
-    _draw_arrow(ax, points[-2], points[-1], color)
-
-
-def _draw_chains(ax: Axes) -> None:
-    title = "(a) Chains of reasoning: three candidates, the best is kept"
-    _set_canvas(ax, 10, 6, title)
-    asked = "images\nquestion\nanswer box"
-    _draw_block(ax, 1.1, 3, 1.9, 1.9, asked, GRAY)
-    _draw_block(ax, 3.6, 3, 1.7, 1.2, "teacher\nmodel", BLUE)
-    _draw_arrow(ax, (2.05, 3), (2.75, 3))
-    for y, color in ((4.9, GRAY), (3.0, GREEN), (1.1, GRAY)):
-        _draw_block(ax, 6.1, y, 1.9, 1.1, "<think>…\n<answer>…", color)
-        _draw_arrow(ax, (4.45, 3), (5.15, y), color)
-        _draw_arrow(ax, (7.05, y), (7.85, 3), color)
-    _draw_block(ax, 8.75, 3, 1.8, 1.6, "teacher\npicks\nthe best", GREEN)
-    _draw_arrow(ax, (8.75, 2.2), (8.75, 1.15), GREEN)
-    ax.text(8.75, 1.0, "stage 1:\nCoT-SFT", ha="center", va="top", fontweight="bold")
-
-
-def _draw_grpo(ax: Axes) -> None:
-    title = "(c) Stage 2: GRPO, each group's advantages times its weight"
-    _set_canvas(ax, 24, 11.4, title)
-    _draw_block(ax, 2.1, 6, 3.4, 1.9, "images\nand question", GRAY)
-    _draw_block(ax, 6.7, 6, 3.2, 1.9, "policy\n(trained)", BLUE)
-    _draw_arrow(ax, (3.8, 6), (5.1, 6))
-    for y, value in zip((9.0, 6.0, 3.0), ROLLOUTS, strict=True):
-        color = plots.BIN_COLORS[difficulty_bin(value)]
-        _draw_arrow(ax, (8.3, 6), (9.3, y))
-        _draw_block(ax, 11.2, y, 3.8, 1.5, "<think>…</think>\n<answer>box", color)
-        _draw_arrow(ax, (13.1, y), (13.8, y), color)
-        text = f"r: IoU {value:.2f}\n + format"
-        ax.text(13.95, y, text, ha="left", va="center", color=color, weight="bold")
-        _draw_arrow(ax, (16.15, y), (16.9, 6 + (y - 6) * 0.25))
-    _draw_block(ax, 18.2, 6, 2.6, 2.5, "advantage\n(r − mean)\n/ std", ORANGE)
-    _draw_block(ax, 18.2, 9, 2.6, 1.4, "φ(mean IoU)", RED)
-    ax.text(20.15, 5.95, "×", ha="center", va="center", fontsize=18)
-    _draw_route(ax, [(19.5, 9), (20.15, 9), (20.15, 6.5)], RED)
-    _draw_arrow(ax, (20.5, 6), (21.1, 6))
-    _draw_block(ax, 22.4, 6, 2.6, 2.0, "policy\nloss", BLUE)
-    _draw_block(ax, 6.7, 1, 3.2, 1.7, "reference\n(frozen)", GRAY)
-    _draw_route(ax, [(2.1, 5.05), (2.1, 1), (5.1, 1)], "0.3")
-    _draw_route(ax, [(8.3, 1), (22.4, 1), (22.4, 5)], GRAY)
-    _draw_block(ax, 14.5, 1, 5.4, 1.1, "β · KL(policy, reference)", GRAY)
-    ax.text(22.2, 2.4, "not weighted", ha="right", color="0.35", style="italic")
-    _draw_route(ax, [(22.4, 7), (22.4, 10.7), (6.7, 10.7), (6.7, 6.95)], BLUE)
-    ax.text(7.0, 10.5, "update", ha="left", va="top", color=BLUE)
+def _find_color(name: str) -> str:
+    return getattr(drawing, name.upper(), name)
