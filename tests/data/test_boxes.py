@@ -231,6 +231,15 @@ def test_released_mode_against_a_port_of_the_released_parser():
 def test_find_boxes():
     text = "(1,2),(3,4) [0.1, 0.2, .3, 4] (-5, 6, 7.5, 8) <box>1 2 3 4</box> (1,2)"
     assert find_boxes(text) == [(1, 2, 3, 4), (-5, 6, 7.5, 8), (1, 2, 3, 4)]
+    # the quick way is only for texts without any other bracket
+    two = "(1,2),(3,4)<|box_end|> and (5,6),(7,8)"
+    assert find_boxes(two) == [(1, 2, 3, 4), (5, 6, 7, 8)]
+    assert find_boxes(f"{two} [9, 9, 9, 9]") == [*find_boxes(two), (9, 9, 9, 9)]
+    assert find_boxes(f"{two} <box>9 9 9 9</box>")[2:] == [(9, 9, 9, 9)]
+    assert find_boxes(f"{two} (9, 9, 9, 9)")[2:] == [(9, 9, 9, 9)]
+    assert find_boxes("(1,2),(3,4),(5,6)") == [(1, 2, 3, 4)]
+    assert find_boxes("(12345,2),(3,4)") == [(12345, 2, 3, 4)]
+    assert find_boxes("(1,2),(3,٤)") == []
 
 
 @quick

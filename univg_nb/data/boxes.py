@@ -46,6 +46,7 @@ _BOX = re.compile(
     rf"|<box>{_S}{_N}\s++{_N}\s++{_N}\s++{_N}{_S}</box>"
 )
 _NUMBER = re.compile(r"[0-9.+-]++")  # in a match of `_BOX`
+_USUAL = re.compile(r"\((\d{1,4}),(\d{1,4})\),\((\d{1,4}),(\d{1,4})\)", re.ASCII)
 # The notations that the released parser tries, one after the other.
 _I, _F, _G = r"\d++", r"\d++\.\d++", r",\s*+"
 _RELEASED = [
@@ -85,6 +86,10 @@ def _parse_last(text: str) -> ParsedBox | None:
 
 def find_boxes(text: str) -> list[tuple[float, ...]]:
     """Return the four numbers of every box in a text, unscaled and unchecked."""
+    usual = _USUAL.findall(text)
+    # All brackets are those of usual boxes, as in nearly all files: twice as fast.
+    if text.count("(") == 2 * len(usual) and "[" not in text and "<box>" not in text:
+        return [(int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in usual]
     return [tuple(map(float, _NUMBER.findall(box))) for box in _BOX.findall(text)]
 
 

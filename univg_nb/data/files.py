@@ -22,12 +22,12 @@ from univg_nb.data.formats import RowContext, RowError, StrPath, parse_training_
 from univg_nb.data.sample import GroundingSample
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
-_CHUNK = 1 << 16  # bytes read at once
+_CHUNK = 1 << 14  # bytes read at once; the events of more leave a processor's cache
 _MAX_DEPTH = 100  # rows have a depth of four
 
 # ijson's events
-_STARTS: dict[str, type] = {"start_map": dict, "start_array": list}
-_ENDS = frozenset(("end_map", "end_array"))
+_STARTS = frozenset(("start_map", "start_array"))
+_BRACKETS = _STARTS | {"end_map", "end_array"}
 
 # Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
@@ -115,26 +115,30 @@ def _build_rows(chunks: Iterator[list[Any]], level: int) -> Iterator[dict[str, A
             if value in top:
                 raise ValueError(f"key {value!r} appears twice in one object")
             key = value
-        elif event in _ENDS:
+        elif event not in _BRACKETS:
+            if type(top) is dict:
+                top[key] = value
+            elif len(stack) > level:
+                top.append(value)
+            else:
+                raise ValueError(f"{value!r:.60} is not an object")
+        elif event in _STARTS:
+            new: Any = {} if event == "start_map" else []
+            if type(top) is dict:
+                top[key] = new
+            else:
+                top.append(new)
+            stack.append(top)
+            top = new
+            if len(stack) > _MAX_DEPTH:
+                raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+        else:
             done, top = top, stack.pop()
             if len(stack) == level:
                 if type(done) is not dict:
                     raise ValueError(f"{done!r:.60} is not an object")
                 top.clear()
                 yield done
-        else:
-            new = _STARTS[event]() if event in _STARTS else value
-            if type(top) is dict:
-                top[key] = new
-            elif len(stack) == level and event not in _STARTS:
-                raise ValueError(f"{value!r:.60} is not an object")
-            else:
-                top.append(new)
-            if event in _STARTS:
-                stack.append(top)
-                top = new
-                if len(stack) > _MAX_DEPTH:
-                    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
 def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ Row: TypeAlias = dict[str, Any]
 Samples: TypeAlias = Iterator[GroundingSample]
 StrPath: TypeAlias = str | os.PathLike[str]
 
+# The released rule: single-image mode is for a first image in COCO train2014.
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
 _NUMBERS = frozenset((int, float))
@@ -89,8 +90,12 @@ class RowContext:
     def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Drop a leading "./" of each path and join relative ones to image_root."""
         prefix = self._prefix
-        paths = [p[2:].lstrip("/") if p[:2] == "./" else p for p in paths]
-        return tuple([p if p[:1] == "/" else prefix + p for p in paths])
+        return tuple(
+            [
+                p if p[:1] == "/" else prefix + p.removeprefix("./").lstrip("/")
+                for p in paths
+            ]
+        )
 
     def strip_root(self, paths: Sequence[str]) -> list[str]:
         """Make paths relative to image_root where they lie below it."""
@@ -99,7 +104,7 @@ class RowContext:
     def images(self, row: Row, key: str = "images") -> tuple[str, ...]:
         """Return the image paths under `key`, joined to image_root."""
         paths = self.get(row, key, list)
-        if not paths or not _TEXTS.issuperset(map(type, paths)) or not all(paths):
+        if not paths or not _TEXTS.issuperset(map(type, paths)) or "" in paths:
             problem = f"{key!r} is {paths!r:.80}; give a list of image paths"
             raise self.error("bad_images", problem)
         return self.join_root(paths)
@@ -132,12 +137,11 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
     Raises:
         RowError: `value` is not four numbers in 0-1000 that enclose an area.
     """
-    if len(value) == 4 and _NUMBERS.issuperset(map(type, value)):
+    if len(value) == 4:
         x1, y1, x2, y2 = value
-        if 0 <= x1 < x2 <= GRID and 0 <= y1 < y2 <= GRID:
-            box = (int(x1), int(y1), int(x2), int(y2))
-            if box == tuple(value):  # as nearly always: nothing to round or refuse
-                return box
+        integers = type(x1) is type(y1) is type(x2) is type(y2) is int
+        if integers and 0 <= x1 < x2 <= GRID and 0 <= y1 < y2 <= GRID:
+            return (x1, y1, x2, y2)  # as nearly always: nothing to round or refuse
     numbers = context.numbers(value)
     if max(numbers) <= 1 and any(v != int(v) for v in numbers):
         problem = f"box {numbers} looks like 0-1 floats; multiply by {GRID}"
@@ -186,11 +190,6 @@ def clip_to_grid(
     return (x1, y1, x2, y2)
 
 
-def _is_single_image(images: tuple[str, ...]) -> bool:
-    """Apply the released rule: the first image lies in COCO train2014."""
-    return SINGLE_IMAGE_PATH in images[0]
-
-
 def build_sample(
     row: Row,
     context: RowContext,
@@ -219,7 +218,7 @@ def build_sample(
     if "id" not in fields:
         fields["id"] = context.sample_id(row)
     if "cot" not in fields:
-        fields["cot"] = not _is_single_image(images)
+        fields["cot"] = SINGLE_IMAGE_PATH not in images[0]
     fields.setdefault("task", "")
     source = f"{context.file}#{context.row}"
     try:
@@ -232,7 +231,8 @@ def build_sample(
 
 def own_keys(sample: GroundingSample, *without: str) -> Row:
     """Return the optional keys that a sample needs, but for those in `without`."""
-    told = not sample.cot or _is_single_image(sample.images)  # else True is understood
+    # in other samples True is understood
+    told = not sample.cot or SINGLE_IMAGE_PATH in sample.images[0]
     keys = {
         "id": sample.id,
         "task": sample.task or None,
@@ -351,16 +351,15 @@ def _read_turns(
         if not isinstance(turn, dict):
             raise context.error("bad_turn", f"turn {turn!r:.60}; give {who} and {what}")
         role = turn.get(who)
-        if role == "system":
-            continue
-        if role != roles[len(texts) % 2]:
+        if role == roles[len(texts) % 2]:
+            texts.append(context.get(turn, what, str))
+        elif role != "system":
             problem = f"turn {len(texts)} is from {role!r}; alternate {roles}"
             raise context.error("bad_turn", problem)
-        texts.append(context.get(turn, what, str))
     if not texts or len(texts) % 2:
         problem = f"{len(texts)} turns; give question and reply in pairs"
         raise context.error("bad_turn", problem)
-    markers = sum([text.count(IMAGE_MARKER) for text in texts[::2]])
+    markers = "\n".join(texts[::2]).count(IMAGE_MARKER)
     if markers != len(images):
         problem = f"{markers} {IMAGE_MARKER} markers for {len(images)} images"
         raise context.error("marker_mismatch", f"{problem}; write one for each image")
@@ -377,7 +376,7 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
     if row.get("cot") is not None:
         cot = context.get(row, "cot", bool)
     else:
-        simple = text.startswith(SINGLE_IMAGE_PREFIX) or _is_single_image(images)
+        simple = text.startswith(SINGLE_IMAGE_PREFIX) or SINGLE_IMAGE_PATH in images[0]
         cot = text.endswith(COT_SUFFIX) or not simple
     fields: dict[str, Any] = {"cot": cot}
     think, closed, rest = reply.partition("</think>")
@@ -415,9 +414,9 @@ def _read_mgrounding(row: Row, context: RowContext) -> Samples:
     name = context.sample_id(row)
     for turn, (text, reply) in enumerate(pairs):
         if found := find_boxes(reply):
-            boxes = [parse_training_box(box, context) for box in found]
+            boxes = tuple([parse_training_box(box, context) for box in found])
             fields["id"] = name if len(pairs) == 1 else f"{name}/{turn}"
-            fields["boxes"] = tuple(boxes) if len(boxes) > 1 else ()
+            fields["boxes"] = boxes if len(boxes) > 1 else ()
             question = _strip_markers(text)
             yield build_sample(row, context, images, question, boxes[0], **fields)
 

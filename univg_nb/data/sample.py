@@ -12,7 +12,7 @@ from univg_nb.data.boxes import GRID, Box
 
 IMAGE_MARKER = "<image>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_INTEGERS = frozenset((int,))
+_GRID_VALUES = frozenset(range(GRID + 1))
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ class GroundingSample:
 
 
 def _is_on_grid(box: Box) -> bool:
-    if len(box) != 4 or not _INTEGERS.issuperset(map(type, box)):
+    if len(box) != 4:
         return False
     x1, y1, x2, y2 = box
-    return 0 <= x1 <= GRID and 0 <= y1 <= GRID and 0 <= x2 <= GRID and 0 <= y2 <= GRID
+    integers = type(x1) is type(y1) is type(x2) is type(y2) is int
+    return integers and _GRID_VALUES.issuperset(box)
 
 
 _ORDINALS = "first|second|third|fourth|fifth|sixth|seventh|eighth"
