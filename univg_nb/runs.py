@@ -92,14 +92,9 @@ def record_stage(
     group: str = "stages",
     **facts: Any,
 ) -> None:
-    """Write to manifest.json what a stage took.
+    """Write to manifest.json what a stage (or, another group, a notebook) took.
 
-    Args:
-        run_dir: the run folder.
-        name: of the stage.
-        seconds: how long it took.
-        group: part of the manifest, "stages" or "notebooks".
-        facts: what else to record of it.
+    The seconds are rounded to hundredths; `facts` are recorded with them.
     """
     path = Path(run_dir) / "manifest.json"
     manifest = read_json(path) if path.is_file() else {}
@@ -114,22 +109,13 @@ def record_stage(
 
 @dataclass
 class Stage:
-    """One stage of a run.
-
-    Attributes:
-        run_dir: the run folder.
-        name: of the stage, and of its folder in the run folder.
-        hash: of its configuration and of the stages it was made from.
-        done: whether it is finished.
-        results: what `finish` was given.
-        began: of this call, by `time.perf_counter`.
-    """
+    """One stage of a run, with its folder `dir`."""
 
     run_dir: Path
     name: str
-    hash: str
+    hash: str  # of its configuration and of the stages it was made from
     done: bool = False
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)  # what `finish` was given
     began: float = field(default_factory=time.perf_counter)
 
     @property

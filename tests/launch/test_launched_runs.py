@@ -159,7 +159,7 @@ def test_a_killed_process_ends_the_run_and_is_named(whose, model_cfg, rows, tmp_
 
     thread, killed = once(lambda: updates(tmp_path), kill)
     said = {
-        "a process": r"(?s)rank 1 \(pid \d+\) failed.*Signal 9 .*out of memory\?",
+        "a process": r"(?s)rank +: 1 .*Signal 9 .*out of memory\?",
         "the launcher": "the process ended with -9",
     }
     with pytest.raises(RuntimeError, match=said[whose]):

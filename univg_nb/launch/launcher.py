@@ -204,13 +204,7 @@ def train(
 
 def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
     """Start the processes and wait until they end, on request with a checkpoint."""
-    folder = out / "launch"
-    signals: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    log = folder / "console.log"
+    folder, log = out / "launch", out / "launch" / "console.log"
     with log.open("wb") as console:
         agent = subprocess.Popen(
             arguments,
@@ -220,6 +214,11 @@ def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us
         )
+    signals: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     pipe, bar = cast(IO[bytes], agent.stdin), tqdm(desc=out.name)
     try:
         while agent.poll() is None and not signals:
@@ -238,13 +237,14 @@ def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    states = [state["state"] for state in states_in(folder)]
-    if "interrupted" in states:
-        if signal.SIGINT in signals:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
-    if agent.returncode or not (out / "summary.json").is_file():
+    interrupted = any(one["state"] == "interrupted" for one in states_in(folder))
+    failed = agent.returncode or not (out / "summary.json").is_file()
+    if failed and not interrupted:
         raise RuntimeError(f"training stopped: {_describe_failure(agent, log)}")
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
+    if signals or interrupted:  # the latter: someone else sent SIGTERM to a process
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _show_progress(bar: tqdm, out: Path) -> None:

@@ -151,19 +151,11 @@ def _kept_per_layer(base: Any, rows: int, tokens: int) -> int:
 def compute_static_memory(
     model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
 ) -> dict[str, float]:
-    """Return the bytes per process of what lies in memory all the time.
+    """Return what lies in memory all the time, in bytes per process by component.
 
     AdamW holds two numbers per trained one, in the dtype of the parameter; under bf16
-    mixed precision ZeRO and FSDP train fp32 weights and hold all three in fp32.
-
-    Args:
-        model: from `build_shapes`.
-        config: a whole scale.
-        stage: "sft" or "grpo".
-        layout: how the training is spread.
-
-    Returns:
-        weights, gradients, optimiser, reference, buffers.
+    mixed precision ZeRO and FSDP train fp32 weights and hold all three in fp32. `model`
+    comes from `build_shapes`.
     """
     adapter = config["sft"].get("adapter", "lora")
     base = models.get_base_model(model)
@@ -220,17 +212,9 @@ def compute_training_memory(
     layout: Layout,
     on_gpu: bool,
 ) -> dict[str, float]:
-    """Return the bytes per process of what comes and goes, at its largest.
+    """Return what comes and goes, at its largest, in bytes per process by component.
 
-    Args:
-        model: from `build_shapes`.
-        config: a whole scale.
-        stage: "sft" or "grpo".
-        layout: how the training is spread.
-        on_gpu: whether TRL's Triton kernel scores the tokens.
-
-    Returns:
-        activations, logits, KV cache, vision.
+    `model` comes from `build_shapes`; on a GPU TRL's Triton kernel scores the tokens.
     """
     section = config[stage]
     base = models.get_base_model(model)
