@@ -285,7 +285,7 @@ def test_a_wrong_switch_or_an_impossible_on_says_what_to_do(
         make_trainer(folder, tmp_path, keep={"shared_prefix": "yes"})
     with pytest.raises(ValueError, match="row_tokens = 0"):
         make_trainer(folder, tmp_path, keep={"row_tokens": 0})
-    monkeypatch.setattr(check, "ATTENTION", ())  # as with flash attention
+    monkeypatch.setattr(check, "get_attention", lambda _: "flash_attention_2")
     with pytest.raises(ValueError, match="takes no mask of our own; set it to auto"):
         make_trainer(folder, tmp_path, keep={"shared_prefix": "on"})
     assert not make_trainer(folder, tmp_path).shared_forward

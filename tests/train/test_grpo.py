@@ -304,7 +304,11 @@ def test_rollout_rows_hold_boxes_as_scoring_reads_them():
     ("options", "count", "message"),
     [
         ({"num_generations": 1}, 4, "at least 2"),
-        ({"per_device_train_batch_size": 6}, 4, "groups of 4"),
+        (
+            {"per_device_train_batch_size": 6},
+            4,
+            "divisible by num_generations .4..*grpo.per_device_train_b",
+        ),
         ({}, 1, "1 training samples, but one generation takes 2 prompts"),
     ],
 )

@@ -55,13 +55,10 @@ def list_attention(backbone: Module) -> list[str]:
     own. A GPU model with flash attention, which takes no mask, gets sdpa instead.
     """
     own = get_attention(backbone)
-    on_gpu = next(backbone.parameters()).device.type == "cuda"
-    names = [own] if own in ATTENTION else ["sdpa"] if on_gpu else []
-    if on_gpu and is_torch_flex_attn_available():
-        names.insert(0, "flex_attention")
-    if names == ["sdpa"] and not on_gpu:
-        names.insert(0, SEGMENTS)
-    return list(dict.fromkeys(names))
+    if next(backbone.parameters()).device.type != "cuda":
+        return [SEGMENTS, own] if own == "sdpa" else [own] if own in ATTENTION else []
+    flex = ["flex_attention"] if is_torch_flex_attn_available() else []
+    return list(dict.fromkeys([*flex, own if own in ATTENTION else "sdpa"]))
 
 
 def choose_unchecked(backbone: Module) -> str:
@@ -71,12 +68,7 @@ def choose_unchecked(backbone: Module) -> str:
 
 
 def find_obstacle(base: Module, sharded: bool) -> str | None:
-    """Return why the prompts of a model cannot be shared, or None.
-
-    Args:
-        base: the model below any adapter.
-        sharded: whether FSDP shards its weights.
-    """
+    """Return why a model's prompts cannot be shared (`sharded`: by FSDP), or None."""
     if sharded:
         return "FSDP shards the weights"
     if base.config.model_type not in MODEL_TYPES:
@@ -107,21 +99,13 @@ def compare_log_probs(
     temperature: float,
     vision: VisionCache | None = None,
 ) -> float:
-    """Compare log-probs of a shared prompt with those of whole rows.
+    """Return the largest difference of log-probs, shared prompt against whole rows.
 
     Samples REPLIES replies to the prompt from one prefill. The log-probs seen while
     sampling and those of the packed row are compared with the model's own for rows of
     prompt, images and reply. Random numbers and training mode stay as they were.
-
-    Args:
-        model: the policy, with TRL's fused head.
-        prompt: the prompt of the group.
-        warpers: see `sampling.make_warpers`.
-        temperature: that of the fused head.
-        vision: keeps image features.
-
-    Returns:
-        The largest difference; infinity where FlexAttention does not compile or fit.
+    Infinity where FlexAttention does not compile or fit; `temperature` is that of the
+    fused head.
     """
     backbone, device = models.get_base_model(model).model, prompt.ids.device
     steps: list[Tensor] = []  # log-probs (REPLIES, V) before they are shaped

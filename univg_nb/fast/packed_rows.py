@@ -33,6 +33,8 @@ from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 UNLIMITED = 2**62
 
+Groups = list[tuple[Prompt, list[int]]]  # each prompt with the numbers of its rows
+
 
 def block_mask(segments: Tensor) -> Tensor:
     """Return who sees whom: causal, and of other segments only the prompt.
@@ -65,8 +67,8 @@ def make_attention_mask(
 ) -> Tensor | BlockMask | dict[str, Segments]:
     """Return the mask in the form that the model's attention takes.
 
-    FlexAttention (GPU) and SEGMENTS (CPU) skip what nobody sees and never make a mask
-    of length x length; sdpa and eager get one that is added to the scores.
+    FlexAttention and SEGMENTS skip what nobody sees and never make a mask of length x
+    length; sdpa and eager get one that is added to the scores.
     """
     attention = get_attention(backbone)
     if attention == SEGMENTS:  # a dict reaches the layers as it is
@@ -80,23 +82,18 @@ def make_attention_mask(
 
 
 def split_chunks(
-    groups: Sequence[tuple[Prompt, list[int]]],
-    lengths: Sequence[int],
-    max_tokens: int = UNLIMITED,
-) -> list[list[tuple[Prompt, list[int]]]]:
-    """Split groups into batches of similar lengths.
+    groups: Groups, lengths: Sequence[int], max_tokens: int = UNLIMITED
+) -> list[Groups]:
+    """Split groups into batches of at most `max_tokens`, padding included.
 
-    Args:
-        groups: prompt and numbers of its rows.
-        lengths: reply tokens of every row.
-        max_tokens: most tokens of a batch, padding included. Groups are never cut: one
-            that is longer is a batch by itself.
+    lengths: reply tokens of every row. Similar lengths come together. Groups are never
+    cut: one that is longer is a batch by itself.
     """
 
     def size(group: tuple[Prompt, list[int]]) -> int:
         return len(group[0].ids) + sum(lengths[row] for row in group[1])
 
-    chunks: list[list[tuple[Prompt, list[int]]]] = []
+    chunks: list[Groups] = []
     for group in sorted(groups, key=size):  # the longest of a chunk is its last
         if not chunks or (len(chunks[-1]) + 1) * size(group) > max_tokens:
             chunks.append([])
@@ -106,10 +103,9 @@ def split_chunks(
 
 @contextmanager
 def only_at(backbone: Module, chosen: Tensor) -> Iterator[None]:
-    """Let the backbone return its states at `chosen`, bool (B, S), only, as one row.
+    """Let the backbone return only its states at `chosen`, bool (B, S), as one row.
 
-    What follows the backbone (the head) then costs nothing for the prompt; off Triton
-    devices TRL's head would score every place.
+    The head then costs nothing for the prompt; off Triton TRL's scores every place.
     """
 
     def select(_module: Module, _inputs: tuple, output: Any) -> Any:
@@ -129,17 +125,11 @@ def compute_log_probs(
     groups: Sequence[tuple[Prompt, Sequence[Tensor]]],
     vision: VisionCache | None = None,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Compute log-prob and entropy of every reply token, one row for each group.
+    """Compute log-probs and entropies of all replies, with one row for each group.
 
-    Args:
-        model: called with TRL's fused head (`fused_lm_head=True`, shifted labels).
-        backbone: its Qwen2VLModel, for positions and masks.
-        groups: prompt and replies, each (L,) without padding.
-        vision: keeps image features.
-
-    Returns:
-        The log-probs (L,) of every reply in order, in float32, and their entropies,
-        which are () where the head computes none.
+    model: has TRL's fused head; backbone: its Qwen2VLModel; groups: each prompt with
+    its replies (L,) without padding. Returns values (L,) of every reply in order, in
+    float32; the entropies are () where the head computes none.
     """
     rows: dict[str, list[Tensor]] = {"ids": [], "labels": [], "segments": [], "pos": []}
     for prompt, replies in groups:

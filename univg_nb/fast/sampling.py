@@ -8,12 +8,15 @@ a reply would then depend on the batch size, and on how many processes share the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation import logits_process
 from trl import GRPOConfig
@@ -41,13 +44,11 @@ def get_vision_token_ids(tokenizer: Any) -> list[int]:
 
 
 def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
-    """Ban vision tokens in `args.generation_kwargs`, for TRL's own sampling.
-
-    Returns:
-        The ids of all banned tokens, those that `args` banned before included.
-    """
-    banned = get_vision_token_ids(tokenizer)
-    options = dict(args.generation_kwargs or {})
+    """Ban vision tokens in `args`, for TRL's own sampling; return all banned ids."""
+    banned, options = (
+        get_vision_token_ids(tokenizer),
+        dict(args.generation_kwargs or {}),
+    )
     if args.use_vllm:
         bias = dict.fromkeys(banned, -100.0)
         options["logit_bias"] = {**options.get("logit_bias", {}), **bias}
@@ -99,21 +100,16 @@ def make_warpers(
 
 
 def noise_seed(*numbers: int) -> int:
-    """Return the seed of one reply from the numbers that name it, all at least 0.
-
-    Such as (seed, index of the item, number of the reply).
-    """
+    """Return the seed of a reply from what names it, as (seed, item, its number)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def sample_tokens(log_probs: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
-    """Draw a token for each row from its own stream: (N, V) -> (N,).
-
-    argmax(log p + Gumbel noise) is a sample of p.
-    """
+    """Draw a token for each row from its own stream: (N, V) -> (N,)."""
     pairs = zip(log_probs, streams, strict=True)
     noise = [torch.empty_like(row).exponential_(generator=one) for row, one in pairs]
-    return (log_probs - torch.stack(noise).log()).argmax(-1)  # -log(Exp(1)) is Gumbel
+    # -log(Exp(1)) is Gumbel, and argmax(log p + Gumbel) a sample of p.
+    return (log_probs - torch.stack(noise).log()).argmax(-1)
 
 
 @torch.no_grad()
@@ -135,16 +131,15 @@ def sample_replies(
     or at `max_new_tokens`. Rows whose replies have all ended leave the batch.
 
     Args:
-        model: a Qwen2-VL or a model like it, in eval mode. Several replies to a prompt
-            need an attention implementation of `attention.ATTENTION`.
+        model: a model with Qwen2-VL's positions, in eval mode.
         prompts: the prompts, on the model's device.
-        num_replies: replies to each prompt, G.
+        num_replies: replies to each prompt, G. Several need an attention
+            implementation of `attention.ATTENTION`.
         max_new_tokens: most tokens of a reply.
         eos_token_ids: tokens that end a reply.
-        warpers: turns logits (N, V) into those sampled from, see `make_warpers`.
-        seeds: one for each reply, those of a prompt adjacent; without, the most likely
-            tokens are taken. A reply does not depend on the other rows, up to float
-            rounding.
+        warpers: turn logits (N, V) into those sampled from, see `make_warpers`.
+        seeds: one for each reply, those of a prompt adjacent; without, decoding is
+            greedy. A reply does not depend on the other rows, up to float rounding.
         vision: keeps image features.
 
     Returns:
@@ -160,7 +155,7 @@ def sample_replies(
     cache, seen = _prefill(backbone, prompts, positions, vision)
     tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].repeat(1, group)
     last = torch.stack([place[:, -1] for place in positions], dim=1)  # (3, D)
-    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
+    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     finished = torch.zeros(len(prompts), group, dtype=torch.bool, device=device)
     alive = list(range(len(prompts)))  # the prompt of every row
@@ -179,27 +174,21 @@ def sample_replies(
                 "the model's next-token probabilities are not finite: its weights have "
                 "diverged; train with a lower learning_rate or max_grad_norm"
             )
+        tokens = logits.argmax(-1)
         if streams:
-            chosen = sample_tokens(logits.softmax(-1).log(), streams)
-        else:
-            chosen = logits.argmax(-1)
-        tokens = chosen.view(-1, group)
-        rows = zip(alive, tokens.tolist(), finished.tolist(), strict=True)
-        for prompt, row, done in rows:
-            for reply, token in enumerate(row):
-                if not done[reply]:
-                    replies[prompt][reply].append(token)
+            tokens = sample_tokens(logits.softmax(-1).log(), streams)
+        tokens = tokens.view(-1, group)
+        values = tokens.tolist()
+        for row, reply in (~finished).nonzero().tolist():
+            replies[alive[row]][reply].append(values[row][reply])
         finished = finished | torch.isin(tokens, eos)
         keep = ~finished.all(dim=1)
         if not keep.any():
             break
         if not keep.all():
             cache.batch_select_indices(keep)
-            kept = keep.repeat_interleave(group).tolist()
-            streams = [one for one, stays in zip(streams, kept, strict=False) if stays]
-            alive = [
-                row for row, stays in zip(alive, keep.tolist(), strict=True) if stays
-            ]
+            streams = list(compress(streams, keep.repeat_interleave(group).tolist()))
+            alive = list(compress(alive, keep.tolist()))
             finished, seen, tokens = finished[keep], seen[keep], tokens[keep]
             last = last[:, keep]
     return replies
@@ -212,22 +201,15 @@ def _prefill(
     vision: VisionCache | None,
 ) -> tuple[DynamicCache, Tensor]:
     """Return the cache of prompts without their last tokens, and its mask (D, P)."""
-    device = prompts[0].ids.device
-    width = max(len(prompt.ids) for prompt in prompts) - 1
-    ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    seen = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
-    places = torch.zeros(3, len(prompts), width, dtype=torch.long, device=device)
-    for row, (prompt, place) in enumerate(zip(prompts, positions, strict=True)):
-        start = width - len(prompt.ids) + 1
-        ids[row, start:] = prompt.ids[:-1]
-        seen[row, start:] = True
-        places[:, row, start:] = place[:, :-1]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [prompt.ids[:-1] for prompt in prompts]
+    seen = pad([torch.ones_like(row) for row in ids]).bool()
     cache = DynamicCache(config=backbone.config.get_text_config())
     images = [image for prompt in prompts for image in prompt.images]
     backbone(
-        input_ids=ids,
+        input_ids=pad(ids),
         attention_mask=seen.long(),
-        position_ids=places,
+        position_ids=pad([place[:, :-1].T for place in positions]).permute(2, 0, 1),
         past_key_values=cache,
         use_cache=True,
         **make_vision_inputs(backbone, images, vision),

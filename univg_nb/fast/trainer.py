@@ -33,6 +33,7 @@ from univg_nb import models
 from univg_nb.fast import check, packed_rows, prompts, sampling, vllm
 from univg_nb.fast.attention import get_attention
 from univg_nb.fast.folded import fold_adapter
+from univg_nb.fast.packed_rows import Groups
 from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.vision_features import VisionCache, tower_trains
 
@@ -47,16 +48,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     and rollout functions are not supported.
 
     Args:
-        model: as for GRPOTrainer, as is every argument that is not named here.
+        model: as for GRPOTrainer, as are `others`.
         args: GRPOConfig; its generation_kwargs get the banned tokens.
         processing_class: the model's processor.
-        shared_prefix: "auto" computes one group both ways at first use. Where log-probs
-            differ (`check`), or `check.find_obstacle` finds a reason, TRL's own passes
-            are taken. "on" shares unchecked and refuses an obstacle; "off" does not
-            share. The booleans, which YAML makes of bare on and off, mean the same.
-        row_tokens: about so many tokens go through the model at a time, in whole
-            groups.
-        **others: further arguments of GRPOTrainer.
+        shared_prefix: "auto" computes one group both ways at first use, and takes TRL's
+            own passes where log-probs differ (`check`) or for `check.find_obstacle`.
+            "on" shares unchecked and refuses an obstacle; "off" does not share. The
+            booleans, which YAML makes of bare on and off, mean the same.
+        row_tokens: most tokens in a pass of the model, in whole groups.
+        **others: further arguments.
 
     Raises:
         ValueError: for an option out of range, and for "on" with an obstacle.
@@ -123,18 +123,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         """Run TRL's for the first row of each group. Groups are adjacent, as in TRL."""
         training, count = self.model.training, len(prompts_of_rows)
         size = self.num_generations if training else self.num_generations_eval
-        first = self.accelerator.process_index * count
-        rows = [(first + row) // size - first // size for row in range(count)]
+        start = self.accelerator.process_index * count
+        rows = [(start + row) // size - start // size for row in range(count)]
         distinct = [prompts_of_rows[rows.index(g)] for g in range(rows[-1] + 1)]
         prompts.open_images(distinct)
         ids, images, fields = super()._tokenize_prompts(distinct)
-        self.prompts = prompts.make_prompts(
-            ids, images, fields, self.accelerator.device
-        )
-        self.row_groups = rows
+        device, self.row_groups = self.accelerator.device, rows
+        self.prompts = prompts.make_prompts(ids, images, fields, device)
         fields = prompts.make_fields([self.prompts[group] for group in rows])
-        self.real_processor = self.processing_class
-        self.processing_class = prompts.ReusedEncoding(self.real_processor, fields)
+        self.processing_class = prompts.ReusedEncoding(self.processing_class, fields)
         if self.unchecked:
             self._check_sharing(self.prompts[0])
         images = images and [images[group] for group in rows]
@@ -150,9 +147,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             made = [next(streams[group]) for group in self.row_groups], None
         else:
             if self.use_vllm and images is not None:
-                prompt_ids, images = vllm.make_vllm_inputs(
-                    prompt_ids, images, self.real_processor, self.vllm_mode
-                )
+                rows = prompt_ids, images, self.processing_class, self.vllm_mode
+                prompt_ids, images = vllm.make_vllm_inputs(*rows)
             made = super()._generate_single_turn(prompt_ids, images, *args, **options)
         self._record_seconds("generate", began)
         return made
@@ -303,11 +299,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return made
 
     def _compute_shared(
-        self,
-        model: Any,
-        groups: list[tuple[Prompt, list[int]]],
-        replies: list[Tensor],
-        length: int,
+        self, model: Any, groups: Groups, replies: list[Tensor], length: int
     ) -> tuple[Tensor, Tensor | None, None]:
         """Compute log-probs and entropies of all replies, (B, length).
 

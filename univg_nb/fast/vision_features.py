@@ -65,14 +65,9 @@ class VisionCache:
     ) -> BaseModelOutputWithPooling:
         """Return what `backbone.get_image_features` returns, computed once.
 
-        Args:
-            backbone: a Qwen2VLModel.
-            pixels: (patches of all images, patch_dim).
-            grid: (images, 3).
-
-        Raises:
-            ValueError: if the tower trains: its features change with every update, and
-                kept ones would cut it off from its gradient.
+        pixels: (patches of all images, patch_dim); grid: (images, 3). ValueError if the
+        tower trains: its features change with every update, and kept ones would cut it
+        off from its gradient.
         """
         if tower_trains(backbone):
             raise ValueError(
@@ -107,14 +102,10 @@ def make_vision_inputs(
     images: Sequence[tuple[Tensor, Tensor]],
     cache: VisionCache | None = None,
 ) -> dict[str, object]:
-    """Return the model inputs for images (pixel_values, grid) of several prompts.
-
-    These are finished features with a cache, pixels without.
-    """
+    """Return model inputs for images (pixel_values, grid): features with a cache."""
     if not images:
         return {}
-    pixels = torch.cat([part for part, _ in images])
-    grid = torch.cat([part for _, part in images])
+    pixels, grid = (torch.cat(parts) for parts in zip(*images, strict=True))
     if cache is None:
         return {"pixel_values": pixels, "image_grid_thw": grid}
     return {"mm_encoder_outputs": {"image": cache.get_features(backbone, pixels, grid)}}

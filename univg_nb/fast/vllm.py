@@ -113,13 +113,13 @@ def resize_image(picture: Image, image_processor: Any) -> Image:
 
 
 def make_vllm_inputs(
-    ids: list[list[int]], images: list[list[Image]], processor: Any, mode: str
-) -> tuple[list[list[int]], list[list[Image]]]:
+    ids: list[list[int]], images: list[list[Image] | None], processor: Any, mode: str
+) -> tuple[list[list[int]], list[list[Image] | None]]:
     """Return the token ids and pictures of every row as vLLM is to get them.
 
     Args:
         ids: with runs of image tokens, as trained on.
-        images: the opened pictures.
+        images: the opened pictures, or None.
         processor: the processor of the training.
         mode: "colocate" or "server". A server gets pictures and ids in two requests,
             and TRL looks for the runs to say where the pictures go; there they stay.
@@ -127,10 +127,10 @@ def make_vllm_inputs(
     if mode == "colocate":
         ids = [collapse_image_tokens(row, processor.image_token_id) for row in ids]
     made: dict[int, Image] = {}  # the rows of a group hold the same objects
-    for picture in (picture for row in images for picture in row):
+    for picture in (picture for row in images for picture in row or ()):
         if id(picture) not in made:
             made[id(picture)] = resize_image(picture, processor.image_processor)
-    return ids, [[made[id(picture)] for picture in row] for row in images]
+    return ids, [row and [made[id(picture)] for picture in row] for row in images]
 
 
 def check_log_prob_difference(metrics: Mapping[str, list[float]]) -> None:

@@ -97,33 +97,21 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
         **checkpoints.make_trainer_options(section, out, own),
         "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
     }
-    size = options.get("num_generations", 8)
-    if size < 2:
+    try:
+        arguments = GRPOConfig(**options)
+    except ValueError as error:
         raise ValueError(
-            f"grpo.num_generations = {size}: an advantage compares the replies of a "
-            "group, so it takes at least 2 (the paper: 8)"
-        )
-    world = checkpoints.count_processes()
-    accumulation = options.get("gradient_accumulation_steps", 1)
-    steps = options.get("steps_per_generation") or accumulation
-    batch = options.get("generation_batch_size") or (
-        options.get("per_device_train_batch_size", 8) * world * steps
-    )
-    if batch % size:
+            f"grpo: {error} A generation batch has grpo.per_device_train_batch_size x "
+            "processes x steps (gradient_accumulation_steps) replies"
+        ) from error
+    checkpoints.check_world_size(arguments, "grpo")
+    prompts = arguments.generation_batch_size // arguments.num_generations
+    if num_samples < prompts:
         raise ValueError(
-            f"{batch} completions a generation (grpo.per_device_train_batch_size x "
-            f"{world} processes x {steps} steps) do not divide into groups of "
-            f"{size}; make per_device_train_batch_size x steps a multiple of "
-            "grpo.num_generations"
-        )
-    if num_samples < batch // size:
-        raise ValueError(
-            f"{num_samples} training samples, but one generation takes {batch // size} "
+            f"{num_samples} training samples, but one generation takes {prompts} "
             "prompts: TRL would drop them all and train nothing; give more samples or "
             "lower grpo.per_device_train_batch_size"
         )
-    arguments = GRPOConfig(**options)
-    checkpoints.check_world_size(arguments, "grpo")
     return arguments
 
 

@@ -41,10 +41,9 @@ KL_BROKEN = 0.1  # share of an update's tokens at that limit that stops the trai
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with an order that is a function of (seed, epoch).
+    """TRL's sampler with an order that a resumed run finds again.
 
-    A resumed run finds it again; TRL's own comes from a generator that no checkpoint
-    holds.
+    It is a function of (seed, epoch), and not of a generator that no checkpoint holds.
     """
 
     epoch = 0
@@ -132,6 +131,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         self.gathered_rewards = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
         )  # (N, 2) of all processes, groups adjacent
+        rows = zip(inputs, completions, completion_ids_list, strict=True)
         self.local_replies = [
             {
                 "sample_id": row["sample_id"],
@@ -140,9 +140,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
                 "length": len(ids),
                 "truncated": ids[-1] not in self.eos_token_ids,
             }
-            for row, completion, ids in zip(
-                inputs, completions, completion_ids_list, strict=True
-            )
+            for row, completion, ids in rows
         ]
         self._record_seconds("reward", began)
         return self.gathered_rewards
@@ -313,11 +311,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         torch.save(state, self._rollout_file(folder))
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        """Load as the Trainer does, and the trained adapter in any case.
-
-        Before transformers 5.23 the Trainer loads the reference instead, where a
-        checkpoint has both.
-        """
+        """Load as the Trainer does, which before 5.23 loads "ref" for the adapter."""
         super()._load_from_checkpoint(checkpoint, model)
         older = Version(transformers.__version__) < Version("5.23")
         if older and (Path(checkpoint) / "ref").is_dir():
