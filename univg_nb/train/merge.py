@@ -21,13 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from univg_nb import models
 from univg_nb.config import load_scale
-from univg_nb.data import prompts
-from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
+from univg_nb.fast.prompts import split_rows
+from univg_nb.fast.sampling import (
+    get_vision_token_ids,
+    make_warpers,
+    sample_replies,
+)
 from univg_nb.train.collator import IGNORE, VisionCollator, tokenize
 
 BATCH_SIZE = 8
@@ -68,11 +72,12 @@ def merge_check(
     plain.to(merged.device).eval()
     largest = reloaded = 0.0
     sums, count, same = torch.zeros(3, dtype=torch.float64), 0, 0
-    for start in range(0, len(samples), BATCH_SIZE):
-        part = samples[start : start + BATCH_SIZE]
+    dataset, collate = tokenize(samples, processor), VisionCollator(processor)
+    for start in range(0, len(dataset), BATCH_SIZE):
+        rows = list(dataset.skip(start).take(BATCH_SIZE))
+        batch = {key: v.to(merged.device) for key, v in collate(rows).items()}
         expected, made, again = (
-            _compute_logits(model, processor, part)
-            for model in (trained, merged, plain)
+            _compute_logits(model, batch) for model in (trained, merged, plain)
         )  # (tokens, V) each
         gap = (made - expected).abs()
         largest = max(largest, gap.max().item())
@@ -80,11 +85,24 @@ def merge_check(
         sums += torch.stack([part.double().sum().cpu() for part in parts])
         count += gap.numel()
         reloaded = max(reloaded, (again - made).abs().max().item())
-        answers = [
-            generate_greedily(model, processor, part, max_new_tokens)
+        is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
+        prompts = split_rows(
+            **(batch | {"attention_mask": is_prompt}),
+            groups=range(len(rows)),
+            num_images=[len(row["images"]) for row in rows],
+        )
+        replies = [
+            sample_replies(
+                model,
+                [prompt for prompt, _ in prompts],
+                num_replies=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=[processor.tokenizer.eos_token_id],
+                warpers=make_warpers(get_vision_token_ids(processor.tokenizer)),
+            )
             for model in (trained, merged)
         ]
-        same += sum(a == b for a, b in zip(*answers, strict=True))
+        same += sum(a == b for a, b in zip(*replies, strict=True))
     mean_gap, mean, square = (sums / count).tolist()
     return {
         "samples": len(samples),
@@ -97,37 +115,12 @@ def merge_check(
 
 
 @torch.no_grad()
-def _compute_logits(
-    model: PreTrainedModel, processor: ProcessorMixin, samples: list[GroundingSample]
-) -> Tensor:
+def _compute_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return the logits (tokens, V) that predict the tokens of the samples' replies."""
-    batch = VisionCollator(processor)(list(tokenize(samples, processor)))
-    of_reply = batch.pop("labels")[:, 1:] != IGNORE  # position t predicts token t + 1
-    batch = {k: v.to(model.device) for k, v in batch.items() if k != "sample_index"}
-    return model(**batch).logits[:, :-1][of_reply.to(model.device)].float()
-
-
-def generate_greedily(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    samples: Sequence[GroundingSample],
-    max_new_tokens: int,
-) -> list[str]:
-    """Return the greedy reply of a model to every sample."""
-    inputs = processor(
-        text=processor.apply_chat_template(
-            [prompts.messages(sample) for sample in samples],
-            tokenize=False,
-            add_generation_prompt=True,
-        ),
-        images=[[open_image(p, s.id) for p in s.images] for s in samples],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device)
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    replies = made[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(replies, skip_special_tokens=True)
+    of_reply = batch["labels"][:, 1:] != IGNORE  # position t predicts token t + 1
+    left_out = ("labels", "sample_index")
+    inputs = {key: value for key, value in batch.items() if key not in left_out}
+    return model(**inputs).logits[:, :-1][of_reply].float()
 
 
 def write_merged(
