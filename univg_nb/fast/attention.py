@@ -3,9 +3,10 @@
 In a packed row (`packed_rows`) a prompt is followed by its replies. One mask over the
 whole row would compute the scores of every reply with all others, only to drop them.
 `segment_attention` computes each piece of a row by itself: the prompt causally, each
-reply over the prompt and itself. This is for the CPU; FlexAttention does the same on a
-GPU. transformers knows the function as SEGMENTS:
-`language_model.set_attn_implementation(SEGMENTS)`.
+reply over the prompt and itself. This is for the CPU; `block_attention` does the same
+on a GPU with FlexAttention. transformers knows the functions as SEGMENTS and FLEX:
+`language_model.set_attn_implementation(SEGMENTS)`. FLEX is not transformers' own
+"flex_attention", which refuses Qwen2-VL and would serve whole rows too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "univg_segments"
-ATTENTION = ("sdpa", "eager", "flex_attention", SEGMENTS)  # take a mask of our own
+FLEX = "univg_flex"
+ATTENTION = ("sdpa", "eager", FLEX, SEGMENTS)  # take a mask of our own
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # where the shared prompt was checked
 
 
@@ -107,8 +111,33 @@ def segment_attention(
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+def block_attention(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Compute FlexAttention under a BlockMask, or sdpa with any other mask.
+
+    Signature and shapes are those of `segment_attention`.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **others
+        )
+    output, _ = flex_attention_forward(
+        module, query, key, value, attention_mask, scaling, dropout=dropout
+    )
+    return output, None
+
+
+for _name, _function in ((SEGMENTS, segment_attention), (FLEX, block_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 def get_attention(model: Module) -> str:

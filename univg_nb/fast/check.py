@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from transformers.utils import is_torch_flex_attn_available
 from univg_nb import models
 from univg_nb.fast.attention import (
     ATTENTION,
+    FLEX,
     MODEL_TYPES,
     SEGMENTS,
     get_attention,
@@ -51,13 +50,13 @@ def get_tolerance(backbone: Module) -> float:
 def list_attention(backbone: Module) -> list[str]:
     """Return the attention implementations that take our masks, the best first.
 
-    FlexAttention on a GPU, SEGMENTS in the place of sdpa on a CPU, then the model's
-    own. A GPU model with flash attention, which takes no mask, gets sdpa instead.
+    FLEX on a GPU, SEGMENTS in the place of sdpa on a CPU, then the model's own. A GPU
+    model with flash attention, which takes no mask, gets sdpa instead.
     """
     own = get_attention(backbone)
     if next(backbone.parameters()).device.type != "cuda":
         return [SEGMENTS, own] if own == "sdpa" else [own] if own in ATTENTION else []
-    flex = ["flex_attention"] if is_torch_flex_attn_available() else []
+    flex = [FLEX] if is_torch_flex_attn_available() else []
     return list(dict.fromkeys([*flex, own if own in ATTENTION else "sdpa"]))
 
 
@@ -76,19 +75,6 @@ def find_obstacle(base: Module, sharded: bool) -> str | None:
     if not list_attention(base.model):
         return f"{get_attention(base)} takes no mask of our own"
     return None
-
-
-@contextmanager
-def use_rollout_attention(backbone: Module) -> Iterator[None]:
-    """Replace FlexAttention by sdpa: it would compile for every length of the cache."""
-    language, before = backbone.language_model, get_attention(backbone)
-    if before == "flex_attention":
-        language.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if before == "flex_attention":
-            language.set_attn_implementation(before)
 
 
 @torch.no_grad()
@@ -119,24 +105,23 @@ def compare_log_probs(
     try:
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cards), fold_adapter(model):
-            with use_rollout_attention(backbone):
-                (sampled,) = sample_replies(
-                    model,
-                    [prompt],
-                    REPLIES,
-                    max_new_tokens=LENGTH,
-                    eos_token_ids=[],
-                    warpers=LogitsProcessorList([record, *warpers]),
-                    seeds=range(REPLIES),
-                    vision=vision,
-                )
+            (sampled,) = sample_replies(
+                model,
+                [prompt],
+                REPLIES,
+                max_new_tokens=LENGTH,
+                eos_token_ids=[],
+                warpers=LogitsProcessorList([record, *warpers]),
+                seeds=range(REPLIES),
+                vision=vision,
+            )
             replies = torch.tensor(sampled, device=device)  # (REPLIES, LENGTH)
             packed, _ = compute_log_probs(
                 model, backbone, [(prompt, list(replies))], vision
             )
         whole = _compute_whole_rows(model, prompt, replies)
-    except RuntimeError as error:
-        if get_attention(backbone) != "flex_attention":
+    except Exception as error:  # whatever torch.compile and Triton raise
+        if get_attention(backbone) != FLEX:
             raise
         logger.warning("FlexAttention does not run here: %s", error)
         return math.inf

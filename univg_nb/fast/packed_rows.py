@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 from univg_nb.fast.attention import (
+    FLEX,
     SEGMENTS,
     Segments,
     get_attention,
@@ -67,14 +68,14 @@ def make_attention_mask(
 ) -> Tensor | BlockMask | dict[str, Segments]:
     """Return the mask in the form that the model's attention takes.
 
-    FlexAttention and SEGMENTS skip what nobody sees and never make a mask of length x
-    length; sdpa and eager get one that is added to the scores.
+    FLEX and SEGMENTS skip what nobody sees and never make a mask of length x length;
+    sdpa and eager get one that is added to the scores.
     """
     attention = get_attention(backbone)
     if attention == SEGMENTS:  # a dict reaches the layers as it is
         kinds = backbone.config.get_text_config().layer_types
         return dict.fromkeys(kinds, Segments.from_ids(segments))
-    if attention != "flex_attention":
+    if attention != FLEX:
         return make_additive_mask(block_mask(segments), backbone)
     rows, length = segments.shape
     rule, device = make_mask_rule(segments), segments.device

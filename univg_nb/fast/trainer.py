@@ -173,7 +173,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),
             torch.no_grad(),
             fold_adapter(model),
-            check.use_rollout_attention(models.get_base_model(model).model),
         ):
             return sampling.sample_replies(
                 model,
