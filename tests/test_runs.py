@@ -122,6 +122,12 @@ def test_the_manifest_records_a_stage(tmp_path):
     assert manifest["versions"]["trl"]
 
 
+def test_a_library_that_is_missing_has_no_version(monkeypatch):
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
+    found = runs.versions()
+    assert found["torch"] and found["no-such-package"] == ""
+
+
 def test_start_prints_versions_and_refuses_another_scale(tmp_path, capsys):
     run = runs.start("smoke", tmp_path, seed=3)
     assert "torch" in capsys.readouterr().out

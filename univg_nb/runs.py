@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,16 @@ def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that shape a result."""
-    found = {"python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Return the versions of Python and of the libraries that shape a result.
+
+    The version of a library that is not installed is "" (bitsandbytes, where nothing is
+    quantized).
+    """
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "")
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def device() -> str:
