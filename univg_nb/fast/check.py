@@ -119,7 +119,7 @@ def compare_log_probs(
             packed, _ = compute_log_probs(
                 model, backbone, [(prompt, list(replies))], vision
             )
-        whole = _compute_whole_rows(model, prompt, replies)
+        whole = compute_whole_rows(model, prompt, replies)
     except Exception as error:  # whatever torch.compile and Triton raise
         if get_attention(backbone) != FLEX:
             raise
@@ -132,8 +132,11 @@ def compare_log_probs(
     return float((both - whole).abs().max())
 
 
-def _compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor:
-    """Compute log-probs (G, L) of replies (G, L) to a prompt without sharing it."""
+def compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor:
+    """Compute log-probs (G, L) of replies (G, L) to a prompt without sharing it.
+
+    model: has TRL's fused head.
+    """
     rows, width = len(replies), len(prompt.ids)
     ids = torch.cat([prompt.ids.expand(rows, -1), replies], dim=1)
     types = torch.cat([prompt.token_types.expand(rows, -1), 0 * replies], dim=1)
