@@ -145,6 +145,13 @@ def _parse_released(text: str) -> ParsedBox:
     return ParsedBox((x1, y1, x2, y2), box_status((x1, y1, x2, y2)))
 
 
+def compute_intersection(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the area that two boxes (x1, y1, x2, y2) have in common."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0, width) * max(0, height)
+
+
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the plain intersection over union of two boxes in one unit.
 
@@ -153,11 +160,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     """
     if not (a[0] < a[2] and a[1] < a[3] and b[0] < b[2] and b[1] < b[3]):
         return 0.0
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    inter = width * height
+    inter = compute_intersection(a, b)
     area_a = (a[2] - a[0]) * (a[3] - a[1])
     area_b = (b[2] - b[0]) * (b[3] - b[1])
     # tiny float boxes can underflow to an area of zero

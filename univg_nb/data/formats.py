@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -89,10 +90,10 @@ class RowContext:
 
     def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Drop a leading "./" of each path and join relative ones to image_root."""
-        prefix = self._prefix
+        root = self._prefix
         return tuple(
             [
-                p if p[:1] == "/" else prefix + p.removeprefix("./").lstrip("/")
+                p if p[:1] == "/" else root + p.removeprefix("./").lstrip("/")
                 for p in paths
             ]
         )
@@ -283,12 +284,11 @@ def _write_stage2(sample: GroundingSample, context: RowContext) -> Row:
     }
 
 
-def _read_mig(row: Row, context: RowContext) -> Samples:
+def _read_mig(row: Row, context: RowContext, scale: int | None = None) -> Samples:
     """Read 0-1 floats (original) or 0-1000 (revised), one unit per file."""
     numbers = context.numbers(context.get(row, "answer", list))
     unit = max(numbers) <= _UNIT_LIMIT
-    if context.scale is None:
-        context.scale = 1 if unit else GRID
+    context.scale = scale or context.scale or (1 if unit else GRID)
     whole = numbers == [*map(int, numbers)]
     if not unit if context.scale == 1 else unit and not whole:
         problem = f"answer {numbers} is not in the file's unit; use 0-{context.scale}"
@@ -298,11 +298,6 @@ def _read_mig(row: Row, context: RowContext) -> Samples:
     context.get(row, "task", str)
     question = _strip_markers(context.get(row, "question", str))
     yield build_sample(row, context, context.images(row), question, box)
-
-
-def _read_mig_revised(row: Row, context: RowContext) -> Samples:
-    context.scale = GRID
-    return _read_mig(row, context)
 
 
 def _write_mig_revised(sample: GroundingSample, context: RowContext) -> Row:
@@ -449,5 +444,7 @@ FORMATS = {
     "stage2_rl": Format(_read_stage2, _write_stage2, True),
     "mgrounding": Format(_read_mgrounding, _write_mgrounding, True),
     "mig_bench": Format(_read_mig, _write_mig, False),
-    "mig_bench_revised": Format(_read_mig_revised, _write_mig_revised, False),
+    "mig_bench_revised": Format(
+        partial(_read_mig, scale=GRID), _write_mig_revised, False
+    ),
 }

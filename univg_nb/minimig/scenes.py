@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from univg_nb.data.boxes import Box, iou
+from univg_nb.data.boxes import Box, compute_intersection, iou
 from univg_nb.minimig.pictograms import (
     UnitBox,
     compute_extent,
@@ -171,13 +171,6 @@ def place_thing(
         if overlap <= max_iou:
             break
     return best
-
-
-def compute_intersection(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the area that two boxes (x1, y1, x2, y2) have in common."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0, width) * max(0, height)
 
 
 @lru_cache(maxsize=32)

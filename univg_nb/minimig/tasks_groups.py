@@ -9,19 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from univg_nb.data.boxes import format_box, iou
+from univg_nb.data.boxes import compute_intersection, format_box, iou
 from univg_nb.minimig import phrases
 from univg_nb.minimig.compose import Draft, Sampler
 from univg_nb.minimig.pictograms import COLORS, KINDS, UnitBox
-from univg_nb.minimig.scenes import (
-    CANVAS,
-    Label,
-    Scene,
-    Thing,
-    compute_intersection,
-    place_thing,
-    render,
-)
+from univg_nb.minimig.scenes import CANVAS, Label, Scene, Thing, place_thing, render
 
 FRAMES = 6
 
