@@ -170,9 +170,9 @@ def test_the_hub_is_fetched_from_checked_and_not_asked_twice(tmp_path):
         assert second.returncode == 0, second.stderr
         assert "GD-ML/UniVG-R1-data (released JSON files)" in second.stdout
         assert "still to be done by hand" in second.stdout
-        for source in download.DATA:
+        for source in download.LISTED["datasets"]:
             for name, body in FILES.items():
-                assert (to / source.folder / name).read_bytes() == body
+                assert (to / source["folder"] / name).read_bytes() == body
         assert (to / "images" / "coco_train2014.zip").read_bytes() == CONTENT
         kept = list((tmp_path / "hub").rglob("snapshots/*/parts/images.zip"))
         assert [path.read_bytes() for path in kept] == [CONTENT]  # the weights

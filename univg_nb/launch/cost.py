@@ -12,6 +12,7 @@ from typing import Any
 
 from univg_nb import models
 from univg_nb.config import suggestion
+from univg_nb.io import read_asset
 from univg_nb.launch import memory
 from univg_nb.launch.memory import PHASES, Layout, Stage
 
@@ -28,17 +29,7 @@ class Gpu:
     bandwidth: float
 
 
-GPUS = {
-    "H200-141G": Gpu(141, 989e12, 4.8e12),
-    "H100-80G": Gpu(80, 989e12, 3.35e12),
-    "H20-96G": Gpu(96, 148e12, 4.0e12),
-    "A100-80G": Gpu(80, 312e12, 2.04e12),
-    "A100-40G": Gpu(40, 312e12, 1.56e12),
-    "L40S-48G": Gpu(48, 362e12, 0.86e12),
-    "L4-24G": Gpu(24, 121e12, 0.3e12),
-    "RTX4090-24G": Gpu(24, 165e12, 1.01e12),
-    "RTX5090-32G": Gpu(32, 209e12, 1.79e12),
-}
+GPUS = {name: Gpu(*sheet) for name, sheet in read_asset("gpus.yaml").items()}
 CPU = Gpu(16, 5e10, 2e10)  # two laptop cores: an assumption
 
 

@@ -8,8 +8,7 @@ program cannot fetch is listed with the reason.
 import argparse
 import shutil
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +16,39 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.file_download import http_get
 
 from univg_nb.config import add_scale_arguments, load_config
-from univg_nb.io import write_text
+from univg_nb.io import read_asset, write_text
+
+LISTED = read_asset("downloads.yaml")
+COCO = LISTED["coco"]
+IGNORED = list(LISTED["ignored"])
 
 
-@dataclass(frozen=True)
-class Source:
-    """A repository of the hub.
+def list_sources(model: str, to: Path) -> list[dict[str, Any]]:
+    """Return the repositories to fetch, as arguments of huggingface_hub.
 
-    Attributes:
-        repo: its name.
-        kind: "dataset" or "model".
-        folder: where it goes, below --to; "" for the hub's own cache, where
-            `from_pretrained` looks for weights.
-        what: what it holds, in words.
+    The weights of `model` go to the hub's own cache, where `from_pretrained` looks.
     """
-
-    repo: str
-    kind: str
-    folder: str
-    what: str
-
-    def options(self, to: Path) -> dict[str, Any]:
-        """Return how huggingface_hub is told of the repository and of its place."""
-        place = {"local_dir": to / self.folder} if self.folder else {}
-        return {"repo_id": self.repo, "repo_type": self.kind, **place}
-
-
-DATA = (
-    Source("GD-ML/UniVG-R1-data", "dataset", ".", "released JSON files"),
-    Source("Michael4933/MGrounding-630k", "dataset", "images", "training images"),
-    Source("Michael4933/MIG-Bench", "dataset", "images", "MIG-Bench images"),
-    Source("SuleBai/UniVG-R1-zeroshot", "dataset", "zero_shot_images", "zero-shot"),
-)
-# Several repositories share a folder: these would overwrite each other.
-IGNORED = ["README.md", ".gitattributes"]
-COCO = "http://images.cocodataset.org/zips/train2014.zip"
-BY_HAND = """
-still to be done by hand:
-  - unpack what came as archives; paths in the JSON files count from data.image_root
-    (the authors do not document their layout: run the audit with --image-root)
-  - ReasonSeg (LISA), LLMSeg-40k, ReVOS and ReasonVOS from their own projects, if
-    zero_shot_images does not have them: video and image licences, some behind forms
-  - RefCOCO/+/g annotations (refer): the authors' evaluation files are not released"""
+    datasets = [
+        {
+            "repo_id": one["repo"],
+            "repo_type": "dataset",
+            "local_dir": to / one["folder"],
+        }
+        for one in LISTED["datasets"]
+    ]
+    return [*datasets, {"repo_id": model, "repo_type": "model"}]
 
 
-def fetch(source: Source, to: Path, commit: str) -> None:
+def fetch(source: Mapping[str, Any], to: Path, commit: str) -> None:
     """Fetch a repository and check it, unless that was done for this commit.
 
     Raises OSError if a file arrived broken; it is removed, so that it is fetched again.
     """
-    mark = to / ".verified" / source.repo.replace("/", "--")
+    mark = to / ".verified" / source["repo_id"].replace("/", "--")
     if mark.is_file() and mark.read_text() == commit:
         return
-    options = source.options(to)
-    snapshot_download(**options, ignore_patterns=IGNORED)
-    checked = HfApi().verify_repo_checksums(**options)
+    snapshot_download(**source, ignore_patterns=IGNORED)
+    checked = HfApi().verify_repo_checksums(**source)
     broken = [checked.verified_path / bad["path"] for bad in checked.mismatches]
     for path in broken:
         path.resolve().unlink()  # the content, if this is a link into the hub's cache
@@ -118,18 +95,16 @@ def download(model: str, to: Path, confirmed: bool, only_list: bool) -> int:
     Raises:
         OSError: if there is too little room or a file could not be fetched.
     """
-    sources = (*DATA, Source(model, "model", "", "weights"))
     coco = url_size(COCO)
+    what = [one["what"] for one in LISTED["datasets"]]
     print(f"{'source':<56}{'files':>7}{'GB':>10}")
-    commits, needed = {}, coco
-    for source in sources:
-        found = snapshot_download(
-            **source.options(to), ignore_patterns=IGNORED, dry_run=True
-        )
+    planned, needed = [], coco
+    for source, kind in zip(list_sources(model, to), [*what, "weights"], strict=True):
+        found = snapshot_download(**source, ignore_patterns=IGNORED, dry_run=True)
         size = sum(file.file_size or 0 for file in found)
-        name = f"{source.repo} ({source.what})"
+        name = f"{source['repo_id']} ({kind})"
         print(f"{name:<56}{len(found):>7}{size / 1e9:>10.2f}")
-        commits[source] = found[0].commit_hash
+        planned.append((source, found[0].commit_hash))
         needed += sum(file.file_size or 0 for file in found if file.will_download)
     print(f"{f'{COCO} (stage 2)':<56}{1:>7}{coco / 1e9:>10.2f}")
     place = to.absolute() if to.exists() else Path.cwd()
@@ -141,10 +116,10 @@ def download(model: str, to: Path, confirmed: bool, only_list: bool) -> int:
         raise OSError("not enough room; free some, or choose another disk (DATA=)")
     if not confirmed and input("fetch all this? [y/N] ").strip().lower() != "y":
         return 1
-    for source, commit in commits.items():
+    for source, commit in planned:
         fetch(source, to, commit)
     fetch_url(COCO, to / "images" / "coco_train2014.zip", coco)
-    print(BY_HAND)
+    print(f"\n{LISTED['by_hand']}", end="")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Sweeps: which jobs a command line means, and a queue that runs them over GPUs.
 
 A job is a child process `python -m univg_nb run` with one value for each parameter, its
-own run folder and log. RUN_DIR/queue.json holds their states: waiting, running, done,
-failed, interrupted. The next call of the same command runs what is not done.
+own run folder, a log, and its state in job.json: running, done, failed or interrupted.
+The next call of the same command runs what is not done.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,132 +43,111 @@ def split_values(text: str, default: Any) -> list[str]:
     return parts
 
 
-def combinations(
+def list_jobs(
     given: Mapping[str, str], defaults: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """Return one name -> text for every combination of the listed values.
+) -> dict[str, dict[str, str]]:
+    """Return a job, name -> text, for every combination of the listed values.
 
     Args:
         given: parameter -> text as typed.
         defaults: the notebooks' own values, which decide what a text can mean.
+
+    Returns:
+        The jobs by the values that differ, as WEIGHT=exp_SEED=0.
+
+    Raises:
+        ValueError: for an empty value, or one that is listed twice.
     """
     lists = {n: split_values(text, defaults.get(n)) for n, text in given.items()}
-    picked = itertools.product(*lists.values())
-    return [dict(zip(lists, values, strict=True)) for values in picked]
-
-
-def name_jobs(wanted: Sequence[dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Return the jobs by folder name: the values that differ, as WEIGHT=exp_SEED=0.
-
-    Raises ValueError if a value is listed twice.
-    """
-    swept = [name for name in wanted[0] if len({one[name] for one in wanted}) > 1]
-    jobs = {}
-    for one in wanted:
-        text = "_".join(f"{name}={one[name]}" for name in swept)
-        jobs[re.sub(r"[^\w.=+-]", "-", text)] = one
-    if len(jobs) < len(wanted):
+    if any(len(set(values)) < len(values) for values in lists.values()):
         raise ValueError("-p: a value is listed twice")
+    jobs = {}
+    for picked in itertools.product(*lists.values()):
+        job = dict(zip(lists, picked, strict=True))
+        name = "_".join(f"{n}={v}" for n, v in job.items() if len(lists[n]) > 1)
+        jobs[re.sub(r"[^\w.=+-]", "-", name)] = job
     return jobs
 
 
-class Queue:
-    """The jobs of one run folder.
+def run_jobs(
+    run_dir: Path,
+    jobs: Mapping[str, Mapping[str, str]],
+    command: list[str],
+    slots: Sequence[str | None],
+    fresh: bool,
+) -> int:
+    """Run the jobs that are not done, each in its own folder of run_dir.
 
     Args:
-        run_dir: the run folder; each job gets a folder in it.
-        jobs: name -> parameters.
+        run_dir: the run folder; a job starts with the stages that are finished in it.
+        jobs: from `list_jobs`.
         command: what all jobs run.
         slots: for each job that may run at once, its CUDA_VISIBLE_DEVICES or None.
+        fresh: run the done ones again.
+
+    Returns:
+        0 if all are done, 1 if one failed, 128 + n after signal n.
     """
+    free, signals = list(slots), list[int]()
+    running: list[subprocess.Popen] = []
 
-    def __init__(
-        self,
-        run_dir: Path,
-        jobs: Mapping[str, dict[str, str]],
-        command: list[str],
-        slots: Sequence[str | None],
-    ) -> None:
-        self.run_dir = run_dir
-        self.file = run_dir / "queue.json"
-        self.command = command
-        self.slots = list(slots)
-        self.jobs: dict[str, dict[str, Any]]
-        self.jobs = {name: {"parameters": given} for name, given in jobs.items()}
-        self.running: list[subprocess.Popen] = []
-        self.stopped = 0  # the signal that ended the queue
-        self.lock = threading.Lock()
+    def stop(number: int, _: Any = None) -> None:
+        signals.append(number)
+        for process in running:
+            process.terminate()
 
-    def run(self, fresh: bool = False) -> int:
-        """Run what is not done; 0 all done, 1 one failed, 128 + n ended by signal n."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        handlers = {number: signal.signal(number, self._stop) for number in numbers}
-        busy = f"{self.run_dir}: another call works on this queue; wait for it to end"
-        with locked(self.run_dir / ".queue.lock", busy):
-            old = read_json(self.file) if self.file.is_file() and not fresh else {}
-            known = old.get("jobs", {}) if old.get("command") == self.command else {}
-            for name, job in self.jobs.items():
-                done = known.get(name, {}).get("state") == "done"
-                job |= known[name] if done else {"state": "waiting"}
-            todo = [name for name, job in self.jobs.items() if job["state"] != "done"]
-            with ThreadPoolExecutor(len(self.slots)) as pool:
-                list(pool.map(self._work, todo))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if self.stopped:
-            return 128 + self.stopped
-        return int(any(job["state"] != "done" for job in self.jobs.values()))
-
-    def _set(self, name: str, state: str, **facts: Any) -> None:
-        """Change a job's state, on disk and on the screen."""
-        with self.lock:
-            self.jobs[name] |= {"state": state, **facts}
-            write_json(self.file, {"command": self.command, "jobs": self.jobs})
-            done = sum(job["state"] == "done" for job in self.jobs.values())
-            print(f"{done}/{len(self.jobs)} {name:<32} {state}", flush=True)
-
-    def _work(self, name: str) -> None:
-        """Run one job to its end, on what is finished in the run folder itself."""
-        if self.stopped:
-            return
-        folder, gpus, began = self.run_dir / name, self.slots.pop(), time.monotonic()
-        share_stages(self.run_dir, folder)
-        given = self.jobs[name]["parameters"].items()
-        options = [part for key, value in given for part in ("-p", key, value)]
-        visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-        log = folder / "run.log"
+    def work(name: str) -> bool:
+        folder, note = run_dir / name, run_dir / name / "job.json"
+        options = [part for pair in jobs[name].items() for part in ("-p", *pair)]
+        arguments = [*command, "--run-dir", str(folder), *options]
+        old = read_json(note) if note.is_file() and not fresh else {}
+        if old.get("command") == arguments and old["state"] == "done":
+            return True
+        if signals:
+            return False
+        share_stages(run_dir, folder)
+        gpus, log = free.pop(), folder / "run.log"
+        facts: dict[str, Any] = {"command": arguments, "gpus": gpus, "log": str(log)}
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [*self.command, "--run-dir", str(folder), *options],
-                env={**os.environ, **visible},
+                arguments,
+                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches it through us, once
             )
-        self.running.append(process)
-        self._set(name, "running", gpus=gpus, log=str(log))
-        if self.stopped:  # the signal came while the job was started
+        running.append(process)
+        if signals:  # it came while the job was started
             process.terminate()
+        began = time.monotonic()
+        write_json(note, facts | {"state": "running"})
         code = process.wait()
-        self.slots.append(gpus)
-        state = "done" if code == 0 else "interrupted" if self.stopped else "failed"
+        free.append(gpus)
+        state = "done" if code == 0 else "interrupted" if signals else "failed"
         seconds = round(time.monotonic() - began, 1)
-        self._set(name, state, exit_code=code, seconds=seconds)
+        write_json(
+            note, facts | {"state": state, "exit_code": code, "seconds": seconds}
+        )
+        print(f"{name:<32} {state:<11} {seconds:8.1f} s", flush=True)
         if state == "failed":
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-15:]), f"\nlog: {log}", file=sys.stderr)
+        return code == 0
 
-    def _stop(self, number: int, _: Any = None) -> None:
-        """Signal handler: start no more jobs, and tell the running ones to end."""
-        self.stopped = number
-        for process in self.running:
-            process.terminate()
+    busy = f"{run_dir}: another call works on this queue; wait for it to end"
+    with locked(run_dir / ".queue.lock", busy), ThreadPoolExecutor(len(free)) as pool:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.signal(number, stop) for number in numbers}
+        done = list(pool.map(work, jobs))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 128 + signals[0] if signals else int(not all(done))
 
 
 def share_stages(source: Path, target: Path) -> None:
     """Give a job the stages finished in `source`, as hard links.
 
-    A stage whose configuration differs in the job runs again there.
+    So weights are not copied. A stage of another configuration runs again in the job.
     """
     target.mkdir(parents=True, exist_ok=True)
     for marker in sorted(source.glob("*/stage.json")):

@@ -35,7 +35,7 @@ from univg_nb.launch.notebooks import (
     read_parameters,
     record,
 )
-from univg_nb.launch.queue import Queue, combinations, name_jobs
+from univg_nb.launch.queue import list_jobs, run_jobs
 from univg_nb.runs import record_stage, repo_root, resolve_run_dir
 
 COURSE = "[0-9][0-9]_*.ipynb"
@@ -144,46 +144,12 @@ def execute(
     return done
 
 
-def run(
-    names: list[str],
-    scale: str,
-    run_dir: str,
-    given: dict[str, str],
-    fresh: bool,
-    folder: Path,
-    slots: Sequence[str | None],
-) -> int:
-    """Check everything, then execute the notebooks in order.
+def run(paths: Sequence[Path], run_dir: Path, values: Sequence[dict[str, Any]]) -> int:
+    """Execute notebooks in order with their parameters; stop at the first failure.
 
-    Args:
-        names: notebooks to execute, as for `find_notebooks`.
-        scale: name of a shipped scale or a .yaml file.
-        run_dir: the run folder.
-        given: parameter -> text; several values make a sweep, a job for each
-            combination, as many at once as there are slots (see `launch.queue`).
-        fresh: reuse no finished stage.
-        folder: where the notebooks are.
-        slots: for each job that may run at once, its CUDA_VISIBLE_DEVICES or None.
-
-    Returns:
-        0, or 1 if a notebook failed; the rest is not executed then.
-
-    Raises:
-        ValueError: before any kernel starts, for what the user got wrong.
-        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM.
+    Returns 0, or 1 after a failure. Raises KeyboardInterrupt or SystemExit after SIGINT
+    or SIGTERM.
     """
-    target = resolve_run_dir(run_dir, scale)
-    paths = find_notebooks(names, folder)
-    own = {p.stem: read_parameters(read_notebook(p), p.name) for p in paths}
-    known = {name: value for values in own.values() for name, value in values.items()}
-    wanted = combinations(given, known)
-    for one in wanted:
-        typed = check_parameters(one, own)
-    if len(wanted) > 1:
-        module = [sys.executable, "-m", "univg_nb", "run"]
-        command = [*module, *names, "--scale", scale, *["--fresh"] * fresh]
-        return Queue(target, name_jobs(wanted), command, slots).run(fresh)
-    common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": fresh}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     kernels = Path(sys.prefix) / "share" / "jupyter"  # this venv's kernel comes first
@@ -195,11 +161,9 @@ def run(
     handlers = {number: signal.signal(number, Kernel.pass_on) for number in numbers}
     try:
         for number, path in enumerate(paths, start=1):
-            mine = {k: v for k, v in common.items() if k in own[path.stem]}
-            values, position = mine | typed[path.stem], f"{number}/{len(paths)}"
-            done = not Kernel.signals and execute(path, target, values, position)
-            if not done:
-                break
+            position = f"{number}/{len(paths)}"
+            done = done and not Kernel.signals
+            done = done and execute(path, run_dir, values[number - 1], position)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -208,7 +172,7 @@ def run(
     if Kernel.signals:
         raise SystemExit(128 + signal.SIGTERM)
     if done:
-        report(target, time.perf_counter() - began)
+        report(run_dir, time.perf_counter() - began)
     return int(not done)
 
 
@@ -264,13 +228,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = record(path, copies / path.name)
             print(f"{path.stem:<24} {size / 1000:7.0f} KB")
         return 0
-    scale = options.scale
-    scale_path(scale)
-    run_dir = options.run_dir or f"runs/{Path(scale).stem}"
+    scale, given = options.scale, dict(options.given)
+    scale_path(scale)  # before anything is written
+    target = resolve_run_dir(options.run_dir, scale)
+    paths = find_notebooks(options.names, folder)
+    own = {p.stem: read_parameters(read_notebook(p), p.name) for p in paths}
+    known = {name: value for values in own.values() for name, value in values.items()}
+    jobs = list_jobs(given, known)
+    for job in jobs.values():
+        typed = check_parameters(job, own)
     if options.set:  # every notebook reads the same changed scale
-        path = resolve_run_dir(run_dir) / "scale.yaml"
-        write_text(path, dump(load_config(options)))
-        scale = str(path)
-    slots = options.gpus or [None] * max(1, options.jobs)
-    given = dict(options.given)
-    return run(options.names, scale, run_dir, given, options.fresh, folder, slots)
+        scale = str(target / "scale.yaml")
+        write_text(scale, dump(load_config(options)))
+    if len(jobs) > 1:
+        command = [sys.executable, "-m", "univg_nb", "run", *options.names]
+        command += ["--scale", scale, *["--fresh"] * options.fresh]
+        slots = options.gpus or [None] * max(1, options.jobs)
+        return run_jobs(target, jobs, command, slots, options.fresh)
+    common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": options.fresh}
+    values = [
+        {k: v for k, v in common.items() if k in own[path.stem]} | typed[path.stem]
+        for path in paths
+    ]
+    return run(paths, target, values)
