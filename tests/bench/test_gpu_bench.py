@@ -63,10 +63,11 @@ def test_the_script_goes_on_after_a_failed_step(tmp_path):
     environment = os.environ | {
         "PYTHON": sys.executable,
         "DRY": "1",
-        "STEPS": "nothing:20 environment:60",
+        "STEPS": "update:1 environment:60",
         "OMP_NUM_THREADS": "1",
     }
     command = ["bash", str(GPU / "run.sh"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
+    assert "update: timed out" in done.stdout
     assert "matmul bfloat16" in done.stdout and "environment: ok" in done.stdout
