@@ -59,7 +59,7 @@ def test_streaming_mgrounding(tmp_path, suffix):
     pool = [(json.dumps(row)[1:], n) for row, n in (dialogue(rng) for _ in range(5000))]
     path, lines = tmp_path / f"m.{suffix}", suffix == "jsonl"
     made = row = 0
-    with open(path, "w") as out:
+    with path.open("w") as out:
         out.write("" if lines else "[\n")
         while made < ITEMS:
             text, turns = pool[row % len(pool)]
