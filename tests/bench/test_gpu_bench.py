@@ -24,6 +24,7 @@ def scripts():
     sys.path[:] = before
 
 
+@pytest.mark.slow
 def test_all_steps_run_on_a_cpu(scripts, folder, capfd):
     steps, table = scripts["steps"], scripts["table"]
     work, out = folder / "work", folder / "out"
@@ -59,6 +60,7 @@ def test_all_steps_run_on_a_cpu(scripts, folder, capfd):
     assert {entry["way"] for entry in updates["entries"]} == {"stock", "shared"}
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_after_a_failed_step(tmp_path):
     environment = os.environ | {
         "PYTHON": sys.executable,
