@@ -21,7 +21,7 @@ from torch.nn import Module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
-from univg_nb.segment_attention import SEGMENTS, Segments
+from univg_nb.segment_attention import FLEX, SEGMENTS, Segments
 from univg_nb.shared_prefix import Prompt, additive, attention_of, prompt_positions
 from univg_nb.vision_cache import VisionCache, vision_inputs
 
@@ -55,13 +55,13 @@ def attention_mask(
 ) -> Tensor | BlockMask | dict[str, Segments]:
     """The mask in the form that the model's attention takes.
 
-    FlexAttention (GPU) and SEGMENTS (CPU) skip what nobody sees and never make a mask
+    FLEX (GPU) and SEGMENTS (CPU) skip what nobody sees and never make a mask
     of length x length; sdpa and eager get one that is added to the scores.
     """
     if attention_of(backbone) == SEGMENTS:  # a dict reaches the layers as it is
         kinds = backbone.config.get_text_config().layer_types
         return dict.fromkeys(kinds, Segments.of(segments))
-    if attention_of(backbone) != "flex_attention":
+    if attention_of(backbone) != FLEX:
         return additive(block_mask(segments), backbone)
     rows, length = segments.shape
     rule, device = segment_rule(segments), segments.device

@@ -143,9 +143,8 @@ def train_vision(plan: Plan, out: Path, visual: nn.Module) -> None:
     """Stage one: the merged tokens learn to tell what stands where."""
     width = visual.config.hidden_size
     heads = CellHeads(width)
-    stage = Stage(
-        "vision", out, {"visual": visual, "heads": heads}, plan.vision_lr, plan
-    )
+    modules = {"visual": visual, "heads": heads}
+    stage = Stage("vision", out, modules, plan.vision_lr, plan.matrix_lr)
 
     def losses(items):
         pictures, targets, place = items

@@ -137,9 +137,15 @@ def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that shape a result."""
+    """Installed versions of Python and of the libraries that shape a result; "" for one
+    that is not installed (bitsandbytes, where nothing is quantized)."""
     found = {"python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
 
 
 def device() -> str:

@@ -1,12 +1,14 @@
-"""Attention over packed rows without a mask over the row, for the CPU.
+"""Attention over packed rows without a mask over the row.
 
 Under one mask for a whole row every reply is scored against all others, only for the
 mask to drop it: work that grows with the square of the replies. Here each piece of a
 row attends by itself, the prompt causally and each reply to the prompt and itself, by
 torch's own scaled_dot_product_attention. FlexAttention does the like on a GPU.
 
-Known to transformers as SEGMENTS: `language_model.set_attn_implementation(SEGMENTS)`.
-With any other mask than `Segments` it is sdpa.
+Known to transformers as SEGMENTS (for the CPU) and FLEX (for a GPU):
+`language_model.set_attn_implementation(SEGMENTS)`. With any other mask than `Segments`
+or `BlockMask` they are sdpa. FLEX is not transformers' own "flex_attention", which
+refuses Qwen2-VL and would take FlexAttention for whole rows too.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "univg_segments"
+FLEX = "univg_flex"
 
 
 @dataclass
@@ -99,5 +104,28 @@ def segment_attention(
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+def block_attention(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function, shapes as above: FlexAttention over a
+    `BlockMask`, sdpa over any other mask."""
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **others
+        )
+    output, _ = flex_attention_forward(
+        module, query, key, value, attention_mask, scaling, dropout=dropout
+    )
+    return output, None
+
+
+for _name, _attention in ((SEGMENTS, segment_attention), (FLEX, block_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

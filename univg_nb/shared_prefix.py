@@ -20,10 +20,10 @@ from torch.nn import Module
 from transformers import DynamicCache, LogitsProcessorList
 
 from univg_nb.noise import SeededNoise
-from univg_nb.segment_attention import SEGMENTS
+from univg_nb.segment_attention import FLEX, SEGMENTS
 from univg_nb.vision_cache import VisionCache, vision_inputs
 
-ATTENTION = ("sdpa", "eager", "flex_attention", SEGMENTS)  # that take our masks
+ATTENTION = ("sdpa", "eager", FLEX, SEGMENTS)  # that take our masks
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 

@@ -126,7 +126,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 self.accelerator.autocast(),
                 torch.no_grad(),
                 folded(model),
-                shared_check.rollout_attention(models.base_model(model).model),
             ):
                 base = models.base_model(model)
                 replies = shared_prefix.sample_replies(

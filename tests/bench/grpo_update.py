@@ -22,17 +22,14 @@ import psutil
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import (
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    TrainerCallback,
-)
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from univg_nb import config, models, runs
 from univg_nb.grpo_trainer import DifficultyGRPOTrainer
 from univg_nb.rewards import format_reward, iou_reward
 from univg_nb.sampling import VISION_TOKENS
+from univg_nb.shared_prefix import attention_of
 
 PARTS = ("generate", "reward", "reference", "policy", "optimiser")
 
@@ -41,7 +38,8 @@ PARTS = ("generate", "reward", "reference", "policy", "optimiser")
 class Case:
     """What is measured. side: pixels of a square image; prompts: questions an update;
     completion: tokens of every reply (the end token is never sampled); model: "tiny" or
-    a name in univg_nb/scales/models, which gets random weights."""
+    a name in univg_nb/scales/models, which gets random weights, and with `reduced` few
+    narrow layers, to try the same code on a CPU."""
 
     way: str  # "stock" or "shared"
     images: int
@@ -53,6 +51,33 @@ class Case:
     warm_up: int = 1
     model: str = "tiny"
     seed: int = 0
+    reduced: bool = False
+
+
+# A size at which a CPU computes what a GPU is to compute; the ratios are arbitrary.
+REDUCED = {
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": [2, 3, 3],
+        },
+    },
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "hidden_size": 64,
+        "mlp_ratio": 2,
+        "patch_size": 14,
+    },
+}
 
 
 class Clock:
@@ -163,21 +188,43 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def build_model(case: Case):
-    """(model with a LoRA adapter, processor); the vision tower is frozen."""
-    bounds = {"min_pixels": case.side**2, "max_pixels": case.side**2}
+def random_model(
+    name: str, side: int, reduced: bool = False, device: torch.device | None = None
+):
+    """(model, processor) in bfloat16 with the shape of `name` and random weights.
+
+    Tokenizer and special tokens are the tiny model's, whose ids lie within the larger
+    vocabulary; an image has side x side pixels.
+    """
+    bounds = {"min_pixels": side**2, "max_pixels": side**2}
     tiny = {"name_or_path": "tiny", "attn_implementation": "sdpa"} | bounds
     model, processor = models.load(tiny)
-    if case.model != "tiny":
-        path = config.SCALES / "models" / f"{case.model}.json"
-        shape = Qwen2VLConfig(**runs.read_json(path))
-        for name in ("image", "video", "vision_start", "vision_end"):
-            key = f"{name}_token_id"
-            setattr(shape, key, getattr(model.config, key))
-        with torch.device(models.device()):
-            large = Qwen2VLForConditionalGeneration(shape).to(torch.bfloat16)
-        large.generation_config = model.generation_config
-        model, processor.image_processor.patch_size = large, 14
+    shape = runs.read_json(config.SCALES / "models" / f"{name}.json")
+    if reduced:
+        shape = {
+            key: value | REDUCED[key] if key in REDUCED else value
+            for key, value in shape.items()
+        }
+    for kind in ("image", "video", "vision_start", "vision_end"):
+        key = f"{kind}_token_id"
+        shape[key] = getattr(model.config, key)
+    with torch.device(device or models.device()):
+        large = AutoModelForImageTextToText.from_config(
+            Qwen2VLConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    large.generation_config = model.generation_config
+    processor.image_processor.patch_size = 14
+    return large, processor
+
+
+def build_model(case: Case):
+    """(model with a LoRA adapter, processor); the vision tower is frozen."""
+    if case.model == "tiny":
+        bounds = {"min_pixels": case.side**2, "max_pixels": case.side**2}
+        tiny = {"name_or_path": "tiny", "attn_implementation": "sdpa"} | bounds
+        model, processor = models.load(tiny)
+    else:
+        model, processor = random_model(case.model, case.side, case.reduced)
     models.freeze_vision(model)
     return models.add_lora(model, {"r": 32, "lora_alpha": 64}), processor
 
@@ -220,6 +267,7 @@ def build_trainer(case: Case, out: str):
         beta=0.04,
         learning_rate=1e-5,
         bf16=case.model != "tiny",
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=case.model != "tiny",
         seed=case.seed,
         save_strategy="no",
@@ -240,6 +288,8 @@ def build_trainer(case: Case, out: str):
 
 def measure(case: Case) -> dict:
     """Medians over the updates after warm-up."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as out, models.renamed_options():
         trainer = build_trainer(case, out)
         watch = Watch(trainer, case.prompts * case.group * case.completion)
@@ -251,11 +301,14 @@ def measure(case: Case) -> dict:
     middle = {name: median(row[name] for row in rows) for name in rows[0]}
     counted = ("prompt", "prompt_tokens", "images")
     whole = {name: round(middle.pop(name)) for name in counted}
+    language = models.base_model(trainer.model).model
     return {
         **asdict(case),
         "device": runs.device(),
+        "attention": attention_of(language),
         "prompt": whole["prompt"],
         "seconds": {name: round(value, 4) for name, value in middle.items()},
+        "updates_seconds": [round(row["update"], 3) for row in watch.rows],
         "prompt_tokens": whole["prompt_tokens"],
         "images_encoded": whole["images"],
         "base_mb": round(watch.base),
