@@ -8,7 +8,7 @@ from univg_nb.boxes import format_box
 from univg_nb.minimig.albums import album
 from univg_nb.minimig.lessons import lesson
 from univg_nb.minimig.scenes import render
-from univg_nb.pretrain import UNUSED_LENGTH, shrink_unused
+from univg_nb.pretrain import UNUSED_LENGTH, shrink_unused, train_vision
 from univg_nb.pretrain_data import Albums, Lessons, Plan
 from univg_nb.pretrain_dialogue import IMAGE_TOKENS, dialogue
 from univg_nb.pretrain_guide import NUMBER, AttentionGuide
@@ -142,3 +142,11 @@ def test_albums_come_as_batches(tokenizer):
     looks = batch["looks"]
     assert looks.thing.any(1).all() and (looks.phrase == NUMBER).any()
     assert torch.equal(data[4]["input_ids"], batch["input_ids"])
+
+
+def test_the_first_stage_trains_the_tower(tokenizer, tmp_path):
+    visual = build_model(tokenizer, 0).model.visual
+    before = visual.merger.mlp[0].weight.detach().clone()
+    train_vision(Plan(vision_steps=2, vision_batch=2), tmp_path, visual)
+    assert not torch.equal(before, visual.merger.mlp[0].weight)
+    assert (tmp_path / "vision.pt").is_file()

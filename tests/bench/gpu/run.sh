@@ -6,7 +6,7 @@
 # Installs the wheels of DIR (made by wheels.sh) beside what PYTHON has, runs each step
 # in a process of its own with its own time limit, goes on after a failed one, and
 # writes into OUT after every step: gpu_*.json, logs.txt.gz, table.txt.
-# Environment: PYTHON (python3), BUDGET (500 seconds for everything), DRY=1 (tiny shapes,
+# Environment: PYTHON (python3), BUDGET (480 seconds for everything), DRY=1 (tiny shapes,
 # as on a CPU), STEPS (names, in order), COMMIT (for the record).
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -16,10 +16,10 @@ shift
 wheels=""
 if [ "${1:-}" = "--wheels" ]; then wheels="${2:?--wheels DIR}"; fi
 python="${PYTHON:-python3}"
-budget="${BUDGET:-500}"
+budget="${BUDGET:-480}"
 dry="${DRY:-}"
 # name:seconds that the step may take; steps joined by + run at the same time
-steps="${STEPS:-environment:50 tests:130+tiny:130+base:60 passes:120 update:130 \
+steps="${STEPS:-environment:90 tests:130+tiny:130+base:60 passes:120 update:130 \
 sft:80 update_more:150+memory:90}"
 began=$SECONDS
 
@@ -28,9 +28,11 @@ work="$(mktemp -d)"
 mkdir -p "$work/logs" "$work/steps"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export TORCH_LOGS="${TORCH_LOGS:-recompiles}"
-export PYTHONDONTWRITEBYTECODE=1 TRANSFORMERS_VERBOSITY=error
+export TRANSFORMERS_VERBOSITY=error
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=8
+
+{ nvidia-smi; uname -a; nproc; free -g; } >"$work/logs/machine.log" 2>&1
 
 if [ -n "$wheels" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \

@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,7 @@ SMALL, LARGE = "Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct"
 # Six pictures of 22 x 22 tokens make a prompt of about 3,000.
 REAL = {"images": 6, "side": 616, "completion": 256, "group": 8}
 DRY = {"images": 2, "side": 56, "completion": 6, "group": 4}
+TESTS_LIMIT = 115  # seconds
 PACKAGES = (
     "torch", "torchvision", "triton", "transformers", "trl", "peft", "accelerate",
     "bitsandbytes", "datasets", "tokenizers", "huggingface-hub", "flash-attn",
@@ -229,10 +231,15 @@ def tests(record: Record) -> None:
     chosen = [str(ROOT / "tests" / "test_gpu.py"), "-m", "gpu and not bench"]
     command = [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"]
     command += ["--junitxml", str(report), "-o", "junit_family=xunit1", "--tb=short"]
-    command += ["--durations", "8"]
+    command += ["--durations", "8", "-vv"]
     if record.dry:
         command += ["--collect-only"]
-    done = subprocess.run(command, cwd=ROOT)
+    running = subprocess.Popen(command, cwd=ROOT)
+    try:
+        code = running.wait(TESTS_LIMIT)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGINT)  # it then reports what it has done
+        code = running.wait()
     found = {"passed": 0, "failed": 0, "skipped": 0}
     rows = []
     for case in ElementTree.parse(report).iter("testcase") if report.is_file() else ():
@@ -248,7 +255,7 @@ def tests(record: Record) -> None:
             row["message"] = (bad.get("message") or "")[:1500]
         rows.append(row)
     show = ("exit_code", "passed", "failed", "skipped")
-    record.add("pytest -m gpu", show, exit_code=done.returncode, **found, tests=rows)
+    record.add("pytest -m gpu", show, exit_code=code, **found, tests=rows)
     if found["failed"]:
         names = ", ".join(r["test"] for r in rows if r["outcome"] == "failed")
         record.add("failed tests", error=names)
