@@ -114,13 +114,13 @@ def draw(rows: list[dict], path: Path) -> None:
         chosen = [r for r in rows if all(r[k] == v for k, v in fixed.items())]
         for line, part in enumerate(("policy", "update")):
             ax = axes[line, column]
-            for way, colour in (("stock", "0.5"), ("shared", "tab:blue")):
+            for way, color in (("stock", "0.5"), ("shared", "tab:blue")):
                 some = sorted(
                     (r for r in chosen if r["way"] == way), key=lambda r: r[along]
                 )
                 x = [r[along] for r in some]
                 y = [r["seconds"][part] for r in some]
-                ax.plot(x, y, "o-", color=colour, label=way)
+                ax.plot(x, y, "o-", color=color, label=way)
                 if way == "stock" and part == "policy":
                     least = [v / flop_bound(r) for v, r in zip(y, some, strict=True)]
                     ax.plot(x, least, "k--", label="stock / FLOP bound")
@@ -139,8 +139,10 @@ def draw(rows: list[dict], path: Path) -> None:
 def test_update_on_the_cpu(tmp_path):
     began, rows = time.perf_counter(), []
     for case in CASES:
-        for way in ("stock", "shared"):
-            rows.append(run_case({**TINY, **case, "way": way}, tmp_path, False))
+        rows += [
+            run_case({**TINY, **case, "way": way}, tmp_path, False)
+            for way in ("stock", "shared")
+        ]
     OUT.parent.mkdir(exist_ok=True)
     report = {
         "device": rows[0]["device"],
