@@ -46,15 +46,16 @@ def block_mask(segments: Tensor) -> Tensor:
     Returns:
         bool (B, S, S), query by key.
     """
-    length = segments.size(1)
-    key, query = segments[:, None, :], segments[:, :, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
-    # A padding query sees the padding before it and itself: no row is all masked.
-    return causal & ((key == query) | (key == 0))
+    row = torch.arange(len(segments), device=segments.device)[:, None, None]
+    place = torch.arange(segments.size(1), device=segments.device)
+    return make_mask_rule(segments)(row, row, place[:, None], place)
 
 
 def make_mask_rule(segments: Tensor) -> Callable[..., Tensor]:
-    """Return `block_mask` in FlexAttention's form, a function of indices."""
+    """Return `block_mask` in FlexAttention's form, a function of indices.
+
+    A padding query sees the padding before it and itself: no row is all masked.
+    """
 
     def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         ours, theirs = segments[row, query], segments[row, key]
