@@ -55,8 +55,8 @@ def test_rescaled_groups():
     assert rescale_factor(rewards).tolist() == [1.0] * 4
     mad = rescale_factor(rewards, "mad")  # std / mean absolute deviation
     assert mad[[0, 2]].tolist() == pytest.approx([1 / 0.75, 1.1547 / 1], rel=1e-3)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    advantages = centred / (rewards.std(1, keepdim=True) + 1e-4) * mad[:, None]
+    centered = rewards - rewards.mean(1, keepdim=True)
+    advantages = centered / (rewards.std(1, keepdim=True) + 1e-4) * mad[:, None]
     assert advantages.abs().sum(1).tolist() == pytest.approx([4, 0, 4, 0], abs=1e-2)
     assert rescale_factor(rewards, "drop_silent").tolist() == [2.0, 0.0, 2.0, 0.0]
     assert rescale_factor(rewards[[1, 3]], "drop_silent").tolist() == [0.0, 0.0]

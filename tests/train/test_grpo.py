@@ -242,7 +242,7 @@ class Interrupt(TrainerCallback):
     ],
 )
 def test_resume_is_exact(folder, tmp_path, options):
-    """Sampler, generators, replies to be used again, optimiser, metrics."""
+    """Sampler, generators, replies to be used again, optimizer, metrics."""
     config = make_config(folder, max_steps=6, **options)
     job = {"sft_adapter": folder / "sft"}
     rows = make_samples(folder)
@@ -418,14 +418,14 @@ def test_comparison_forms_are_one_option_each(folder, tmp_path):
             next(iter(trainer.get_train_dataloader()))
         )
         advantages[name] = made["advantages"].view(2, G)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    std = centred[0] / (1.0 + 1e-4)
+    centered = rewards - rewards.mean(1, keepdim=True)
+    std = centered[0] / (1.0 + 1e-4)
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(advantages["std"][0], std, **close)
-    torch.testing.assert_close(advantages["std_free"][0], centred[0], **close)
+    torch.testing.assert_close(advantages["std_free"][0], centered[0], **close)
     # TRL's 1e-4 stands beside a rescaled deviation here
     mad = {"rtol": 5e-4, "atol": 1e-5}
-    torch.testing.assert_close(advantages["mad"][0], centred[0] / 0.75, **mad)
+    torch.testing.assert_close(advantages["mad"][0], centered[0] / 0.75, **mad)
     torch.testing.assert_close(advantages["drop"][0], 2 * std, **close)
     assert all(not made[1].any() for made in advantages.values())
 

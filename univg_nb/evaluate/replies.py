@@ -56,8 +56,7 @@ def encode(
 
     Returns:
         input_ids, attention_mask, mm_token_type_ids (B, T), padded on the left;
-        pixel_values (patches, values) of all images in order; image_grid_thw (images,
-        3).
+        pixel_values (patches, values) of all images; image_grid_thw (images, 3).
 
     Raises:
         ValueError: if an image cannot be read.
@@ -111,15 +110,14 @@ def reply(
     ends = [ends] if isinstance(ends, int) else list(ends)
     training = model.training
     model.eval()
+    banned = sampling.get_vision_token_ids(tokenizer)
     made = sampling.sample_replies(
         model,
         [prompt for prompt, _ in groups],
         1,
         max_new_tokens=max_new_tokens,
         eos_token_ids=ends,
-        warpers=sampling.make_warpers(
-            sampling.get_vision_token_ids(tokenizer), temperature or 1.0
-        ),
+        warpers=sampling.make_warpers(banned, temperature or 1.0),
         seeds=seeds if temperature else (),
     )
     model.train(training)
