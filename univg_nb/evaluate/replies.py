@@ -1,8 +1,7 @@
 """Replies of a model to grounding samples.
 
-A reply does not depend on the batch it is made in, up to float rounding: prompts are
-padded on the left, positions are computed without the padding, and sampling noise is
-drawn for each reply (`fast.sampling`, which the rollouts of GRPO use as well).
+A reply does not depend on its batch, up to float rounding: positions are computed
+without padding, and noise is drawn for each reply (`fast.sampling`, as in rollouts).
 """
 
 from __future__ import annotations
