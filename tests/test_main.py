@@ -108,7 +108,7 @@ def disk_full_behind():
         (FileNotFoundError(2, "No such file", "a.json"), 2, "'a.json'"),
         (IsADirectoryError(21, "Is a directory", "runs"), 2, "'runs'"),
         (NotADirectoryError(20, "Not a directory", "f/x"), 2, "'f/x'"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "'/root/x'"),
+        (PermissionError(13, "Permission denied", "/data/x"), 2, "'/data/x'"),
         (ModuleNotFoundError("no", name="papermill"), 2, "univg-nb[course]"),
         (OSError(errno.ENOSPC, "No space", "/disk/a"), 1, "disk of /disk/a; free some"),
         (disk_full_behind(), 1, "error: no space left"),
