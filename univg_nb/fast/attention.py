@@ -57,9 +57,7 @@ def segment_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Segments | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
+    attention_mask: Any,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention piece by piece, or as sdpa with any other mask than Segments.
@@ -67,11 +65,10 @@ def segment_attention(
     The signature is that of transformers: query (B, H, S, D), key and value (B, K, S,
     D) with K heads that divide H; the result is (B, S, H, D).
     """
+    tensors = module, query, key, value
     if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **others
-        )
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+        return sdpa_attention_forward(*tensors, attention_mask, **others)
+    options = {"dropout_p": others["dropout"], "scale": others["scaling"]}
     options["enable_gqa"] = True
     rows = []
     for row, sizes in enumerate(attention_mask.sizes):
@@ -105,23 +102,18 @@ def block_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
+    attention_mask: Any,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute FlexAttention under a BlockMask, or sdpa with any other mask.
 
     Signature and shapes are those of `segment_attention`.
     """
+    tensors = module, query, key, value
     if not isinstance(attention_mask, BlockMask):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **others
-        )
-    output, _ = flex_attention_forward(
-        module, query, key, value, attention_mask, scaling, dropout=dropout
-    )
-    return output, None
+        return sdpa_attention_forward(*tensors, attention_mask, **others)
+    options = {name: others[name] for name in ("scaling", "dropout")}
+    return flex_attention_forward(*tensors, attention_mask, **options)[0], None
 
 
 for _name, _function in ((SEGMENTS, segment_attention), (FLEX, block_attention)):

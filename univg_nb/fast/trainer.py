@@ -156,8 +156,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _sample(self) -> list[list[list[int]]]:
         """Sample as many replies to each prompt as the largest group has rows.
 
-        The noise of a reply comes from the run's seed, the update and the row in the
-        batch of all processes: replies do not depend on how rows are shared out.
+        The seeds name the row in the batch of all processes, however it is shared out.
         """
         rows, groups = self.row_groups, range(len(self.prompts))
         count = max(rows.count(group) for group in groups)
@@ -199,10 +198,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         )
 
     def _check_sharing(self, prompt: Prompt) -> None:
-        """Compute one group both ways and keep the first attention that agrees.
-
-        Where none does, TRL's passes are taken from here on, with a message.
-        """
+        """Compute one group both ways; keep the first attention that agrees, if any."""
         self.unchecked = False
         with self._unwrap_for_generation() as model, self.accelerator.autocast():
             backbone = models.get_base_model(model).model
@@ -237,9 +233,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Run TRL's, but keep groups whole, and similar lengths in one micro-batch.
 
-        TRL shuffles rows, which scatters the groups. Only the split into micro-batches
-        differs: an update sees the same rows, so with a mean over sequences its
-        gradient is the same.
+        TRL's shuffling would scatter the groups. An update sees the same rows, so with
+        a mean over sequences its gradient is the same.
         """
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)

@@ -22,7 +22,9 @@ from packaging.version import Version
 from PIL.Image import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-TRIED = SpecifierSet(">=0.32,<0.33")  # as in pyproject.toml
+# As in pyproject.toml. TRL 1.16 recommends 0.22 to 0.31, which want a transformers
+# older than 5.18; that takes no finished image features.
+TRIED = SpecifierSet(">=0.32,<0.33")
 DIFFERENCE = "sampling/sampling_logp_difference/mean"  # a metric of TRL
 ALLOWED = 0.1  # nats a token; rounding to bfloat16 stays far below
 
@@ -46,11 +48,7 @@ def find_conflict(config: Mapping[str, Any]) -> str:
 
 
 def describe_version(installed: str) -> str:
-    """Return "ok", or that this project was tried with another version of vLLM.
-
-    TRL 1.16 recommends 0.22 to 0.31. Those want a transformers older than 5.18, which
-    takes no finished image features, so the paths that need them do not work there.
-    """
+    """Return "ok", or that this project was tried with another version of vLLM."""
     base = Version(installed).base_version  # 0.32.0+cu129 counts as 0.32.0
     return "ok" if base in TRIED else f"{installed} found; tried with {TRIED}"
 
@@ -134,13 +132,10 @@ def make_vllm_inputs(
 
 
 def check_log_prob_difference(metrics: Mapping[str, list[float]]) -> None:
-    """Raise ValueError if vLLM's log-probs are not those of the policy.
+    """Raise ValueError if vLLM's log-probs are not the policy's, by TRL's metric.
 
     TRL's importance weights hide it: they go to 0, and nothing is learned. Without them
     (grpo.vllm_importance_sampling_correction=false) there is no metric.
-
-    Args:
-        metrics: those of the trainer; the last DIFFERENCE counts, over all processes.
     """
     found = metrics.get(DIFFERENCE)
     if found and found[-1] > ALLOWED:

@@ -92,12 +92,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         rollout_log: Path | None = None,
         **others: Any,
     ) -> None:
-        self.weight_options: dict[str, Any] = {
-            "form": weight,
-            "power": power,
-            "unit_mean": unit_mean,
-            "constant": constant,
-        }
+        self.weight_options: dict[str, Any] = {"form": weight, "power": power}
+        self.weight_options |= {"unit_mean": unit_mean, "constant": constant}
         self.rescale = rescale
         # A wrong name fails here and not after the first rollout.
         difficulty_weight(torch.zeros(1), **self.weight_options)
@@ -180,14 +176,11 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
             return
         advantages = self.accelerator.gather(advantages)
         replies = gather_object(self.local_replies)
+        columns = {"iou": self.gathered_rewards[:, IOU]}
+        columns |= {"format": self.gathered_rewards[:, FORMAT]}
+        columns |= {"rewards": totals.flatten(), "advantages": advantages}
         # One process writes the file (docs/paper_facts.md#t11).
         if self.accelerator.is_main_process:
-            columns = {
-                "iou": self.gathered_rewards[:, IOU],
-                "format": self.gathered_rewards[:, FORMAT],
-                "rewards": totals.flatten(),
-                "advantages": advantages,
-            }
             step = self.state.global_step + 1
             for row in rollouts.make_group_rows(step, replies, weights, columns):
                 io.append_jsonl(self.rollout_log, row)
