@@ -278,6 +278,14 @@ def test_the_check_passes_and_leaves_random_numbers_alone(folder, tmp_path):
     assert torch.equal(*made)
 
 
+def test_prompts_are_shared_in_mixed_precision(folder, tmp_path):
+    """Queries and keys leave the rotation in float32, values are in bfloat16."""
+    trainer = make_trainer(folder, tmp_path, bf16=True)
+    trainer.train()
+    assert trainer.shared_forward and trainer.shared_rollout
+    assert check.get_attention(models.get_base_model(trainer.model).model) == SEGMENTS
+
+
 def test_a_wrong_switch_or_an_impossible_on_says_what_to_do(
     folder, tmp_path, monkeypatch
 ):

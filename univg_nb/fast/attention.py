@@ -11,13 +11,12 @@ on a GPU with FlexAttention. transformers knows the functions as SEGMENTS and FL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -40,6 +39,7 @@ class Segments:
     """
 
     sizes: list[list[int]]
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_ids(cls, segments: Tensor) -> Segments:
@@ -50,6 +50,19 @@ class Segments:
                 for row in segments.tolist()
             ]
         )
+
+    def get_mask(self, prompt: int, reply: int, like: Tensor) -> Tensor:
+        """Return what is added to a reply's scores, (reply, prompt + reply).
+
+        It sees the whole prompt, and itself causally; `like` gives dtype and device.
+        torch's own `causal_lower_right` compares dtypes before autocast can act, so
+        mixed precision would fail with it.
+        """
+        key = (prompt, reply, like.dtype)
+        if key not in self._masks:
+            later = like.new_full((reply, reply), torch.finfo(like.dtype).min).triu(1)
+            self._masks[key] = torch.cat([like.new_zeros(reply, prompt), later], dim=1)
+        return self._masks[key]
 
 
 def segment_attention(
@@ -87,7 +100,7 @@ def segment_attention(
                 queries[number],
                 torch.cat([keys[0], keys[number]], dim=2),
                 torch.cat([values[0], values[number]], dim=2),
-                attn_mask=causal_lower_right(sizes[number], sizes[0] + sizes[number]),
+                attn_mask=attention_mask.get_mask(sizes[0], sizes[number], query),
                 **options,
             )
             for number in range(1, len(sizes) - 1)
