@@ -22,8 +22,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from univg_nb import config as config_module
 from univg_nb import io, models
+from univg_nb.config import add_scale_arguments, load_scale, override
 from univg_nb.data import files, prompts
 from univg_nb.data.images import count_image_tokens, find_missing_images
 from univg_nb.data.sample import GroundingSample
@@ -157,7 +157,8 @@ def generate(
         reply = model.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
     began, new = time.perf_counter(), []
-    for batch in tqdm(todo, desc=part.parent.name):
+    bar = tqdm(total=sum(map(len, todo)), desc=part.parent.name, unit="reply")
+    for batch in todo:
         seeds = [noise_seed(options.seed, i, k) for i, k in batch]
         made = reply(processor, [samples[i] for i, _ in batch], seeds=seeds, **how)
         for (i, k), one in zip(batch, made, strict=True):
@@ -168,6 +169,8 @@ def generate(
                 io.append_jsonl(part, row)
                 rows[i, k] = row
                 new.append(row)
+        bar.update(len(batch))
+    bar.close()
     if count > 1:
         cells = [cell for batch in batches for cell in batch]
         _join_parts(whole, count, cells, settings)
@@ -309,13 +312,13 @@ def _load_config(options: argparse.Namespace) -> dict[str, Any]:
             f"--model {options.model}: give --scale too (small, full or a .yaml file); "
             "it holds the pixel limits, dtype and batch size"
         )
-    config = config_module.load_scale(options.scale or "tiny")
+    config = load_scale(options.scale or "tiny")
     row = next(files.iter_rows(options.records), {})
     kind = files.detect_format(row, options.records)
     config["model"] = adapt_model_section(config, kind in ZERO_SHOT_FORMATS)
     config["model"]["name_or_path"] = options.model
     for assignment in options.set:
-        config = config_module.override(config, assignment)
+        config = override(config, assignment)
     return config
 
 
@@ -363,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--adapter", nargs="+", default=[], help="adapters, each on top of the last")
     add("--quantize", choices=("nf4",))
     add("--server", metavar="URL", help="ask a vLLM server that serves --model")
-    config_module.add_scale_arguments(parser, "tiny")
+    add_scale_arguments(parser, "tiny")
     parser.set_defaults(scale=None)  # required for another --model
     add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
     add("--max-new-tokens", type=int, help="default: the scale's")
