@@ -202,7 +202,7 @@ def flatten_image_paths(
             if not Path(path).is_file() and loose.is_file():
                 if became.setdefault(loose, path) != path:
                     raise ValueError(
-                        f"--flat-images: {loose} could be {became[loose]} or {path} of "
+                        f"{loose} could be {became[loose]} or {path} of "
                         f"{samples[i].id!r}; lay the images out as the records say"
                     )
                 path = str(loose)
