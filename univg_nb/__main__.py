@@ -10,8 +10,6 @@ the work; only that module is imported. All commands end by the same rules:
 * A traceback means a defect of this package and nothing else.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import logging

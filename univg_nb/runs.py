@@ -6,8 +6,6 @@ records a hash of the stage's configuration and of the stages it was made from: 
 in either makes the stage run again instead of being reused.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import platform

@@ -160,9 +160,7 @@ def test_every_item_has_one_kind():
 
 def test_migician_stretch_is_an_option_of_the_score(tmp_path, capsys):
     """y1 x 1.05, y2 x 1.10: the box (100,200),(200,400) becomes (100,210),(200,440)."""
-    files.write(
-        [item(box=(100, 210, 200, 440))], tmp_path / "one.json", "mig_bench_revised"
-    )
+    files.write([item(box=(100, 210, 200, 440))], tmp_path / "one.json", "mig_bench")
     predictions = write_predictions(tmp_path / "p.jsonl", ["(100,200),(200,400)"])
     bench = Benchmark.read(tmp_path / "one.json")
     assert score(bench, predictions)["pooled"]["mean_iou"] < 0.9

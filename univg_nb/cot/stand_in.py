@@ -35,7 +35,8 @@ def _shift_box(sample: GroundingSample, by: int) -> str:
     """Return the reply with its box moved sideways, inside the picture."""
     x1, y1, x2, y2 = sample.answer
     by = by if x2 + by < 1000 else -by
-    return reply_text(replace(sample, answer=(max(0, x1 + by), y1, x2 + by, y2)))
+    moved = (max(0, x1 + by), y1, x2 + by, y2)
+    return reply_text(replace(sample, answer=moved, boxes=()))
 
 
 def _mirror(sample: GroundingSample, seed: int) -> str:

@@ -1,9 +1,6 @@
 """What is in a data file, and what in it would break or bias training or evaluation."""
 
-from __future__ import annotations
-
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +18,6 @@ from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import IMAGE_MARKER, GroundingSample, find_target_image
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
-_BOX_KINDS = ("box_out_of_range", "box_inverted", "box_degenerate")
 _HASH_SIDE = 16
 _HASH_NEAR = 10  # of 256 bits: re-encoded or rescaled copies, not similar scenes
 _CHARS_PER_TOKEN = 3  # low on purpose: English has about four in Qwen2's tokenizer
@@ -35,6 +31,7 @@ class _FileScan:
     ) -> None:
         self.context, self.format = context, format
         self.max_pixels, self.max_tokens = max_pixels, max_tokens
+        self.rows = self.rows_without_sample = 0
         self.tasks: Counter[str] = Counter()
         self.images_per_item: Counter[int] = Counter()
         self.target_images: Counter[str] = Counter()
@@ -43,48 +40,40 @@ class _FileScan:
         self.images: dict[str, tuple[int, int] | None] = {}
         self.hashes: dict[str, np.ndarray] = {}
         self.tokens: list[int] = []
-        self.rows_without_sample = 0
         try:
             for self.context.row, row in enumerate(iter_rows(context.file)):
                 self.check_row(row)
+                self.rows += 1
         except RowError as error:  # the file itself is broken from here on
-            self.add(error.kind, "error", "", str(error))
+            self.add(error.kind, str(error), severity="error")
 
-    def add(self, kind: str, severity: str, sample_id: str, detail: str) -> None:
+    def add(
+        self, kind: str, detail: str, id: str = "", severity: str = "warning"
+    ) -> None:
         problem = {"kind": kind, "severity": severity, "row": self.context.row}
-        self.problems.append(problem | {"id": sample_id, "detail": detail})
+        self.problems.append(problem | {"id": id, "detail": detail})
 
     def check_row(self, row: dict[str, Any]) -> None:
-        place = f"{self.context.file}, row {self.context.row}"
-        self.format = self.format or detect_format(row, place)
+        context, row_id = self.context, str(row.get("id", ""))
+        self.format = self.format or detect_format(row, context.place)
+        entry = ALL_FORMATS[self.format]
         markers = str(row.get("question", "")).count(IMAGE_MARKER)
         named = row.get("images")
         if markers and isinstance(named, list) and markers != len(named):
             detail = f"{markers} {IMAGE_MARKER} markers for {len(named)} images"
-            self.add("marker_mismatch", "warning", str(row.get("id", "")), detail)
-        samples = self.read_row(row)
+            self.add("marker_mismatch", detail, row_id)
+        context.doubts, samples = [], []
+        try:
+            samples = list(entry.read(row, context))
+        except RowError as error:
+            context.doubts.append(error)
+        for doubt in context.doubts:
+            clipped = doubt.kind == "box_out_of_range" and not entry.training
+            detail = str(doubt).removeprefix(f"{context.place}: ")
+            self.add(doubt.kind, detail, row_id, "warning" if clipped else "error")
         self.rows_without_sample += not samples
         for sample in samples:
             self.check_sample(sample)
-
-    def read_row(self, row: dict[str, Any]) -> list[GroundingSample]:
-        """Return the samples of a row, and note every problem of reading it.
-
-        A bad box of a benchmark is noted, and the row then read as evaluation reads it.
-        """
-        entry, context = ALL_FORMATS[self.format], self.context
-        for context.strict in (True, False):
-            try:
-                return list(entry.read(row, context))
-            except RowError as error:
-                clipped = error.kind == "box_out_of_range" and not entry.training
-                severity = "warning" if clipped else "error"
-                place = f"{context.file}, row {context.row}: "
-                problem = str(error).removeprefix(place)
-                self.add(error.kind, severity, str(row.get("id", "")), problem)
-                if entry.training or error.kind not in _BOX_KINDS:
-                    break
-        return []
 
     def check_sample(self, sample: GroundingSample) -> None:
         self.tasks[sample.task or "(none)"] += 1
@@ -95,7 +84,7 @@ class _FileScan:
         if key in self.seen:
             row, name = self.seen[key]
             detail = f"same images and question as row {row} ({name})"
-            self.add("duplicate", "warning", sample.id, detail)
+            self.add("duplicate", detail, sample.id)
         self.seen.setdefault(key, (self.context.row, sample.id))
         tokens = -(-len(user_text(sample)) // _CHARS_PER_TOKEN)
         side = int(self.max_pixels**0.5)
@@ -108,7 +97,7 @@ class _FileScan:
         self.tokens.append(tokens)
         if tokens > self.max_tokens:
             detail = f"about {tokens} prompt tokens, more than {self.max_tokens}"
-            self.add("over_token_budget", "error", sample.id, detail)
+            self.add("over_token_budget", detail, sample.id, "error")
 
     def check_image(self, path: str, sample_id: str) -> tuple[int, int] | None:
         """Return the size of an image and keep its hash; None if it is not read."""
@@ -118,7 +107,7 @@ class _FileScan:
             image = open_image(path, sample_id)
         except ValueError as error:
             kind = "image_corrupt" if Path(path).is_file() else "image_missing"
-            self.add(kind, "error", sample_id, str(error))
+            self.add(kind, str(error), sample_id, "error")
             return None
         self.hashes[path] = _compute_hash(image)
         return image.size
@@ -138,8 +127,7 @@ def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
     names = {Path(path).parts[-2:] for path in theirs.images}  # folder and file
     for path in ours.images:
         if Path(path).parts[-2:] in names:
-            detail = f"{path} is named in {file} too"
-            ours.add("leak_by_name", "warning", "", detail)
+            ours.add("leak_by_name", f"{path} is named in {file} too")
     twins = list(theirs.hashes)
     table = np.array(list(theirs.hashes.values()), np.uint64).reshape(-1, 4)  # (N, 4)
     for path, value in ours.hashes.items():
@@ -149,8 +137,7 @@ def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
         best = int(distance.argmin())
         if distance[best] <= _HASH_NEAR:
             detail = f"{path} looks like {twins[best]} of {file}"
-            bits = f" ({distance[best]}/256 bits)"
-            ours.add("leak_by_picture", "warning", "", detail + bits)
+            ours.add("leak_by_picture", f"{detail} ({distance[best]}/256 bits)")
 
 
 def audit(
@@ -187,25 +174,21 @@ def audit(
     Raises:
         ValueError: the file is missing or its format cannot be told.
     """
-    root = os.fspath(image_root) if image_root is not None else None
-    if root is not None and not Path(root).is_dir():
-        raise ValueError(f"image root {root} is no folder; check --image-root")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise ValueError(f"image root {image_root} is no folder; check --image-root")
     for file in (path, *against):
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file; check the path")
-    ours, *others = (
-        RowContext(os.fspath(file), image_root=root, strict=True)
-        for file in (path, *against)
-    )
-    scan = _FileScan(ours, format or "", max_pixels, max_tokens)
-    for context in others:
-        _check_leakage(scan, _FileScan(context, "", max_pixels, max_tokens))
+    context = RowContext(path, image_root)
+    scan = _FileScan(context, format or "", max_pixels, max_tokens)
+    for file in against:
+        other = _FileScan(RowContext(file, image_root), "", max_pixels, max_tokens)
+        _check_leakage(scan, other)
     counts = Counter(problem["kind"] for problem in scan.problems)
-    read_any = scan.tokens or scan.rows_without_sample
     return {
-        "file": os.fspath(path),
+        "file": context.file,
         "format": scan.format,
-        "rows": scan.context.row + 1 if read_any else 0,
+        "rows": scan.rows,
         "samples": len(scan.tokens),
         "rows_without_sample": scan.rows_without_sample,
         "tasks": dict(scan.tasks.most_common()),
@@ -217,7 +200,7 @@ def audit(
         },
         "images": {
             "distinct": len(scan.images),
-            "checked": root is not None,
+            "checked": image_root is not None,
             "usable": sum(size is not None for size in scan.images.values()),
         },
         "counts": dict(counts.most_common()),

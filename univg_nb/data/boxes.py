@@ -5,8 +5,6 @@ relative to the image's width and height, as Qwen2-VL writes them
 (docs/paper_facts.md#prompts). Only the standard library is imported here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -4,12 +4,8 @@ Files are JSON arrays or JSON lines. Formats: `ALL_FORMATS`; schemas:
 docs/paper_facts.md#files. `python -m univg_nb audit FILE` checks a file.
 """
 
-from __future__ import annotations
-
 import codecs
-import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +14,13 @@ import ijson
 
 from univg_nb import io
 from univg_nb.data.boxes import GRID
-from univg_nb.data.formats import RowContext, RowError, StrPath, parse_training_box
+from univg_nb.data.formats import (
+    Format,
+    RowContext,
+    RowError,
+    StrPath,
+    parse_training_box,
+)
 from univg_nb.data.sample import GroundingSample
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
@@ -27,7 +29,7 @@ _MAX_DEPTH = 100  # rows have a depth of four
 
 # ijson's events
 _STARTS = frozenset(("start_map", "start_array"))
-_BRACKETS = _STARTS | {"end_map", "end_array"}
+_ENDS = frozenset(("end_map", "end_array"))
 
 # Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
@@ -35,7 +37,6 @@ _EXPECTED = {
     "stage2_rl": f"images, question, answer as four numbers 0-{GRID}",
     "mgrounding": "conversations with <|box_start|> in a reply, type; images",
     "mig_bench": "task, images, question, answer, additional_info, need_format",
-    "mig_bench_revised": f"as mig_bench, answers 0-{GRID} (read as mig_bench too)",
     "lisa": "image_path, instruction, boxes",
     "llmseg": "image_path, question, bbox",
     "reasonvos": "image_list, question, bbox_list",
@@ -77,68 +78,44 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
     raise ValueError(f"{where}: {problem}; pass format=, one of:{expected}")
 
 
-def _parse_chunks(stream: BinaryIO, is_array: bool) -> Iterator[list[Any]]:
-    """Yield ijson's events, a list for each chunk of the file.
-
-    Raises ijson.JSONError after the events that come before the broken place.
-    """
-    events = ijson.sendable_list()
-    parser = ijson.basic_parse_coro(
-        events, use_float=True, multiple_values=not is_array
-    )
-    while True:
-        chunk = stream.read(_CHUNK)
-        problem = None
-        try:
-            parser.send(chunk) if chunk else parser.close()
-        except ijson.JSONError as error:
-            problem = error
-        yield events
-        events.clear()
-        if problem:
-            raise problem
-        if not chunk:
-            return
-
-
-def _build_rows(chunks: Iterator[list[Any]], level: int) -> Iterator[dict[str, Any]]:
-    """Yield the objects that stand `level` containers deep.
+def _build_rows(stream: BinaryIO, level: int) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that stand `level` containers deep.
 
     ijson's own builder takes any depth and lets a repeated key replace the first; here
     both raise ValueError, and so does a row that is no object.
     """
+    events = ijson.basic_parse(
+        stream, buf_size=_CHUNK, use_float=True, multiple_values=level == 0
+    )
     stack: list[Any] = []  # the containers around `top`
     top: Any = []  # the container that is being filled
     key = ""
-    for event, value in itertools.chain.from_iterable(chunks):
+    for event, value in events:
         if event == "map_key":
             if value in top:
                 raise ValueError(f"key {value!r} appears twice in one object")
             key = value
-        elif event not in _BRACKETS:
+            continue
+        if event in _ENDS:
+            value, top = top, stack.pop()
+        else:
+            if event in _STARTS:
+                value = {} if event == "start_map" else []
             if type(top) is dict:
                 top[key] = value
-            elif len(stack) > level:
+            else:
                 top.append(value)
-            else:
+            if event in _STARTS:
+                stack.append(top)
+                top = value
+                if len(stack) > _MAX_DEPTH:
+                    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+                continue
+        if len(stack) == level:
+            if type(value) is not dict:
                 raise ValueError(f"{value!r:.60} is not an object")
-        elif event in _STARTS:
-            new: Any = {} if event == "start_map" else []
-            if type(top) is dict:
-                top[key] = new
-            else:
-                top.append(new)
-            stack.append(top)
-            top = new
-            if len(stack) > _MAX_DEPTH:
-                raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
-        else:
-            done, top = top, stack.pop()
-            if len(stack) == level:
-                if type(done) is not dict:
-                    raise ValueError(f"{done!r:.60} is not an object")
-                top.clear()
-                yield done
+            top.clear()
+            yield value
 
 
 def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
@@ -167,8 +144,7 @@ def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
             if first not in (b"[", b"{"):
                 begin = f"{first.decode(errors='replace')!r} begins the file"
                 raise ValueError(begin if first else "empty file")
-            is_array = first == b"["
-            for value in _build_rows(_parse_chunks(stream, is_array), int(is_array)):
+            for value in _build_rows(stream, level=int(first == b"[")):
                 yield value
                 row += 1
         except (ValueError, ijson.JSONError) as error:
@@ -179,14 +155,10 @@ def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
             raise RowError("bad_json", f"{path}, row {row}: {problem}") from error
 
 
-def _make_context(
-    path: StrPath, format: str | None, image_root: StrPath | None
-) -> RowContext:
-    if format is not None and format not in ALL_FORMATS:
-        known = list(ALL_FORMATS)
-        raise ValueError(f"format {format!r} is unknown; use one of {known}")
-    root = None if image_root is None else os.fspath(image_root)
-    return RowContext(os.fspath(path), image_root=root)
+def _get_format(name: str) -> Format:
+    if name not in ALL_FORMATS:
+        raise ValueError(f"format {name!r} is unknown; use one of {list(ALL_FORMATS)}")
+    return ALL_FORMATS[name]
 
 
 def iter_samples(
@@ -205,10 +177,11 @@ def iter_samples(
     Raises:
         ValueError: a row cannot be used; names file, row and remedy.
     """
-    context = _make_context(path, format, image_root)
+    entry = _get_format(format) if format else None
+    context = RowContext(path, image_root)
     for context.row, row in enumerate(iter_rows(path)):
-        format = format or detect_format(row, f"{context.file}, row {context.row}")
-        yield from ALL_FORMATS[format].read(row, context)
+        entry = entry or ALL_FORMATS[detect_format(row, context.place)]
+        yield from entry.read(row, context)
 
 
 def read(
@@ -242,17 +215,17 @@ def write(
     Raises:
         ValueError: the format is unknown or cannot hold a sample.
     """
-    context = _make_context(path, format, image_root)
+    entry, context = _get_format(format), RowContext(path, image_root)
     lines = Path(path).suffix == ".jsonl"
     count = 0
     with io.open_atomically(Path(path)) as out:
         out.write("" if lines else "[\n")
         for context.row, sample in enumerate(samples):
-            if ALL_FORMATS[format].training:
+            if entry.training:
                 parse_training_box(sample.answer, context)
-            row = ALL_FORMATS[format].write(sample, context)
+            row = json.dumps(entry.write(sample, context), ensure_ascii=False)
             out.write(",\n" if count and not lines else "")
-            out.write(json.dumps(row, ensure_ascii=False) + "\n" * lines)
+            out.write(row + "\n" * lines)
             count += 1
         out.write("" if lines else "\n]\n")
     return count

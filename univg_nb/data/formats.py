@@ -9,16 +9,13 @@ Image markers and the request for a chain exist in files only: `_strip_markers` 
 writing.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from univg_nb.data.boxes import GRID, INVERTED, Box, box_status, find_boxes, format_box
+from univg_nb.data.boxes import GRID, Box, find_boxes, format_box
 from univg_nb.data.prompts import (
     COT_SUFFIX,
     SINGLE_IMAGE_PREFIX,
@@ -43,7 +40,7 @@ _OWN_NAMES = frozenset(_OWN_KEYS)
 
 
 class RowError(ValueError):
-    """A row that cannot be read; `kind` is what the audit counts it under."""
+    """A row that cannot be used; `kind` is what the audit counts it under."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -52,29 +49,27 @@ class RowError(ValueError):
 
 @dataclass
 class RowContext:
-    """Where a row comes from, and what its reader must know besides the row.
+    """Where a row comes from, and what its reader must know besides the row."""
 
-    Attributes:
-        file: path of the file, for messages.
-        row: number of the row, from 0.
-        image_root: folder of the images; None leaves paths as they are.
-        strict: refuse out-of-range boxes in benchmarks, which are otherwise clipped.
-        scale: 1 or 1000 once a MIG-Bench file has shown its unit.
-    """
-
-    file: str
+    file: StrPath
+    image_root: StrPath | None = None  # None leaves the paths of images as they are
     row: int = 0
-    image_root: str | None = None
-    strict: bool = False
-    scale: int | None = None
-    _prefix: str = field(init=False)  # image_root with a slash at its end
+    scale: int | None = None  # 1 or 1000 once a MIG-Bench file has shown its unit
+    doubts: list[RowError] = field(default_factory=list)  # boxes read though wrong
 
     def __post_init__(self) -> None:
-        self._prefix = f"{self.image_root.rstrip('/')}/" if self.image_root else ""
+        self.file = os.fspath(self.file)
+        root = os.fspath(self.image_root or "")
+        self._prefix = f"{root.rstrip('/')}/" if root else ""
+
+    @property
+    def place(self) -> str:
+        """File and row, for messages."""
+        return f"{self.file}, row {self.row}"
 
     def error(self, kind: str, problem: str) -> RowError:
         """Return (not raise) an error that names file and row."""
-        return RowError(kind, f"{self.file}, row {self.row}: {problem}")
+        return RowError(kind, f"{self.place}: {problem}")
 
     def get(self, row: Row, key: str, kind: type) -> Any:
         """Return `row[key]` or raise a `RowError` if it is missing or not of `kind`."""
@@ -91,12 +86,11 @@ class RowContext:
     def join_root(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Drop a leading "./" of each path and join relative ones to image_root."""
         root = self._prefix
-        return tuple(
-            [
-                p if p[:1] == "/" else root + p.removeprefix("./").lstrip("/")
-                for p in paths
-            ]
-        )
+        joined = [
+            path if path[:1] == "/" else root + path.removeprefix("./").lstrip("/")
+            for path in paths
+        ]
+        return tuple(joined)
 
     def strip_root(self, paths: Sequence[str]) -> list[str]:
         """Make paths relative to image_root where they lie below it."""
@@ -151,17 +145,23 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
         problem = f"box {numbers} leaves 0-{GRID}; rescale it or drop the row"
         raise context.error("box_out_of_range", problem)
     x1, y1, x2, y2 = map(round, numbers)
-    _check_area(numbers, (x1, y1, x2, y2), context)
+    if error := _find_area_error(numbers, (x1, y1, x2, y2), context):
+        raise error
     return (x1, y1, x2, y2)
 
 
-def _check_area(numbers: list[float], box: Box, context: RowContext) -> None:
-    if box_status(box) == INVERTED:
-        inverted = box[0] > box[2] or box[1] > box[3]
-        kind = "box_inverted" if inverted else "box_degenerate"
-        problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
-        remedy = "order it as x1 < x2, y1 < y2 or drop the row"
-        raise context.error(kind, f"{problem}; {remedy}")
+def _find_area_error(
+    numbers: list[float], box: Box, context: RowContext
+) -> RowError | None:
+    x1, y1, x2, y2 = box
+    if x1 < x2 and y1 < y2:
+        return None
+    inverted = x1 > x2 or y1 > y2
+    kind = "box_inverted" if inverted else "box_degenerate"
+    problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
+    return context.error(
+        kind, f"{problem}; order it as x1 < x2, y1 < y2 or drop the row"
+    )
 
 
 def clip_to_grid(
@@ -172,22 +172,21 @@ def clip_to_grid(
 ) -> Box:
     """Convert a box of a benchmark to 0-1000, rounded and clipped.
 
+    A box that leaves the image or has no area is noted in `context.doubts`.
+
     Args:
         numbers: x1, y1, x2, y2 in the file's unit.
         size: width and height of the image in that unit.
-        context: strict mode refuses a box that leaves the image or has no area.
+        context: where the row comes from.
         highest: larger coordinates become this one.
     """
-    limits = (*size, *size)
-    x1, y1, x2, y2 = (
-        min(highest, max(0, round(GRID * v / m)))
-        for v, m in zip(numbers, limits, strict=True)
-    )
-    if context.strict:  # the audit
-        if any(not 0 <= v <= m for v, m in zip(numbers, limits, strict=True)):
-            problem = f"box {numbers} leaves 0-{size[0]:g} x 0-{size[1]:g}"
-            raise context.error("box_out_of_range", f"{problem}; it is clipped")
-        _check_area(numbers, (x1, y1, x2, y2), context)
+    pairs = list(zip(numbers, (*size, *size), strict=True))
+    x1, y1, x2, y2 = (min(highest, max(0, round(GRID * v / m))) for v, m in pairs)
+    if any(not 0 <= v <= m for v, m in pairs):
+        problem = f"box {numbers} leaves 0-{size[0]:g} x 0-{size[1]:g}; it is clipped"
+        context.doubts.append(context.error("box_out_of_range", problem))
+    elif error := _find_area_error(numbers, (x1, y1, x2, y2), context):
+        context.doubts.append(error)
     return (x1, y1, x2, y2)
 
 
@@ -199,15 +198,9 @@ def build_sample(
     answer: Box,
     **fields: Any,
 ) -> GroundingSample:
-    """Return the sample of a row.
+    """Return the sample of a row, with the keys of this project that the row has.
 
-    Args:
-        row: the row, for its id and for the optional keys of this project.
-        context: where the row comes from.
-        images: paths, joined to image_root.
-        question: the text without image markers and request.
-        answer: the target box.
-        fields: fields of `GroundingSample` that the format itself gives.
+    `fields` are those of `GroundingSample` that the format itself gives; they win.
     """
     if not _OWN_NAMES.isdisjoint(row):  # released rows have none of them
         for key, kind in _OWN_KEYS.items():
@@ -245,19 +238,6 @@ def own_keys(sample: GroundingSample, *without: str) -> Row:
     return {k: v for k, v in keys.items() if v is not None and k not in without}
 
 
-def list_boxes(sample: GroundingSample, context: RowContext) -> tuple[Box, ...]:
-    """Return all boxes of a sample, for a format that holds several.
-
-    Raises:
-        RowError: `sample.boxes` is one box, or does not begin with the answer.
-    """
-    boxes = sample.boxes or (sample.answer,)
-    if boxes[0] != sample.answer or len(sample.boxes) == 1:
-        problem = f"boxes {boxes} of {sample.id}; give () or several, the answer first"
-        raise context.error("bad_sample", problem)
-    return boxes
-
-
 def _strip_markers(text: str) -> str:
     return text.replace(IMAGE_MARKER, "").lstrip("\n")
 
@@ -284,11 +264,11 @@ def _write_stage2(sample: GroundingSample, context: RowContext) -> Row:
     }
 
 
-def _read_mig(row: Row, context: RowContext, scale: int | None = None) -> Samples:
+def _read_mig(row: Row, context: RowContext) -> Samples:
     """Read 0-1 floats (original) or 0-1000 (revised), one unit per file."""
     numbers = context.numbers(context.get(row, "answer", list))
     unit = max(numbers) <= _UNIT_LIMIT
-    context.scale = scale or context.scale or (1 if unit else GRID)
+    context.scale = context.scale or (1 if unit else GRID)
     whole = numbers == [*map(int, numbers)]
     if not unit if context.scale == 1 else unit and not whole:
         problem = f"answer {numbers} is not in the file's unit; use 0-{context.scale}"
@@ -300,26 +280,19 @@ def _read_mig(row: Row, context: RowContext, scale: int | None = None) -> Sample
     yield build_sample(row, context, context.images(row), question, box)
 
 
-def _write_mig_revised(sample: GroundingSample, context: RowContext) -> Row:
+def _write_mig(sample: GroundingSample, context: RowContext) -> Row:
+    if max(sample.answer) >= GRID:
+        problem = f"answer {sample.answer} would be read clipped; give at most 999"
+        raise context.error("box_out_of_range", problem)
     return {
         "task": sample.task,
         "images": context.strip_root(sample.images),
         "question": sample.question,
-        "answer": list(sample.answer),
+        "answer": [v / GRID for v in sample.answer],
         "additional_info": "",
         "need_format": True,
         **own_keys(sample, "task"),
     }
-
-
-def _write_mig(sample: GroundingSample, context: RowContext) -> Row:
-    if max(sample.answer) >= GRID:
-        problem = (
-            f"answer {sample.answer} would be clipped to 0..999; use a revised file"
-        )
-        raise context.error("box_out_of_range", problem)
-    row = _write_mig_revised(sample, context)
-    return row | {"answer": [v / GRID for v in sample.answer]}
 
 
 # ---------------------------------------------------------------- sharegpt dialogues
@@ -417,8 +390,8 @@ def _read_mgrounding(row: Row, context: RowContext) -> Samples:
 
 
 def _write_mgrounding(sample: GroundingSample, context: RowContext) -> Row:
-    boxes = list_boxes(sample, context)
-    marked = [f"<|box_start|>{format_box(box)}<|box_end|>" for box in boxes]
+    boxes = map(format_box, sample.boxes or (sample.answer,))
+    marked = [f"<|box_start|>{box}<|box_end|>" for box in boxes]
     return {
         "id": sample.id,
         "images": context.strip_root(sample.images),
@@ -444,7 +417,4 @@ FORMATS = {
     "stage2_rl": Format(_read_stage2, _write_stage2, True),
     "mgrounding": Format(_read_mgrounding, _write_mgrounding, True),
     "mig_bench": Format(_read_mig, _write_mig, False),
-    "mig_bench_revised": Format(
-        partial(_read_mig, scale=GRID), _write_mig_revised, False
-    ),
 }

@@ -1,7 +1,5 @@
 """Open images, the same way everywhere; their sizes, tokens and paths."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

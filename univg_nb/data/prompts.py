@@ -1,7 +1,5 @@
 """What the model is asked, and what it should reply (docs/paper_facts.md#prompts)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from univg_nb.data.boxes import format_box

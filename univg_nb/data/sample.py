@@ -3,8 +3,6 @@
 Also here: which image a text names, and which image holds a sample's target.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 
@@ -29,7 +27,7 @@ class GroundingSample:
         cot: False in single-image mode, where no chain is asked for
             (docs/paper_facts.md#single-image).
         chain: the text inside `<think>`, without tags; None if there is none.
-        boxes: all instances where a benchmark marks several, else ().
+        boxes: all instances where the file marks several, the answer first; else ().
         target_image: number of the image that holds the target, counted from 1; None
             if the file does not say (see `find_target_image`).
         source: "file#row", for messages; not part of equality.
@@ -61,6 +59,8 @@ class GroundingSample:
         elif not _is_on_grid(self.answer) or not all(map(_is_on_grid, self.boxes)):
             boxes = [self.answer, *self.boxes]
             problem = f"boxes {boxes} must each be four integers 0-{GRID}"
+        elif self.boxes and (len(self.boxes) == 1 or self.boxes[0] != self.answer):
+            problem = f"boxes {self.boxes} must be () or several, the answer first"
         elif target is not None and not (
             type(target) is int and 1 <= target <= len(images)
         ):

@@ -5,8 +5,6 @@ Reading a pixel box needs the size of its image: the row's optional keys "width"
 on reading and unwrapped on writing. Schemas: docs/paper_facts.md#files.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +19,6 @@ from univg_nb.data.formats import (
     Samples,
     build_sample,
     clip_to_grid,
-    list_boxes,
     own_keys,
 )
 from univg_nb.data.images import image_size
@@ -84,7 +81,7 @@ def _write_pixels(
         raise context.error("bad_sample", f"{problem}; this format has one")
     path = context.strip_root(sample.images)[index]
     width, height = size = _find_size({}, context.join_root([path])[0], context)
-    boxes = [_to_whole_pixels(box, size) for box in list_boxes(sample, context)]
+    boxes = [_to_whole_pixels(b, size) for b in sample.boxes or (sample.answer,)]
     return path, boxes, {"width": width, "height": height, **own_keys(sample, "boxes")}
 
 
