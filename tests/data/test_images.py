@@ -10,11 +10,9 @@ from univg_nb.data.images import (
     MAX_RATIO,
     MIN_PIXELS,
     estimate_image_tokens,
-    flatten_image_paths,
     image_size,
     open_image,
 )
-from univg_nb.data.sample import GroundingSample
 
 
 def save(path, size, mode="RGB", color=None, **options):
@@ -103,16 +101,3 @@ def test_image_tokens_as_the_processor_counts(width, height, max_pixels):
     assume(max(width, height) <= MAX_RATIO * min(width, height))
     h, w = smart_resize(height, width, 28, MIN_PIXELS, max_pixels)
     assert estimate_image_tokens(width, height, max_pixels) == (h // 28) * (w // 28)
-
-
-def test_two_images_of_one_name_are_not_taken_from_one_file(tmp_path):
-    (tmp_path / "a.png").touch()
-    two = [
-        GroundingSample("0", "diff", ("x/a.png",), "?", (0, 0, 1, 1)),
-        GroundingSample("1", "diff", ("y/a.png",), "?", (0, 0, 1, 1)),
-    ]
-    first, second = flatten_image_paths(two, [0], tmp_path)
-    assert first.images == (str(tmp_path / "a.png"),)
-    assert second.images == ("y/a.png",)
-    with pytest.raises(ValueError, match="lay the images out"):
-        flatten_image_paths(two, [0, 1], tmp_path)

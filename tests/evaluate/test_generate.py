@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import builders
@@ -15,7 +16,6 @@ import pytest
 from univg_nb import models
 from univg_nb.config import load_scale
 from univg_nb.data import files
-from univg_nb.data.images import flatten_image_paths
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import generate as generation
 from univg_nb.evaluate import predictions as predictions_module
@@ -317,7 +317,9 @@ def test_real_pair_goes_from_file_to_score(loaded, tmp_path):
     # the annotation's folders are not there, and nothing is guessed unasked
     with pytest.raises(ValueError, match=r"case076_1.jpg does not exist"):
         run(loaded, bench.items, out, indices=[index])
-    items = flatten_image_paths(bench.items, [index], Path(REAL).parent)
+    items = list(bench.items)
+    beside = [Path(REAL).parent / Path(path).name for path in items[index].images]
+    items[index] = replace(items[index], images=tuple(map(str, beside)))
     run(loaded, items, out, indices=[index], max_new_tokens=8)
     result = score(bench, out, indices=[index])
     assert result["tasks"]["correspondence"]["n"] == 1

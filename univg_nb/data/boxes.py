@@ -47,17 +47,14 @@ _NUMBER = re.compile(r"[0-9.+-]++")  # in a match of `_BOX`
 _USUAL = re.compile(r"\((\d{1,4}),(\d{1,4})\),\((\d{1,4}),(\d{1,4})\)", re.ASCII)
 # The notations that the released parser tries, one after the other.
 _I, _F, _G = r"\d++", r"\d++\.\d++", r",\s*+"
-_RELEASED = [
-    re.compile(pattern)
-    for pattern in (
-        rf"\({_I}{_G}{_I}\){_G}\({_I}{_G}{_I}\)",
-        rf"\[{_F}{_G}{_F}{_G}{_F}{_G}{_F}\]",
-        rf"\({_F},{_F}\),\({_F},{_F}\)",
-        rf"\({_F}{_G}{_F}{_G}{_F}{_G}{_F}\)",
-        rf"\[{_I}{_G}{_I}{_G}{_I}{_G}{_I}\]",
-        rf"<box>{_I}\s++{_I}\s++{_I}\s++{_I}</box>",
-    )
-]
+_RELEASED = (
+    rf"\({_I}{_G}{_I}\){_G}\({_I}{_G}{_I}\)",
+    rf"\[{_F}{_G}{_F}{_G}{_F}{_G}{_F}\]",
+    rf"\({_F},{_F}\),\({_F},{_F}\)",
+    rf"\({_F}{_G}{_F}{_G}{_F}{_G}{_F}\)",
+    rf"\[{_I}{_G}{_I}{_G}{_I}{_G}{_I}\]",
+    rf"<box>{_I}\s++{_I}\s++{_I}\s++{_I}</box>",
+)
 _RELEASED_NUMBER = re.compile(r"[\d.]++")
 
 
@@ -109,9 +106,6 @@ def parse_box(text: str, mode: str = "answer") -> ParsedBox:
         without a box; `inverted` for x2 <= x1 or y2 <= y1; `out_of_range` for a
         coordinate outside 0-1000. The last two keep the box as written, unless a number
         is 10**9 or more.
-
-    Raises:
-        ValueError: the mode is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"parse_box: mode {mode!r} is unknown; use one of {MODES}")
@@ -134,7 +128,7 @@ def _parse_released(text: str) -> ParsedBox:
     It takes all boxes of the first notation that is in the reply at all, drops the last
     if there are several, and returns the first of the rest; `int` fails on floats.
     """
-    matches = (pattern.search(text) for pattern in _RELEASED)
+    matches = (re.search(pattern, text) for pattern in _RELEASED)
     first = next((match[0] for match in matches if match), "")
     try:
         x1, y1, x2, y2 = map(int, _RELEASED_NUMBER.findall(first))
@@ -151,10 +145,9 @@ def compute_intersection(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the plain intersection over union of two boxes in one unit.
+    """Return the intersection over union, 0..1, of two boxes in one unit.
 
-    Returns:
-        A number in 0..1; 0.0 if a box has no area (docs/paper_facts.md#e4).
+    It is 0.0 if a box has no area (docs/paper_facts.md#e4).
     """
     if not (a[0] < a[2] and a[1] < a[3] and b[0] < b[2] and b[1] < b[3]):
         return 0.0
@@ -182,10 +175,10 @@ def to_pixels(
 
 
 def stretch_box(box: Box) -> Box:
-    """Stretch a box as the paper does for Migician's row, and for no other row.
+    """Stretch a box as the paper does for Migician's row, rounding included.
 
     y1 moves down by a twentieth and y2 by a tenth, neither beyond 999; see
-    docs/paper_facts.md#evaluation. Rounding is as the row was made.
+    docs/paper_facts.md#evaluation.
     """
     x1, y1, x2, y2 = box
     moved = (min(y, GRID) / GRID * f for y, f in ((y1, 1.05), (y2, 1.10)))

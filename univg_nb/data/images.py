@@ -1,13 +1,13 @@
 """Open images, the same way everywhere; their sizes, tokens and paths."""
 
 import base64
-import dataclasses
 import io
 import math
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ MAX_RATIO = 200  # the processor's limit on long side / short side
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 
-def _open_header(path: str | os.PathLike[str], name: str) -> Image.Image:
-    """Open without decoding; refuse what is missing, no image, or far too large."""
+@contextmanager
+def _opened(path: str | os.PathLike[str], sample_id: str) -> Iterator[Image.Image]:
+    """Open without decoding; refuse what is missing, damaged, or far too large."""
+    name = f"sample {sample_id}: image {path}" if sample_id else f"image {path}"
     if not Path(path).is_file():
         raise ValueError(f"{name} does not exist; check image_root and the download")
     try:
@@ -33,21 +35,17 @@ def _open_header(path: str | os.PathLike[str], name: str) -> Image.Image:
             # an error from Pillow's own limit on, not from twice as many pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
+        with image:
+            if max(image.size) <= MAX_RATIO * min(image.size):
+                yield image
+                return
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {error}; scale it down") from error
     except _DECODE_ERRORS as error:
-        problem = f"is not an image Pillow can read ({error}); fetch it again"
-        raise ValueError(f"{name} {problem}") from error
-    if max(image.size) > MAX_RATIO * min(image.size):
-        image.close()
-        shape = f"{image.width} x {image.height}, longer than {MAX_RATIO} to 1"
-        raise ValueError(f"{name} is {shape}, which the processor refuses; crop it")
-    return image
-
-
-def _name(path: str | os.PathLike[str], sample_id: str) -> str:
-    """Return how messages name an image."""
-    return f"sample {sample_id}: image {path}" if sample_id else f"image {path}"
+        problem = f"is not an image Pillow can read, or is damaged ({error})"
+        raise ValueError(f"{name} {problem}; fetch it again") from error
+    shape = f"{image.width} x {image.height}, longer than {MAX_RATIO} to 1"
+    raise ValueError(f"{name} is {shape}, which the processor refuses; crop it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -68,8 +66,7 @@ def _enlarge(image: Image.Image) -> Image.Image:
     scale = MIN_SIDE / min(width, height)
     if scale <= 1:
         return image
-    size = (max(MIN_SIDE, round(width * scale)), max(MIN_SIDE, round(height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image.resize((round(width * scale), round(height * scale)))
 
 
 def open_image(path: str | os.PathLike[str], sample_id: str = "") -> Image.Image:
@@ -77,28 +74,17 @@ def open_image(path: str | os.PathLike[str], sample_id: str = "") -> Image.Image
 
     Transparent parts become white. The processor's min_pixels/max_pixels do the rest.
 
-    Args:
-        path: the image file.
-        sample_id: the sample that an error message names.
-
     Raises:
         ValueError: the file is missing, no image, truncated, larger than Pillow's limit
-            or longer than MAX_RATIO to 1.
+            or longer than MAX_RATIO to 1. Names the file and, if given, the sample.
     """
-    name = _name(path, sample_id)
-    with _open_header(path, name) as image:
-        try:
-            return _enlarge(_to_rgb(ImageOps.exif_transpose(image)))
-        except _DECODE_ERRORS as error:
-            raise ValueError(f"{name} is damaged ({error}); fetch it again") from error
+    with _opened(path, sample_id) as image:
+        return _enlarge(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def image_size(path: str | os.PathLike[str], sample_id: str = "") -> tuple[int, int]:
-    """Return (width, height) in pixels, upright, from the header alone.
-
-    Arguments and errors as in `open_image`.
-    """
-    with _open_header(path, _name(path, sample_id)) as image:
+    """Return (width, height) in pixels, upright, from the header; see `open_image`."""
+    with _opened(path, sample_id) as image:
         width, height = image.size
         if width == height:  # looking for the orientation decodes a whole PNG
             return width, height
@@ -115,12 +101,9 @@ def encode_data_url(image: Image.Image, format: str = "PNG", **options: int) -> 
 
 
 def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -> str:
-    """Open an image and return it as a JPEG data URL; errors as in `open_image`.
+    """Open an image and return it as a JPEG data URL of at most `max_pixels` pixels.
 
-    Args:
-        path: the image file.
-        sample_id: the sample that an error message names.
-        max_pixels: larger images are scaled down to this many pixels.
+    See `open_image` for `sample_id` and the errors.
     """
     image = open_image(path, sample_id)
     shrink = (max_pixels / (image.width * image.height)) ** 0.5
@@ -130,9 +113,9 @@ def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -
 
 
 def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
-    """Return the tokens an image takes in a prompt, from the file's header alone.
+    """Return the tokens an image takes in the prompts of a model's processor.
 
-    `processor` is the model's; other arguments and errors as in `open_image`.
+    Only the file's header is read; errors are those of `open_image`.
     """
     width, height = image_size(path, sample_id)
     image_processor = processor.image_processor
@@ -143,16 +126,11 @@ def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
 
 
 def estimate_image_tokens(width: int, height: int, max_pixels: int = 401_408) -> int:
-    """Return the tokens of an image in Qwen2-VL, without a processor.
+    """Return the tokens of an image of so many pixels in Qwen2-VL.
 
-    One token stands for a block of 28 x 28 pixels after resizing. This is the rule of
-    `smart_resize` in transformers (a test compares them), computed here so that the
-    audit of a file takes seconds and needs no transformers.
-
-    Args:
-        width: in pixels, like the height.
-        height: see width.
-        max_pixels: larger images are scaled down to this many pixels.
+    One token stands for a block of 28 x 28 pixels after resizing to `max_pixels` at
+    most. This is the rule of `smart_resize` in transformers (a test compares them),
+    computed here so that the audit takes seconds and needs no transformers.
     """
     sides = (width, height)
     columns, rows = (round(side / MIN_SIDE) for side in sides)
@@ -173,37 +151,3 @@ def find_missing_images(
     is_file = cache(lambda path: Path(path).is_file())  # items share images
     missing = ((i, [p for p in samples[i].images if not is_file(p)]) for i in indices)
     return {i: paths[0] for i, paths in missing if paths}
-
-
-def flatten_image_paths(
-    samples: Sequence[GroundingSample], indices: Iterable[int], folder: str | Path
-) -> list[GroundingSample]:
-    """Replace image paths that do not exist by folder/<file name>, where that exists.
-
-    Serves a benchmark of which a few images lie loose in one folder.
-
-    Args:
-        samples: all samples.
-        indices: which of them to look at; the others are returned as they are.
-        folder: where the images lie.
-
-    Raises:
-        ValueError: two different paths would become the same file, so that it cannot be
-            known which of them it is.
-    """
-    became: dict[Path, str] = {}
-    result = list(samples)
-    for i in indices:
-        paths = []
-        for path in samples[i].images:
-            loose = Path(folder) / Path(path).name
-            if not Path(path).is_file() and loose.is_file():
-                if became.setdefault(loose, path) != path:
-                    raise ValueError(
-                        f"{loose} could be {became[loose]} or {path} of "
-                        f"{samples[i].id!r}; lay the images out as the records say"
-                    )
-                path = str(loose)
-            paths.append(path)
-        result[i] = dataclasses.replace(samples[i], images=tuple(paths))
-    return result
