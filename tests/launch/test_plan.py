@@ -162,9 +162,7 @@ def test_tiny_peak_of_sft_is_predicted_within_a_quarter(tmp_path, checkpointing)
     config = changed(runs.load_scale("tiny"), sft=options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        made = sft.build_trainer(
-            config, tmp_path, four_images(tmp_path), "lora", True, None
-        )
+        made = sft.build_trainer(config, tmp_path, four_images(tmp_path))
         tokens = max(made.train_dataset["length"])
         where = Layout("single", 1, tokens, 20, 256, tokens)
         check_peak(peak_of(made.train), config, "sft", where, ["weights"])

@@ -146,16 +146,12 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     for name in bins:
         assert 0 <= metrics[0][f"zero_variance/{name}"] <= 1
         assert metrics[0][f"gradient/{name}"] >= 0
-    assert metrics[0]["kl_clamped"] == 0
     rows = io.read_jsonl(out / "rollouts.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 2, 2]
     wide = ("replies", "boxes", "status", "iou", "format", "rewards", "advantages")
     for row in rows:
-        assert all(len(row[name]) == G for name in (*wide, "length", "truncated"))
-        assert set(row) == {
-            *wide, "step", "sample_id", "task", "mean_iou", "weight", "length",
-            "truncated",
-        }  # fmt: skip
+        assert all(len(row[name]) == G for name in wide)
+        assert set(row) == {*wide, "step", "sample_id", "task", "mean_iou", "weight"}
         # -ln(0.02 + m) of the group, whatever the untrained model said
         expected = max(0.0, -math.log(0.02 + row["mean_iou"]))
         assert row["weight"] == pytest.approx(expected, abs=1e-4)
@@ -284,20 +280,16 @@ def test_sigterm_in_the_middle_of_an_update_resumes_exactly(folder, tmp_path):
 
 
 def test_rollout_rows_hold_boxes_as_scoring_reads_them():
-    known = {"sample_id": "a", "task": "diff", "length": 9}
-    replies = [
-        known | {"text": text, "truncated": truncated}
-        for text, truncated in [(box_text(500), False), ("<think>on and on", True)]
-    ]
+    replies = [box_text(500), "<think>on and on"]
     ones = torch.tensor([1.0, 0.0])
     columns = {"iou": ones, "format": ones, "rewards": 2 * ones}
     columns["advantages"] = torch.tensor([0.7, -0.7])
     weights = torch.tensor([1.6487])
-    (row,) = rollouts.make_group_rows(3, replies, weights, columns)
+    (row,) = rollouts.make_group_rows(3, [("a", "diff")], weights, replies, columns)
     assert row["boxes"] == [[100, 100, 500, 500], None]
     assert row["status"] == ["ok", "no_answer"]
     assert row["mean_iou"] == 0.5 and row["weight"] == pytest.approx(1.6487)
-    assert row["advantages"] == [0.7, -0.7] and row["truncated"] == [False, True]
+    assert row["advantages"] == [0.7, -0.7] and row["task"] == "diff"
 
 
 @pytest.mark.parametrize(
@@ -341,49 +333,17 @@ def test_no_reward_at_all_stops_with_advice(folder, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_an_exploding_kl_is_bounded_counted_and_stopped(folder, tmp_path):
+def test_an_exploding_kl_is_stopped(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path)
     batch = ready_batch(trainer)
     ref = batch["ref_per_token_logps"]
-    far = ref.clone()
-    far[0, 0] += 200.0  # e^200 is infinite in float32
-    loss = trainer.compute_loss(trainer.model, batch | {"ref_per_token_logps": far})
-    tokens = int(batch["completion_mask"].sum())
-    bounded = math.exp(10) - 11  # k3 at the limit
-    share = 0.04 * bounded / (2 * G * int(batch["completion_mask"][0].sum()))
-    plain = trainer.compute_loss(trainer.model, batch)
-    assert loss.item() - plain.item() == pytest.approx(share, rel=1e-3)
-    assert trainer._metrics["train"]["kl_clamped"] == [1.0, 0.0]
-    assert far[0, 0] == ref[0, 0] + 200.0  # the batch is used again: left alone
-    with pytest.raises(FloatingPointError, match=f"{tokens} of {tokens} tokens.*beta"):
-        trainer.compute_loss(
-            trainer.model, batch | {"ref_per_token_logps": ref + 200.0}
-        )
-
-
-def test_trl_gets_a_batch_with_a_bounded_kl_and_nobody_edits_it(
-    folder, tmp_path, monkeypatch
-):
-    """TRL may read the reference before or after it runs the policy."""
-    trainer = make_trainer(folder, tmp_path)
-    batch = ready_batch(trainer)
-    batch["ref_per_token_logps"] = batch["ref_per_token_logps"] + 200.0
-    given = []
-    theirs = SharedPrefixGRPOTrainer.compute_loss
-
-    def compute_loss(self, model, inputs):
-        before = {key: id(value) for key, value in inputs.items()}
-        given.append(inputs["ref_per_token_logps"].clone())
-        loss = theirs(self, model, inputs)
-        assert {key: id(value) for key, value in inputs.items()} == before
-        assert torch.equal(inputs["ref_per_token_logps"], given[0])
-        return loss
-
-    monkeypatch.setattr(SharedPrefixGRPOTrainer, "compute_loss", compute_loss)
+    one = ref.clone()
+    one[0, 0] += 11.0
+    trainer.compute_loss(trainer.model, batch | {"ref_per_token_logps": one})
+    far = {"ref_per_token_logps": ref + 11.0}
     with pytest.raises(FloatingPointError, match="KL explodes"):
-        trainer.compute_loss(trainer.model, batch)
-    # the policy is still its reference: 200 above it, bounded to 10
-    torch.testing.assert_close(given[0], batch["ref_per_token_logps"] - 190.0)
+        trainer.compute_loss(trainer.model, batch | far)
+    assert torch.equal(batch["ref_per_token_logps"], ref)  # used again: left alone
 
 
 def test_the_module_is_a_command_with_the_same_exit_codes(tmp_path):
@@ -434,7 +394,6 @@ def scripted_rewards(trainer, totals):
     """A _calculate_rewards that gives these totals, all as format reward."""
 
     def rewards(inputs, prompts, completions, ids):
-        trainer.local_replies = []
         values = totals.flatten()
         trainer.gathered_rewards = torch.stack([torch.zeros_like(values), values], 1)
         return trainer.gathered_rewards

@@ -326,17 +326,12 @@ def test_checkpoints_of_another_configuration_are_not_used(tmp_path):
     assert find_checkpoint(tmp_path, "c") is None
 
 
-def test_qlora_and_going_on_from_an_adapter(trained, model_cfg, data, tmp_path):
-    out, _ = trained
-    config = scale(model_cfg, max_steps=2)
-    summary = sft.train(
-        config, tmp_path, data, adapter="qlora", init_adapter=out / "adapter"
-    )
-    account = summary["parameters"]
+def test_qlora_trains_an_adapter_of_full_precision(model_cfg, data, tmp_path):
+    config = scale(model_cfg, max_steps=4)
+    account = sft.train(config, tmp_path, data, adapter="qlora")["parameters"]
     assert account["language"]["trainable"] == account["vision"]["trainable"] == 0
     assert account["adapter"]["bytes"] == 4 * account["adapter"]["parameters"]
-    # it began where the first training ended
-    assert losses(tmp_path)[0] < losses(out)[0] - 0.3
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
 def test_full_fine_tuning_saves_a_model_that_plain_transformers_loads(
@@ -412,15 +407,6 @@ def test_users_mistakes_are_named(model_cfg, data, tmp_path):
     with pytest.raises(ValueError, match="freeze_vision"):
         sft.train(scale(model_cfg, freeze_vision=False), tmp_path, data)
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_nothing_to_train_is_an_error(model_cfg, monkeypatch):
-    def frozen(model, lora):
-        return model.requires_grad_(False)
-
-    monkeypatch.setattr(models, "add_lora", frozen)
-    with pytest.raises(ValueError, match="nothing to train"):
-        sft.build_model(scale(model_cfg), "lora", None)
 
 
 # ---------------------------------------------------------------- command line

@@ -8,7 +8,6 @@ dropped from the files it writes, because their updates are made again.
 import argparse
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,24 +15,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch.nn import Module
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from univg_nb import io, models
-from univg_nb.config import FORMER_NAMES, dump
+from univg_nb.config import FORMER_NAMES, dump, whole_batch
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.runs import resolve_run_dir
 
 COMPLETE = "complete.json"  # written last into a checkpoint
-LOGS = {"sft": ("metrics.jsonl",), "grpo": ("metrics.jsonl", "rollouts.jsonl")}
 DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
-
-
-def count_processes() -> int:
-    """Return how many processes torchrun or accelerate launched."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_training_set(
@@ -77,7 +75,7 @@ def make_trainer_options(
         "use_cpu": not gpu,  # without it torchrun on CPUs starts unconnected processes
         **{key: value for key, value in section.items() if key not in own},
         "remove_unused_columns": False,
-        "disable_tqdm": True,  # Recorder shows the progress
+        "disable_tqdm": True,  # Progress shows the updates
     }
     if "gradient_checkpointing" not in options:  # the old name of the same option
         options.setdefault("activation_checkpointing", gpu)
@@ -86,31 +84,17 @@ def make_trainer_options(
     return {former.get(key, key): value for key, value in options.items()}
 
 
-def check_world_size(arguments: TrainingArguments, section: str) -> None:
-    """Raise ValueError if launched processes would each train by themselves."""
-    if arguments.world_size != count_processes():
-        raise ValueError(
-            f"{count_processes()} processes were launched but each trains by itself "
-            f"(world size {arguments.world_size}); use torchrun, and "
-            f"{section}.use_cpu: true without GPU"
-        )
-
-
 @contextmanager
 def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
     """Restore the adapter of a quantized model at the end of the `with` block.
 
     TRL rounds such an adapter to bf16, whatever the computing dtype.
     """
-    exact = {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and quantized
-    }
+    adapter = [p for p in model.parameters() if p.requires_grad and quantized]
+    exact = [parameter.detach().clone() for parameter in adapter]
     yield
-    for name, parameter in model.named_parameters():
-        if name in exact:
-            parameter.data = exact[name].to(parameter.device)
+    for parameter, values in zip(adapter, exact, strict=True):
+        parameter.data = values.to(parameter.device)
 
 
 def run_training(
@@ -118,99 +102,96 @@ def run_training(
     config: dict[str, Any],
     stage: Literal["sft", "grpo"],
     out: Path,
-    fingerprint: str,
+    made_from: Any,
     callbacks: Sequence[TrainerCallback] = (),
-) -> "Recorder":
+) -> dict[str, Any]:
     """Train from the last whole checkpoint on, and save the adapter.
 
     Args:
-        trainer: a trainer of TRL with `epoch_sampler`, its sampler or None.
+        trainer: a trainer of TRL.
         config: a whole scale.
         stage: the section of the scale.
         out: folder of the training.
-        fingerprint: of configuration and data; only checkpoints with it are used.
+        made_from: the samples and what else decides the result, JSON-like. Only
+            checkpoints of the same configuration and `made_from` are used.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
-        The recorder: `seconds` of this call, `first` update that it made, from 0.
+        What every summary has: steps, parameters, and of this call seconds and
+        seconds_per_update.
     """
+    whole = whole_batch(config[stage], trainer.args.world_size)
+    used = {"model": config["model"], "sft": config["sft"], stage: whole}
+    fingerprint = io.config_hash([used, made_from])
     checkpoint = find_checkpoint(out / "checkpoints", fingerprint)
-    progress = not config[stage].get("disable_tqdm", False)
-    shown = "loss" if stage == "sft" else "reward"
-    recorder = Recorder(trainer, out / LOGS[stage][0], fingerprint, progress, shown)
+    first = 0 if checkpoint is None else get_step(checkpoint)
+    progress = [] if config[stage].get("disable_tqdm") else [Progress()]
+    recorder = Recorder(out / "metrics.jsonl", fingerprint)
     trainer.remove_callback(PrinterCallback)
-    for callback in (*callbacks, recorder):
+    for callback in (*callbacks, *progress, recorder):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         io.write_text(out / "config.yaml", dump(config))
-        for name in LOGS[stage]:
-            _drop_rows_after(out / name, checkpoint)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            if (out / name).is_file():
+                _drop_rows_after(out / name, first)
     began = time.perf_counter()
     with models.ignore_rename_warnings():
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    recorder.seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     trainer.save_model(str(out / "adapter"))
-    return recorder
+    steps = trainer.state.global_step
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 3),
+        "seconds_per_update": round(seconds / (steps - first), 3),
+        "parameters": models.count_parameters(trainer.model),
+    }
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, with values beside it and no printed line for each update."""
+
+    def on_log(self, *_: Any, logs: Any, **__: Any) -> None:
+        """Show the last loss and reward."""
+        if self.training_bar is not None:
+            shown = {k: f"{logs[k]:.3f}" for k in ("loss", "reward") if k in logs}
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 @dataclasses.dataclass(eq=False)
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, marks whole checkpoints and shows one progress bar.
+    """Writes metrics.jsonl and marks whole checkpoints.
 
     A row of metrics.jsonl is one update: `step` from 1, `seconds` since the start, and
     what the Trainer logs.
     """
 
-    trainer: Any
     metrics: Path
     fingerprint: str
-    progress: bool  # whether to show the bar
-    shown: str  # the logged value beside the bar
-    first: int = 0
-    seconds: float = 0.0
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock and the bar."""
-        self.began = time.perf_counter()
-        self.first = state.global_step
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.metrics.parent.name,
-            disable=not (self.progress and state.is_world_process_zero),
-        )
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        """Set the epoch, which accelerate does not when several processes resume."""
+        event["train_dataloader"].set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log before saving: sums between two logs are in no checkpoint."""
-        self.bar.update(1)
         control.should_log |= control.should_save
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the epoch, which accelerate does not when several processes resume."""
-        if self.trainer.epoch_sampler is not None:
-            self.trainer.epoch_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         """Append a row to metrics.jsonl."""
-        if state.is_world_process_zero and logs and "loss" in logs:
+        logs = event["logs"]
+        if state.is_world_process_zero and "loss" in logs:
             seconds = round(time.perf_counter() - self.began, 3)
             row = {"step": state.global_step, **logs, "seconds": seconds}
             io.append_jsonl(self.metrics, row)
-            if self.shown in logs:
-                note = {self.shown: f"{logs[self.shown]:.3f}"}
-                self.bar.set_postfix(note, refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint that a training can resume from as whole."""
         if args.save_only_model:
             return
-        self.trainer.accelerator.wait_for_everyone()
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             io.write_json(folder / COMPLETE, {"fingerprint": self.fingerprint})
@@ -222,12 +203,12 @@ def find_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     Checkpoints of another configuration or of other data are passed over, and so is
     one of the last update: resumed from there, the Trainer would make one more.
     """
-    marks = sorted(folder.glob(f"*/{COMPLETE}"), key=lambda mark: get_step(mark.parent))
-    for mark in reversed(marks):
-        state = io.read_json(mark.parent / "trainer_state.json")
-        same = io.read_json(mark)["fingerprint"] == fingerprint
+    whole = [mark.parent for mark in folder.glob(f"*/{COMPLETE}")]
+    for checkpoint in sorted(whole, key=get_step, reverse=True):
+        state = io.read_json(checkpoint / "trainer_state.json")
+        same = io.read_json(checkpoint / COMPLETE)["fingerprint"] == fingerprint
         if same and state["global_step"] < state["max_steps"]:
-            return mark.parent
+            return checkpoint
     return None
 
 
@@ -236,9 +217,8 @@ def get_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
 
 
-def _drop_rows_after(path: Path, checkpoint: Path | None) -> None:
-    """Drop the rows of a JSONL file that are newer than a checkpoint (None: all)."""
-    last = 0 if checkpoint is None else get_step(checkpoint)
-    rows = io.read_jsonl(path) if path.is_file() else []
-    kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows if r["step"] <= last]
-    io.write_text(path, "".join(kept))
+def _drop_rows_after(path: Path, last: int) -> None:
+    """Drop the rows of a JSONL file that are of updates after `last`."""
+    kept = [row for row in io.read_jsonl(path) if row["step"] <= last]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    io.write_text(path, "".join(lines))

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from univg_nb.data import prompts
 from univg_nb.data.images import count_image_tokens
@@ -21,6 +22,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import EncodedImage, preprocess_images
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
+WINDOW = 8  # batches sorted together: little padding, and still random batches
 
 
 def tokenize(
@@ -120,32 +122,28 @@ class VisionCollator:
             values = torch.cat([feature for feature, _ in found])
             grids = torch.cat([grid for _, grid in found])
         marker = self.processor.image_token_id
-        merged = self.processor.image_processor.merge_size**2  # patches of a token
-        counts = iter((grids.prod(-1) // merged).tolist())
-        texts, labels = [], []
+        texts = []
         for row in rows:
+            counts = iter(row["image_tokens"])
             prompt: list[int] = []
             for token in row["prompt_ids"]:
                 prompt += [marker] * next(counts) if token == marker else [token]
             reply = row["completion_ids"]
-            texts.append(torch.tensor(prompt + reply))
-            labels.append(torch.tensor([IGNORE] * len(prompt) + reply))
-        pad = self.processor.tokenizer.pad_token_id
-        input_ids = pad_sequence(texts, batch_first=True, padding_value=pad)  # (B, T)
+            labels = [IGNORE] * len(prompt) + reply
+            texts.append({"input_ids": prompt + reply, "labels": labels})
+        pad = DataCollatorForLanguageModeling(self.processor.tokenizer.pad_token_id)
+        batch = pad(texts)  # input_ids, attention_mask and labels
         return {
-            "input_ids": input_ids,
-            "attention_mask": pad_sequence(
-                [torch.ones_like(text) for text in texts], batch_first=True
-            ),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-            "mm_token_type_ids": (input_ids == marker).long(),
+            **batch,
+            "mm_token_type_ids": (batch["input_ids"] == marker).long(),
             "sample_index": torch.tensor([row["index"] for row in rows]),
             key: values,
             "image_grid_thw": grids,
         }
 
 
-class LengthGroupedBatches(torch.utils.data.Sampler[int]):
+@dataclass(eq=False)
+class LengthGroupedBatches(Sampler[int]):
     """Sample order in which every global batch holds samples of similar length.
 
     transformers' sampler leaves the batches sorted from long to short within each
@@ -155,13 +153,10 @@ class LengthGroupedBatches(torch.utils.data.Sampler[int]):
     of an update, over all processes and accumulation steps.
     """
 
-    WINDOW = 8  # batches sorted together: little padding, and still random batches
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = list(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
@@ -176,8 +171,8 @@ class LengthGroupedBatches(torch.utils.data.Sampler[int]):
         size = self.batch_size
         whole = len(order) - len(order) % size
         batches: list[list[int]] = []
-        for start in range(0, whole, size * self.WINDOW):
-            stop = min(start + size * self.WINDOW, whole)
+        for start in range(0, whole, size * WINDOW):
+            stop = min(start + size * WINDOW, whole)
             window = sorted(order[start:stop], key=self.lengths.__getitem__)
             batches += [window[i : i + size] for i in range(0, len(window), size)]
         for batch in torch.randperm(len(batches), generator=generator).tolist():

@@ -36,7 +36,7 @@ from trl import GRPOConfig
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_config, whole_batch
+from univg_nb.config import add_scale_arguments, load_config
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -104,7 +104,6 @@ def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPO
             f"grpo: {error} A generation batch has grpo.per_device_train_batch_size x "
             "processes x steps (gradient_accumulation_steps) replies"
         ) from error
-    checkpoints.check_world_size(arguments, "grpo")
     prompts = arguments.generation_batch_size // arguments.num_generations
     if num_samples < prompts:
         raise ValueError(
@@ -197,56 +196,27 @@ def train(
     out, sft_adapter = Path(out), Path(sft_adapter)
     given = {key: value for key, value in overrides.items() if value is not None}
     config = {**config, "grpo": {**config["grpo"], **given}}
-    fingerprint = _compute_fingerprint(config, train, sft_adapter)
+    weights = sft_adapter / "adapter_model.safetensors"
+    start = io.sha256_of(weights) if weights.is_file() else str(sft_adapter)
     trainer = build_trainer(config, out, train, sft_adapter, out / "rollouts.jsonl")
-    recorder = checkpoints.run_training(
-        trainer, config, "grpo", out, fingerprint, callbacks
+    made_from = [[asdict(sample) for sample in train], start]
+    summary = checkpoints.run_training(
+        trainer, config, "grpo", out, made_from, callbacks
     )
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    tenth = max(1, len(rows) // 10)  # of the generations
+    for key, name in (("reward", "reward"), ("groups/mean_iou", "mean_iou")):
+        for when, part in (("first", rows[:tenth]), ("last", rows[-tenth:])):
+            mean = sum(row[key] for row in part) / len(part)
+            summary[f"{name}_{when}"] = mean
+    summary["weight"] = trainer.weight_options | {"rescale": trainer.rescale}
+    summary["sft_adapter"] = str(sft_adapter)
     if trainer.is_world_process_zero():
         # PEFT saves the frozen reference too; that is the SFT adapter, where it was.
         shutil.rmtree(out / "adapter" / "ref", ignore_errors=True)
-        summary = _summarize(trainer, out, recorder.first)
-        summary["sft_adapter"] = str(sft_adapter)
         io.write_json(out / "summary.json", summary)
-    trainer.accelerator.wait_for_everyone()
-    del trainer, recorder
+    del trainer
     gc.collect()  # model, reference and optimizer: a trainer is full of cycles
-    return io.read_json(out / "summary.json")
-
-
-def _compute_fingerprint(
-    config: Mapping[str, Any], train: Sequence[GroundingSample], sft_adapter: Path
-) -> str:
-    """Compute a hash that changes with anything the training depends on."""
-    weights = sft_adapter / "adapter_model.safetensors"
-    start = io.sha256_of(weights) if weights.is_file() else str(sft_adapter)
-    used = [config["model"], config["sft"]]
-    used += [whole_batch(config["grpo"], checkpoints.count_processes())]
-    return io.config_hash([used, start, [asdict(sample) for sample in train]])
-
-
-def _summarize(
-    trainer: DifficultyGRPOTrainer, out: Path, first_update: int
-) -> dict[str, Any]:
-    """Summarize a training: means over the first and last tenth of its generations.
-
-    The seconds are those of this call, which began at `first_update`.
-    """
-    logged = io.read_jsonl(out / "metrics.jsonl")
-    rows = [row for row in logged if "reward" in row]
-    part = max(1, len(rows) // 10)
-    seconds, steps = logged[-1]["seconds"], trainer.state.global_step
-    summary = {
-        "steps": steps,
-        "seconds": seconds,
-        "seconds_per_update": round(seconds / (steps - first_update), 3),
-        "weight": trainer.weight_options | {"rescale": trainer.rescale},
-        "parameters": models.count_parameters(trainer.model),
-    }
-    for key in ("reward", "groups/mean_iou"):
-        for when, some in (("first", rows[:part]), ("last", rows[-part:])):
-            mean = sum(row[key] for row in some) / len(some)
-            summary[f"{key.removeprefix('groups/')}_{when}"] = mean
     return summary
 
 

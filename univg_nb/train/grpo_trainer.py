@@ -3,13 +3,12 @@
 The weight phi of a group's mean IoU is put on the advantages, which equals putting it
 on the clipped surrogate and leaves the KL alone. The mean is taken over the gathered
 group, so that no layout of batches and processes changes it (docs/paper_facts.md#t2).
-The trainer also bounds the KL, stops trainings that learn nothing, logs every group,
-and saves what an exact resume needs.
+The trainer also stops trainings that diverge or learn nothing, logs every group, and
+saves what an exact resume needs.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ import transformers
 from accelerate.utils import gather_object
 from packaging.version import Version
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl import GRPOConfig
 
 from univg_nb import io
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.train import rollouts
 from univg_nb.train.difficulty import (
-    BINS,
     difficulty_bin,
     difficulty_weight,
     group_mean_iou,
@@ -36,26 +33,8 @@ from univg_nb.train.final_norm import find_trained_norm, set_norm_learning_rate
 from univg_nb.train.rewards import format_reward, iou_reward
 
 IOU, FORMAT = 0, 1  # columns of the reward matrix
-KL_EXPONENT = 10.0  # largest log(reference / policy) of a token in the KL: e^10 = 22026
-KL_BROKEN = 0.1  # share of an update's tokens at that limit that stops the training
-
-
-class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with an order that a resumed run finds again.
-
-    It is a function of (seed, epoch), and not of a generator that no checkpoint holds.
-    """
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+KL_FAR = 10.0  # log(reference / policy) of a token: e^10 = 22026 times less likely
+KL_BROKEN = 0.1  # share of a micro-batch's tokens so far away that stops the training
 
 
 class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
@@ -74,8 +53,6 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         rollout_log: rollouts.jsonl, or None.
         **others: further arguments; for the rows see `grpo.to_rows`.
     """
-
-    epoch_sampler: EpochRepeatSampler | None = None
 
     def __init__(
         self,
@@ -105,8 +82,6 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         self.max_zero_updates = max_zero_updates
         self.norm_learning_rate = norm_learning_rate
         self.zero_updates = 0
-        self.policy_pass: tuple | None = None  # of the batch whose loss is computed
-        self.sums = torch.zeros(2 * len(BINS) + 2, dtype=torch.float64)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create TRL's, with the last norm in a group of its own if it is trained."""
@@ -119,25 +94,10 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     # ------------------------------------------------------------ rewards and weights
 
-    def _calculate_rewards(
-        self, inputs: list, prompts: list, completions: list, completion_ids_list: list
-    ) -> Tensor:
-        """Run TRL's; keep the gathered rewards and this process's replies."""
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """Run TRL's; keep the rewards of all processes, (N, 2), groups adjacent."""
         began = time.perf_counter()
-        self.gathered_rewards = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )  # (N, 2) of all processes, groups adjacent
-        rows = zip(inputs, completions, completion_ids_list, strict=True)
-        self.local_replies = [
-            {
-                "sample_id": row["sample_id"],
-                "task": row["task"],
-                "text": completion[-1]["content"],
-                "length": len(ids),
-                "truncated": ids[-1] not in self.eos_token_ids,
-            }
-            for row, completion, ids in rows
-        ]
+        self.gathered_rewards = super()._calculate_rewards(*args)
         self._record_seconds("reward", began)
         return self.gathered_rewards
 
@@ -145,13 +105,12 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         """Run TRL's; multiply this process's advantages by its groups' weights."""
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            advantages = output["advantages"]
-            totals = self.gathered_rewards @ self.reward_weights.to(advantages)
-            totals = totals.view(-1, self.num_generations)  # (groups, G)
+            factors = self.reward_weights.to(self.gathered_rewards)
+            totals = (self.gathered_rewards @ factors).view(-1, self.num_generations)
             weights = self._compute_weights(totals)
-            self._log_groups(totals, advantages, weights)
+            self._log_groups(inputs, totals, weights)
             self._check_rewards(totals)
-            output["advantages"] = advantages * self._take_rows(weights)
+            output["advantages"] = output["advantages"] * self._take_rows(weights)
             output["mean_iou"] = self._take_rows(self.mean_iou)
         return output
 
@@ -168,21 +127,25 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         share = len(rows) // self.accelerator.num_processes
         return rows[self.accelerator.process_index * share :][:share]
 
-    def _log_groups(self, totals: Tensor, advantages: Tensor, weights: Tensor) -> None:
+    def _log_groups(self, inputs: list, totals: Tensor, weights: Tensor) -> None:
         summary = rollouts.summarize_groups(self.mean_iou, weights, totals)
         for name, value in summary.items():
             self._metrics["train"][name].append(value)
         if self.rollout_log is None:
             return
-        advantages = self.accelerator.gather(advantages)
-        replies = gather_object(self.local_replies)
-        columns = {"iou": self.gathered_rewards[:, IOU]}
-        columns |= {"format": self.gathered_rewards[:, FORMAT]}
-        columns |= {"rewards": totals.flatten(), "advantages": advantages}
+        names = gather_object([(row["sample_id"], row["task"]) for row in inputs])
+        columns = {
+            "iou": self.gathered_rewards[:, IOU],
+            "format": self.gathered_rewards[:, FORMAT],
+            "rewards": totals.flatten(),
+            "advantages": torch.tensor(self._logs["advantages"]),
+        }
         # One process writes the file (docs/paper_facts.md#t11).
         if self.accelerator.is_main_process:
+            names = names[:: self.num_generations]
+            replies = [turns[-1]["content"] for turns in self._logs["completion"]]
             step = self.state.global_step + 1
-            for row in rollouts.make_group_rows(step, replies, weights, columns):
+            for row in rollouts.make_group_rows(step, names, weights, replies, columns):
                 io.append_jsonl(self.rollout_log, row)
 
     def _check_rewards(self, totals: Tensor) -> None:
@@ -199,104 +162,72 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
     # ------------------------------------------------------------ the loss, guarded
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute TRL's loss with a bounded KL; then what `_log_sums` writes."""
-        self.row_groups = inputs["group"].tolist()
-        made = self._run_policy_pass(model, inputs)
-        logps, mask = made[0].detach(), inputs["completion_mask"].bool()
-        bounded, clamped = dict(inputs), 0
-        if "ref_per_token_logps" in inputs:
-            # The KL of a token is e^d - d - 1, d = log(reference / policy). At the
-            # bound its value and slope stay finite, and still pull back.
-            most, reference = logps + KL_EXPONENT, inputs["ref_per_token_logps"]
-            bounded["ref_per_token_logps"] = reference.minimum(most)
-            clamped = int(((reference > most) & mask).sum())
-        self.policy_pass = made
-        loss = super().compute_loss(model, bounded, *args, **kwargs)
-        self.policy_pass = None
+        """Compute TRL's loss; stop if it or the KL is out of bounds."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        update, mask = self.state.global_step + 1, inputs["completion_mask"].bool()
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"GRPO loss is {loss.item()} at update {self.state.global_step + 1}: "
+                f"GRPO loss is {loss.item()} at update {update}: "
                 "lower grpo.learning_rate or grpo.max_grad_norm, or raise grpo.beta; "
                 "the last rows of rollouts.jsonl show the replies it came from"
             )
+        apart = inputs.get("ref_per_token_logps", self.last_logps) - self.last_logps
+        if (far := (apart[mask] > KL_FAR).sum()) > KL_BROKEN * mask.sum():
+            raise FloatingPointError(
+                f"the KL explodes at update {update}: {far} of {mask.sum()} tokens are "
+                f"over e^{KL_FAR:.0f} times likelier under the reference than under "
+                "the policy; lower grpo.learning_rate or grpo.num_iterations, or raise "
+                "grpo.beta"
+            )
         if self.model.training:
-            self._add_sums(logps, inputs, clamped)
-            if self.accelerator.sync_gradients:
-                self._log_sums()
+            self._log_gradient(inputs, mask)
         return loss
 
-    def _run_policy_pass(self, model: Any, inputs: Any) -> tuple:
-        """Compute the log-probs that TRL's loss of this batch will ask for."""
-        theirs = GRPOTrainer._get_per_token_logps_and_entropies
-        known = inspect.signature(theirs).parameters
-        return self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs[name] for name in known if name in inputs},
-        )
-
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        if self.policy_pass is not None:
-            return self.policy_pass
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        """Keep the log-probs, (B, T): in a loss the policy's are the last."""
+        made = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.last_logps = made[0].detach()
+        return made
 
-    def _add_sums(self, logps: Tensor, batch: Any, clamped: int) -> None:
-        """Add a micro-batch to the sums that `_log_sums` writes."""
-        old, mask = batch.get("old_per_token_logps", logps), batch["completion_mask"]
-        mask, epsilon = mask.bool(), (self.epsilon_low, self.epsilon_high)
-        size = rollouts.compute_logit_gradient(
-            logps, old, batch["advantages"], mask, epsilon
+    def _log_gradient(self, batch: Any, mask: Tensor) -> None:
+        """Log the gradient at the output of every reply, by the bin of its group."""
+        old = batch.get("old_per_token_logps", self.last_logps)
+        epsilon = (self.epsilon_low, self.epsilon_high)
+        sizes = rollouts.compute_logit_gradient(
+            self.last_logps, old, batch["advantages"], mask, epsilon
         )  # (B,)
-        bins = [difficulty_bin(value) for value in batch["mean_iou"].tolist()]
-        mine = torch.tensor([[name == found for found in bins] for name in BINS])
-        mine = mine.to(size)  # (bins, B)
-        found = [*(mine @ size).tolist(), *mine.sum(1).tolist()]
-        self.sums += torch.tensor([*found, clamped, mask.sum().item()]).double()
-
-    def _log_sums(self) -> None:
-        """Log an update's mean gradient of each bin, and its tokens at the KL limit."""
-        values = self.sums.to(self.accelerator.device, torch.float32)
-        values = self.accelerator.reduce(values, reduction="sum").tolist()
-        self.sums.zero_()
-        *bins, clamped, tokens = values
-        for i, name in enumerate(BINS):
-            if rows := bins[len(BINS) + i]:
-                self._metrics["train"][f"gradient/{name}"].append(bins[i] / rows)
-        self._metrics["train"]["kl_clamped"].append(clamped)
-        if clamped > KL_BROKEN * tokens:
-            raise FloatingPointError(
-                f"the KL explodes at update {self.state.global_step + 1}: "
-                f"{clamped:.0f} of {tokens:.0f} tokens are over e^{KL_EXPONENT:.0f} "
-                "times likelier under the reference than under the policy; lower "
-                "grpo.learning_rate or grpo.num_iterations, or raise grpo.beta"
-            )
+        pairs = torch.stack([batch["mean_iou"].to(sizes), sizes], dim=1)
+        for mean_iou, size in self.accelerator.gather(pairs).tolist():
+            # TRL logs the mean of such a list.
+            key = f"gradient/{difficulty_bin(mean_iou)}"
+            self._metrics["train"][key].append(size)
 
     # ------------------------------------------------------------ exact resume
 
-    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
-        """Return TRL's, with an order that a resumed run finds again."""
-        theirs = super()._get_train_sampler(dataset)
-        names = inspect.signature(RepeatSampler).parameters
-        options = {name: getattr(theirs, name) for name in names}
-        self.epoch_sampler = EpochRepeatSampler(**options)
-        return self.epoch_sampler
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """Return TRL's, with an order that is a function of seed and epoch.
+
+        TRL's is one of a generator that no checkpoint holds. accelerate calls
+        `set_epoch` before every epoch.
+        """
+        sampler = super()._get_train_sampler(dataset)
+        if sampler.shuffle:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(
+                sampler.seed + epoch
+            )
+        return sampler
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"rollouts_{self.accelerator.process_index}.pt"
+        place = f"{self.accelerator.process_index}_of_{self.accelerator.num_processes}"
+        return Path(checkpoint) / f"rollouts_{place}.pt"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save TRL's, and what it forgets: replies that later updates use again."""
         super()._save_checkpoint(model, trial)
         every = self.args.steps_per_generation * self.num_iterations
         state = {
-            "processes": self.accelerator.num_processes,
             "step": self._step,
             "tokens": self._total_train_tokens,
-            "zero_updates": self.zero_updates,
             "rollouts": self._buffered_inputs if self._step % every else None,
         }
         name = f"checkpoint-{self.state.global_step}"
@@ -316,11 +247,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         if checkpoint is None:
             return
         path, device = self._rollout_file(checkpoint), self.accelerator.device
-        if not path.is_file():  # more processes than before: replies are sampled anew
-            return
-        state = torch.load(path, map_location=device, weights_only=True)
-        self._total_train_tokens = state["tokens"]
-        self.zero_updates = state["zero_updates"]
-        if state["processes"] == self.accelerator.num_processes:
-            self._step = state["step"]
-            self._buffered_inputs = state["rollouts"]
+        if path.is_file():  # else other processes than before: replies sampled anew
+            state = torch.load(path, map_location=device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["rollouts"]
+            self._total_train_tokens = state["tokens"]

@@ -18,8 +18,9 @@ from univg_nb.train.difficulty import BINS, difficulty_bin, is_silent
 
 def make_group_rows(
     step: int,
-    replies: Sequence[Mapping[str, Any]],
+    names: Sequence[tuple[str, str]],
     weights: Tensor,
+    replies: Sequence[str],
     columns: Mapping[str, Tensor],
 ) -> list[dict[str, Any]]:
     """Make the rows of rollouts.jsonl, one per group.
@@ -27,38 +28,34 @@ def make_group_rows(
     Args:
         step: number of the first update that uses these replies, from 1, as in
             metrics.jsonl.
-        replies: N replies, those of a group adjacent: sample_id, task, text, length
-            (tokens, the end token included), truncated (at max_completion_length).
-        weights: (N / G,) phi of the groups.
+        names: (sample_id, task) of the groups.
+        weights: phi of the groups.
+        replies: N texts, the G of a group adjacent.
         columns: iou, format, rewards (total) and advantages (before weighting), (N,).
     """
-    size = len(replies) // len(weights)
+    size = len(replies) // len(names)
     rows = []
-    for group, weight in enumerate(weights.tolist()):
+    for group, (sample_id, task) in enumerate(names):
         part = slice(group * size, (group + 1) * size)
-        members = replies[part]
-        assert len({m["sample_id"] for m in members}) == 1, "a group mixes samples"
-        parsed = [parse_box(m["text"]) for m in members]  # as scoring reads them
+        parsed = [parse_box(text) for text in replies[part]]  # as scoring reads them
         rows.append(
             {
                 "step": step,
-                "sample_id": members[0]["sample_id"],
-                "task": members[0]["task"],
-                "replies": [m["text"] for m in members],
+                "sample_id": sample_id,
+                "task": task,
+                "replies": replies[part],
                 "boxes": [None if p.box is None else list(p.box) for p in parsed],
                 "status": [p.status for p in parsed],
                 **{name: _round(values[part]) for name, values in columns.items()},
                 "mean_iou": round(columns["iou"][part].mean().item(), 6),
-                "weight": round(weight, 6),
-                "length": [m["length"] for m in members],
-                "truncated": [m["truncated"] for m in members],
+                "weight": round(weights[group].item(), 6),
             }
         )
     return rows
 
 
 def _round(values: Tensor) -> list[float]:
-    return [round(v, 6) for v in values.to(torch.float64).tolist()]
+    return [round(value, 6) for value in values.tolist()]
 
 
 def summarize_groups(

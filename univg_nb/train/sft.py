@@ -14,7 +14,6 @@ import argparse
 import gc
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,15 +21,14 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_config, whole_batch
+from univg_nb.config import add_scale_arguments, load_config
 from univg_nb.data.sample import GroundingSample
-from univg_nb.fast.vision_features import features_fit, vision_features
+from univg_nb.fast.vision_features import features_fit, tower_trains, vision_features
 from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.collator import LengthGroupedBatches, VisionCollator, tokenize
@@ -46,33 +44,29 @@ class GroundingSFTTrainer(SFTTrainer):
     stops before an update whose loss or gradient is not finite.
     """
 
-    epoch_sampler: LengthGroupedBatches | None = None
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[int] = []  # indices of the samples of the current update
-        self.samples = self.tokens = self.padding = 0  # of this process and this call
+        self.tokens = self.padding = 0  # of this process and this call
         backbone = models.get_base_model(self.model).model
         backbone.register_forward_pre_hook(_drop_mask, with_kwargs=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        self.epoch_sampler = LengthGroupedBatches(
-            dataset[self.args.length_column_name],
-            self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size,
-            self.args.seed,
-        )
-        return self.epoch_sampler
+        lengths = list(self.train_dataset["length"])
+        return LengthGroupedBatches(lengths, self.whole_batch, self.args.seed)
+
+    @property
+    def whole_batch(self) -> int:
+        """Number of samples of an update, over all processes."""
+        micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
+        return self.args.train_batch_size * micro_batches
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
         """Count tokens, then do TRL's step."""
         self.seen += inputs.pop("sample_index").tolist()
         mask = inputs["attention_mask"]
-        self.samples += len(mask)
         self.tokens += mask.numel()
         self.padding += mask.numel() - int(mask.sum())
         loss = super().training_step(model, inputs, *args)
@@ -112,33 +106,21 @@ def _drop_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
     return (args, {**kwargs, "attention_mask": None}) if module.training else None
 
 
-def build_model(
-    config: Mapping[str, Any], adapter: Adapter, init_adapter: Path | None
-) -> tuple[Any, Any]:
+def build_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return (model, processor); what stage 1 trains requires a gradient."""
     section = config["sft"]
-    frozen = section.get("freeze_vision", True)
+    adapter, frozen = section.get("adapter", "lora"), section.get("freeze_vision", True)
     if adapter != "none" and not frozen:
         raise ValueError(
             f"sft.freeze_vision = false with sft.adapter = {adapter}: LoRA is put on "
             "the language model only; set adapter: none or freeze_vision: true"
         )
     quantize: models.Quantization | None = "nf4" if adapter == "qlora" else None
-    model, processor = models.load_for_training(config["model"], init_adapter, quantize)
+    model, processor = models.load_for_training(config["model"], quantize=quantize)
     if frozen:
         models.freeze_vision(model)
-    if isinstance(model, PeftModel) and adapter == "none":
-        raise ValueError(
-            f"init_adapter {init_adapter} is a LoRA adapter, sft.adapter is none; "
-            "use lora or qlora, or merge the adapter first"
-        )
-    if adapter != "none" and not isinstance(model, PeftModel):
+    if adapter != "none":
         model = models.add_lora(model, section.get("lora"))
-    if not models.count_parameters(model)["total"]["trainable"]:
-        raise ValueError(
-            "nothing to train: no parameter requires a gradient; check sft.adapter and "
-            "sft.lora.target_modules"
-        )
     return model, processor
 
 
@@ -146,9 +128,7 @@ def build_trainer(
     config: Mapping[str, Any],
     out: Path,
     samples: Sequence[GroundingSample],
-    adapter: Adapter,
-    chains: bool,
-    init_adapter: Path | None,
+    chains: bool = True,
 ) -> GroundingSFTTrainer:
     """Prepare everything up to the first step; for the arguments see `train`."""
     section = config["sft"]
@@ -161,21 +141,20 @@ def build_trainer(
             "completion_only_loss": False,  # the collator's labels say it already
         }
     )
-    checkpoints.check_world_size(arguments, "sft")
     set_seed(arguments.seed)  # before LoRA draws its matrices
-    model, processor = build_model(config, adapter, init_adapter)
+    model, processor = build_model(config)
     dataset = tokenize(samples, processor, chains, section.get("max_length"))
     base = models.get_base_model(model)
     features = None
     hidden = base.config.get_text_config().hidden_size
-    if section.get("freeze_vision", True) and features_fit(dataset, hidden):
+    if not tower_trains(base.model) and features_fit(dataset, hidden):
         base.to(models.get_device())
         paths = [path for sample in samples for path in sample.images]
         progress = not section.get("disable_tqdm")
         keep = out.parent / "vision_features"  # the run's other trainings read it too
         with models.gather_weights(base.model.visual):
             features = vision_features(base, processor, paths, keep, progress)
-    with checkpoints.keep_adapter_exact(model, adapter == "qlora"):
+    with checkpoints.keep_adapter_exact(model, section.get("adapter") == "qlora"):
         return GroundingSFTTrainer(
             model=model,
             args=arguments,
@@ -192,7 +171,6 @@ def train(
     *,
     adapter: Adapter | None = None,
     chains: bool = True,
-    init_adapter: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tune; write out/{config.yaml, metrics.jsonl, adapter/, summary.json}.
@@ -203,7 +181,6 @@ def train(
         samples: the training set.
         adapter: overrides sft.adapter.
         chains: False trains the control without reasoning (see `collator.tokenize`).
-        init_adapter: adapter or fully trained model to go on from.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
@@ -211,45 +188,33 @@ def train(
         samples_per_second, parameters, ...
 
     Raises:
-        ValueError: for a missing image, a sample over sft.max_length, or nothing to
-            train.
+        ValueError: for a missing image or a sample over sft.max_length.
         FloatingPointError: for a loss or gradient that is not finite.
     """
-    out = Path(out)
-    init_adapter = None if init_adapter is None else Path(init_adapter)
-    adapter = adapter or config["sft"].get("adapter", "lora")
+    out, adapter = Path(out), adapter or config["sft"].get("adapter", "lora")
     config = {**config, "sft": {**config["sft"], "adapter": adapter}}
-    section = whole_batch(config["sft"], checkpoints.count_processes())
-    rows = [asdict(sample) for sample in samples]
-    fingerprint = io.config_hash(
-        [config["model"], section, rows, chains, str(init_adapter)]
-    )
-    began = time.perf_counter()
     with models.ignore_rename_warnings():
-        trainer = build_trainer(config, out, samples, adapter, chains, init_adapter)
-    prepared = time.perf_counter() - began
-    recorder = checkpoints.run_training(
-        trainer, config, "sft", out, fingerprint, callbacks
+        trainer = build_trainer(config, out, samples, chains)
+    made_from = [[asdict(sample) for sample in samples], chains]
+    summary = checkpoints.run_training(
+        trainer, config, "sft", out, made_from, callbacks
     )
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
-    drawn = trainer.samples * trainer.args.world_size
-    summary = {
-        "steps": trainer.state.global_step,
-        "seconds": round(recorder.seconds, 3),
-        "samples_per_second": round(drawn / recorder.seconds, 2),  # of this call
+    summary |= {
+        "samples_per_second": round(
+            trainer.whole_batch / summary["seconds_per_update"], 2
+        ),
         "loss_first": losses[0] if losses else None,
         "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
-        "padding_share": round(trainer.padding / max(trainer.tokens, 1), 4),
-        "parameters": models.count_parameters(trainer.model),
+        "padding_share": round(trainer.padding / trainer.tokens, 4),
         "adapter": adapter,
         "chains": chains,
         "samples": len(samples),
-        "prepare_seconds": round(prepared, 3),
     }
     if trainer.is_world_process_zero():
         io.write_json(out / "summary.json", summary)
-    del trainer, recorder
+    del trainer
     gc.collect()  # a trainer is full of cycles that hold model, optimizer and features
     return summary
 
@@ -267,7 +232,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="stage folder; default: runs/SCALE/sft_ADAPTER")
     add("--data", type=Path, help="default: data.stage1_file, else runs/SCALE/data")
     add("--no-chains", action="store_true", help="the control without reasoning")
-    add("--init-adapter", type=Path, help="adapter or model to go on from")
     options = parser.parse_args(arguments)
     config = load_config(options)
     adapter = config["sft"].get("adapter", "lora")
@@ -276,7 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out or resolve_run_dir("", options.scale) / f"sft_{adapter}",
         checkpoints.read_training_set(options, config, "stage1"),
         chains=not options.no_chains,
-        init_adapter=options.init_adapter,
     )
     print({key: value for key, value in summary.items() if key != "parameters"})
 

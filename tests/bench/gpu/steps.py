@@ -590,9 +590,7 @@ def sft_steps(record: Record) -> None:
                     began = now()
                     with patch.object(models, "load_for_training", return_value=loaded):
                         if way == "ours":
-                            trainer = sft.build_trainer(
-                                config, out, rows, adapter, True, None
-                            )
+                            trainer = sft.build_trainer(config, out, rows)
                             longest = max(trainer.train_dataset["length"])
                         else:
                             trainer = plain_trainer(config, rows, out, adapter)
