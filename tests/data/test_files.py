@@ -499,7 +499,7 @@ BROKEN = {
         None,
         "row 1: .*trailing garb",
     ),
-    "row is a list": ([[1]], None, r"row 0: \[1\] is not an object"),
+    "row is a list": ([[1]], None, r"row 0: \[\] is not an object"),
     "number without end": (
         '[{"a": 1' + "0" * 6000 + "}]",
         None,
@@ -629,7 +629,7 @@ BROKEN = {
     "no video": (
         [{"video_id": "v", "frames": [0], "question": "q", "bbox_list": []}],
         None,
-        "video folder v does not exist",
+        "no video folder v; pass",
     ),
 }
 

@@ -152,11 +152,10 @@ def audit(
     """Go through a file and list everything wrong with it, without raising on rows.
 
     A box without area is an error in a benchmark too, though its item is read: no
-    answer can hit it, and trained on it would teach nothing. A benchmark's box that
-    leaves the image is clipped: a warning.
+    answer can hit it. A benchmark's box that leaves the image is clipped: a warning.
 
     Args:
-        path: the file.
+        path: the file; ValueError if it is missing or its format cannot be told.
         format: one of `ALL_FORMATS`; None detects it from the first row.
         image_root: folder of the images; None checks everything but the images.
         against: other files (the test set) in which to look for shared images, by name
@@ -170,9 +169,6 @@ def audit(
         images_per_item, target_images (given by the file, inferred, unknown),
         prompt_tokens, images, counts (by kind), problems (kind, severity, row, id,
         detail) and breaks_training: whether any problem is an error.
-
-    Raises:
-        ValueError: the file is missing or its format cannot be told.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"image root {image_root} is no folder; check --image-root")
@@ -210,12 +206,7 @@ def audit(
 
 
 def render_table(report: dict[str, Any], examples: int = 5) -> str:
-    """Return the report as text.
-
-    Args:
-        report: what `audit` returned.
-        examples: how many problems of each kind to show.
-    """
+    """Return the report of `audit` as text, with `examples` problems of each kind."""
     images, tokens = report["images"], report["prompt_tokens"]
     checked = f"{images['usable']} usable" if images["checked"] else "not checked"
     lines = [

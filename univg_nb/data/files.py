@@ -26,11 +26,7 @@ from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
 _CHUNK = 1 << 14  # bytes read at once; the events of more leave a processor's cache
 _MAX_DEPTH = 100  # rows have a depth of four
-
-# ijson's events
-_STARTS = frozenset(("start_map", "start_array"))
-_ENDS = frozenset(("end_map", "end_array"))
-
+_ENDS = frozenset(("end_map", "end_array"))  # ijson's events
 # Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
     "stage1_cotsft": "conversations or messages with <answer> in the reply; images",
@@ -48,12 +44,8 @@ _EXPECTED = {
 def detect_format(row: dict[str, Any], where: str = "row") -> str:
     """Return the format of a file by the keys of one of its rows.
 
-    Args:
-        row: a row of the file, usually the first.
-        where: file and row, for the error message.
-
-    Raises:
-        ValueError: the keys fit no format or several; lists what was expected.
+    Raises a ValueError that names `where` and lists what was expected if the keys fit
+    no format or several.
     """
     keys = set(row)
     zero_shot = ("lisa", "llmseg", "reasonvos", "revos", "refcoco")
@@ -95,36 +87,29 @@ def _build_rows(stream: BinaryIO, level: int) -> Iterator[dict[str, Any]]:
             if value in top:
                 raise ValueError(f"key {value!r} appears twice in one object")
             key = value
-            continue
-        if event in _ENDS:
-            value, top = top, stack.pop()
+        elif event in _ENDS:
+            top = stack.pop()
+            if len(stack) == level:
+                yield top.pop()
         else:
-            if event in _STARTS:
-                value = {} if event == "start_map" else []
-            if type(top) is dict:
-                top[key] = value
-            else:
-                top.append(value)
-            if event in _STARTS:
-                stack.append(top)
-                top = value
+            parent, is_list = top, event == "start_array"
+            if is_list or event == "start_map":
+                top = value = [] if is_list else {}
+                stack.append(parent)
                 if len(stack) > _MAX_DEPTH:
                     raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
-                continue
-        if len(stack) == level:
-            if type(value) is not dict:
+            if type(parent) is dict:
+                parent[key] = value
+            elif len(stack) == level + is_list:  # a row, and no object
                 raise ValueError(f"{value!r:.60} is not an object")
-            top.clear()
-            yield value
+            else:
+                parent.append(value)
 
 
 def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
-    """Yield the raw rows of a JSON array or JSON-lines file.
+    """Yield the raw rows of a JSON array or JSON-lines file in UTF-8.
 
     Memory does not grow with the file.
-
-    Args:
-        path: the file, in UTF-8.
 
     Raises:
         ValueError: the file is missing, the JSON is broken or nested too deeply, a row
@@ -133,7 +118,7 @@ def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path or build the data")
-    row = 0
+    number = 0
     with path.open("rb") as stream:
         try:
             if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -144,15 +129,15 @@ def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
             if first not in (b"[", b"{"):
                 begin = f"{first.decode(errors='replace')!r} begins the file"
                 raise ValueError(begin if first else "empty file")
-            for value in _build_rows(stream, level=int(first == b"[")):
-                yield value
-                row += 1
+            for row in _build_rows(stream, level=int(first == b"[")):
+                yield row
+                number += 1
         except (ValueError, ijson.JSONError) as error:
             text = error.args[0]  # of ijson with the text around the broken place
             text = text if isinstance(text, str) else text.decode(errors="replace")
             problem = " ".join(text.partition("(right here)")[0].split())
             problem += "; expected an array of objects or an object a line, whole"
-            raise RowError("bad_json", f"{path}, row {row}: {problem}") from error
+            raise RowError("bad_json", f"{path}, row {number}: {problem}") from error
 
 
 def _get_format(name: str) -> Format:
@@ -170,12 +155,9 @@ def iter_samples(
     benchmarks; `univg_nb.data.audit` lists all of either.
 
     Args:
-        path: the file.
+        path: the file; ValueError with file, row and remedy if a row cannot be used.
         format: one of `ALL_FORMATS`; None detects it from the first row.
         image_root: folder that relative image paths are joined to.
-
-    Raises:
-        ValueError: a row cannot be used; names file, row and remedy.
     """
     entry = _get_format(format) if format else None
     context = RowContext(path, image_root)
@@ -206,14 +188,11 @@ def write(
     Args:
         samples: what to write.
         path: the file; a name that ends in ".jsonl" makes JSON lines, else an array.
-        format: one of `ALL_FORMATS`.
+        format: one of `ALL_FORMATS`; ValueError if it cannot hold a sample.
         image_root: image paths below this folder are written relative to it.
 
     Returns:
         The number of samples.
-
-    Raises:
-        ValueError: the format is unknown or cannot hold a sample.
     """
     entry, context = _get_format(format), RowContext(path, image_root)
     lines = Path(path).suffix == ".jsonl"

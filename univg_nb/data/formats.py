@@ -1,12 +1,10 @@
 """Read and write one row of a released file: training files and MIG-Bench.
 
-A row becomes a `GroundingSample` and back. The helpers of all formats are here, too;
-`zero_shot_formats` has the files with boxes in pixels, `files` reads whole files.
-Schemas: docs/paper_facts.md#files.
+The helpers of all formats are here, too; `zero_shot_formats` has the files with boxes
+in pixels, `files` reads whole files. Schemas: docs/paper_facts.md#files.
 
-Image markers and the request for a chain exist in files only: `_strip_markers` and
-`strip_request` remove them on reading, `_add_markers` and `user_text` add them on
-writing.
+Image markers and the request for a chain exist in files only: they are removed on
+reading and added on writing.
 """
 
 import os
@@ -16,13 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from univg_nb.data.boxes import GRID, Box, find_boxes, format_box
-from univg_nb.data.prompts import (
-    COT_SUFFIX,
-    SINGLE_IMAGE_PREFIX,
-    reply_text,
-    strip_request,
-    user_text,
-)
+from univg_nb.data.prompts import COT_SUFFIX, SINGLE_IMAGE_PREFIX, reply_text, user_text
 from univg_nb.data.sample import IMAGE_MARKER, GroundingSample
 
 Row: TypeAlias = dict[str, Any]
@@ -125,12 +117,9 @@ class RowContext:
 
 
 def parse_training_box(value: Any, context: RowContext) -> Box:
-    """Return the 0-1000 box of a training file as integers.
+    """Return the 0-1000 box of a training file as integers; nothing is clipped.
 
-    A bad target would be trained on without a word, so nothing is clipped here.
-
-    Raises:
-        RowError: `value` is not four numbers in 0-1000 that enclose an area.
+    Raises a `RowError` if `value` is not four numbers in 0-1000 that enclose an area.
     """
     if len(value) == 4:
         x1, y1, x2, y2 = value
@@ -145,23 +134,21 @@ def parse_training_box(value: Any, context: RowContext) -> Box:
         problem = f"box {numbers} leaves 0-{GRID}; rescale it or drop the row"
         raise context.error("box_out_of_range", problem)
     x1, y1, x2, y2 = map(round, numbers)
-    if error := _find_area_error(numbers, (x1, y1, x2, y2), context):
+    if error := _check_area(numbers, (x1, y1, x2, y2), context):
         raise error
     return (x1, y1, x2, y2)
 
 
-def _find_area_error(
-    numbers: list[float], box: Box, context: RowContext
-) -> RowError | None:
+def _check_area(numbers: list[float], box: Box, context: RowContext) -> RowError | None:
+    """Return the error of a box that encloses no area."""
     x1, y1, x2, y2 = box
     if x1 < x2 and y1 < y2:
         return None
-    inverted = x1 > x2 or y1 > y2
-    kind = "box_inverted" if inverted else "box_degenerate"
-    problem = f"box {numbers} is {'inverted' if inverted else 'without area'}"
-    return context.error(
-        kind, f"{problem}; order it as x1 < x2, y1 < y2 or drop the row"
-    )
+    kind, what = "box_degenerate", "without area"
+    if x1 > x2 or y1 > y2:
+        kind, what = "box_inverted", "inverted"
+    problem = f"box {numbers} is {what}; order it as x1 < x2, y1 < y2 or drop the row"
+    return context.error(kind, problem)
 
 
 def clip_to_grid(
@@ -177,7 +164,7 @@ def clip_to_grid(
     Args:
         numbers: x1, y1, x2, y2 in the file's unit.
         size: width and height of the image in that unit.
-        context: where the row comes from.
+        context: of the row.
         highest: larger coordinates become this one.
     """
     pairs = list(zip(numbers, (*size, *size), strict=True))
@@ -185,7 +172,7 @@ def clip_to_grid(
     if any(not 0 <= v <= m for v, m in pairs):
         problem = f"box {numbers} leaves 0-{size[0]:g} x 0-{size[1]:g}; it is clipped"
         context.doubts.append(context.error("box_out_of_range", problem))
-    elif error := _find_area_error(numbers, (x1, y1, x2, y2), context):
+    elif error := _check_area(numbers, (x1, y1, x2, y2), context):
         context.doubts.append(error)
     return (x1, y1, x2, y2)
 
@@ -214,10 +201,10 @@ def build_sample(
     if "cot" not in fields:
         fields["cot"] = SINGLE_IMAGE_PATH not in images[0]
     fields.setdefault("task", "")
-    source = f"{context.file}#{context.row}"
+    fields["source"] = f"{context.file}#{context.row}"
     try:
         return GroundingSample(
-            images=images, question=question, answer=answer, source=source, **fields
+            images=images, question=question, answer=answer, **fields
         )
     except ValueError as error:
         raise context.error("bad_sample", f"{error}; correct the row") from error
@@ -309,8 +296,7 @@ def _read_turns(
 ) -> list[tuple[str, str]]:
     """Return (question, reply) pairs; system turns are skipped.
 
-    Image markers and images must agree in number: LLaMA-Factory pairs them in order, so
-    one too few shifts or drops a picture.
+    LLaMA-Factory pairs markers and images in order, so they must agree in number.
     """
     key = "conversations" if "conversations" in row else "messages"
     who, what, roles = _TURNS[key]
@@ -355,7 +341,8 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
         problem = f"reply {reply[-60:]!r} answers with {len(boxes)} boxes; give one box"
         raise context.error("bad_reply", problem)
     answer = parse_training_box(boxes[0], context)
-    question = strip_request(text, cot)
+    asked = text.removesuffix(COT_SUFFIX)
+    question = asked if cot else text.removeprefix(SINGLE_IMAGE_PREFIX)
     yield build_sample(row, context, images, question, answer, **fields)
 
 

@@ -19,16 +19,11 @@ STYLES = ("univg", "direct", "plain")
 
 
 def user_text(sample: GroundingSample, style: str = "univg") -> str:
-    """Return the text of the user turn, without images. The sample is not changed.
+    """Return the text of the user turn, without images.
 
-    Args:
-        sample: the question.
-        style: "univg" asks for think and answer or, for a sample with `cot=False`, puts
-            the single-image sentence first; "direct" is the baselines' request for a
-            box alone; "plain" is the question as it is.
-
-    Raises:
-        ValueError: the style is unknown.
+    The style "univg" asks for think and answer or, for a sample with `cot=False`, puts
+    the single-image sentence first; "direct" is the baselines' request for a box alone;
+    "plain" is the question as it is. Another style raises ValueError.
     """
     if style == "univg" and not sample.cot:
         return SINGLE_IMAGE_PREFIX + sample.question
@@ -38,19 +33,11 @@ def user_text(sample: GroundingSample, style: str = "univg") -> str:
     return sample.question + suffixes[style]
 
 
-def strip_request(text: str, cot: bool) -> str:
-    """Return the question of a user turn: the inverse of `user_text`, style "univg"."""
-    if cot:
-        return text.removesuffix(COT_SUFFIX)
-    return text.removeprefix(SINGLE_IMAGE_PREFIX)
-
-
 def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, Any]]:
-    """Return the chat: one user turn with a part for each image, then the text.
+    """Return the chat: one user turn with a part for each image, then `user_text`.
 
     Image parts are placeholders; the pictures go to the processor separately, opened by
     `images.open_image`. There is no system turn: the chat template adds the model's.
-    `style` is as in `user_text`.
     """
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
     parts.append({"type": "text", "text": user_text(sample, style)})
@@ -60,12 +47,8 @@ def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, An
 def reply_text(sample: GroundingSample, cot: bool = True) -> str:
     """Return the reply to learn: `<think>...</think><answer>(x1,y1),(x2,y2)</answer>`.
 
-    Args:
-        sample: the box and the chain; one in single-image mode gets a bare box.
-        cot: False leaves the chain out (the control without chains).
-
-    Raises:
-        ValueError: a chain is wanted and the sample has none.
+    A sample in single-image mode gets a bare box; `cot=False` leaves the chain out (the
+    control without chains). Raises ValueError if the sample lacks a wanted chain.
     """
     if not sample.cot:
         return format_box(sample.answer)

@@ -17,32 +17,21 @@ _GRID_VALUES = frozenset(range(GRID + 1))
 class GroundingSample:
     """One question with one target box.
 
-    Attributes:
-        id: unique within its file.
-        task: task name as in the file ("diff", "region", ...; "" if it gives none).
-        images: paths, in the order the question counts them; at least one.
-        question: the text alone: no `<image>` marker, no think/answer request.
-        answer: target box, integers 0-1000 relative to the target image. Benchmarks
-            hold a few inverted ones; training files never do.
-        cot: False in single-image mode, where no chain is asked for
-            (docs/paper_facts.md#single-image).
-        chain: the text inside `<think>`, without tags; None if there is none.
-        boxes: all instances where the file marks several, the answer first; else ().
-        target_image: number of the image that holds the target, counted from 1; None
-            if the file does not say (see `find_target_image`).
-        source: "file#row", for messages; not part of equality.
+    The box is relative to the image that holds the target. Benchmarks hold a few
+    inverted boxes; training files never do. In single-image mode no chain is asked for
+    (docs/paper_facts.md#single-image).
     """
 
-    id: str
-    task: str
-    images: tuple[str, ...]
-    question: str
-    answer: Box
-    cot: bool = True
-    chain: str | None = None
-    boxes: tuple[Box, ...] = ()
-    target_image: int | None = None
-    source: str = field(default="", compare=False)
+    id: str  # unique within its file
+    task: str  # as in the file ("diff", "region", ...); "" if it gives none
+    images: tuple[str, ...]  # paths, in the order the question counts them; 1 or more
+    question: str  # the text alone: no `<image>` marker, no think/answer request
+    answer: Box  # integers 0-1000
+    cot: bool = True  # False in single-image mode
+    chain: str | None = None  # the text inside `<think>`, without tags
+    boxes: tuple[Box, ...] = ()  # where the file marks several: all, the answer first
+    target_image: int | None = None  # counted from 1; None: see `find_target_image`
+    source: str = field(default="", compare=False)  # "file#row", for messages
 
     def __post_init__(self) -> None:
         """Check the fields; raise ValueError with id, source and what is wrong."""

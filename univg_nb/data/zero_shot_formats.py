@@ -177,50 +177,41 @@ def _write_reasonvos(sample: GroundingSample, context: RowContext) -> Row:
 
 @lru_cache(maxsize=4096)
 def _list_frames(folder: Path) -> tuple[str, ...]:
-    """Return the frames of a video, in the order of the first number in their names."""
-    names = [p.name for p in folder.iterdir() if p.suffix in (".jpg", ".png")]
-    numbers = [(re.findall(r"\d+", name), name) for name in names]
-    return tuple(name for _, name in sorted((int(n[0]), s) for n, s in numbers if n))
+    """Return a folder's pictures in the order of the first number in their names."""
+    pictures = [path for path in folder.iterdir() if path.suffix in (".jpg", ".png")]
+    numbers = [(re.findall(r"\d+", path.name), path) for path in pictures]
+    found = sorted((int(n[0]), str(path)) for n, path in numbers if n)
+    return tuple(path for _, path in found)
 
 
-def _find_frames(video: str, context: RowContext) -> tuple[Path, tuple[str, ...]]:
-    """Return the folder of a video and its frames."""
+def _find_frames(video: str, context: RowContext) -> tuple[str, ...]:
+    """Return the paths of a video's frames."""
     folder = Path(context.join_root([video])[0])
     if not folder.is_dir():
-        problem = (
-            f"video folder {folder} does not exist; pass its parent as image_root="
-        )
+        problem = f"no video folder {folder}; pass its parent as image_root="
         raise context.error("bad_image", problem)
-    return folder, _list_frames(folder)
+    return _list_frames(folder)
 
 
 def _read_revos(row: Row, context: RowContext) -> Samples:
     """Read `frames` as positions in the sorted files of the folder `video_id`."""
-    folder, names = _find_frames(context.get(row, "video_id", str), context)
-    picked = context.get(row, "frames", list)
+    video = context.get(row, "video_id", str)
+    frames, picked = _find_frames(video, context), context.get(row, "frames", list)
     for index in picked:
-        if not isinstance(index, int) or not 0 <= index < len(names):
-            problem = (
-                f"frame {index!r} of {len(names)} in {folder}; fetch the video again"
-            )
+        if not isinstance(index, int) or not 0 <= index < len(frames):
+            problem = f"frame {index!r} of {len(frames)} in {video}; fetch it again"
             raise context.error("bad_frames", problem)
-    images = tuple(str(folder / names[index]) for index in picked)
-    yield from _read_video(row, context, images)
+    yield from _read_video(row, context, tuple(frames[index] for index in picked))
 
 
 def _write_revos(sample: GroundingSample, context: RowContext) -> Row:
-    paths = [Path(path) for path in context.strip_root(sample.images)]
-    videos = {str(path.parent) for path in paths}
-    if len(videos) != 1:
-        problem = f"frames of sample {sample.id} in {len(videos)} folders; use one"
+    video = str(Path(context.strip_root(sample.images)[0]).parent)
+    frames, paths = _find_frames(video, context), context.join_root(sample.images)
+    if missing := set(paths) - set(frames):
+        problem = f"{sorted(missing)} not found in {video}; write the images there"
         raise context.error("bad_frames", problem)
-    video = videos.pop()
-    _, names = _find_frames(video, context)
-    missing = [str(path) for path in paths if path.name not in names]
-    if missing:
-        raise context.error("bad_frames", f"{missing} not found; write the images")
-    frames = [names.index(path.name) for path in paths]
-    return {"video_id": video, "frames": frames, **_write_video(sample, context)}
+    places = [frames.index(path) for path in paths]
+    return {"video_id": video, "frames": places, **_write_video(sample, context)}
 
 
 def _single_format(text: str, boxes: str) -> Format:
