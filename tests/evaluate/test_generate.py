@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -21,12 +23,9 @@ from univg_nb.evaluate import generate as generation
 from univg_nb.evaluate import predictions as predictions_module
 from univg_nb.evaluate import replies
 from univg_nb.evaluate.generate import (
-    GenerationJob,
     GenerationOptions,
-    SettingsMismatchError,
     adapt_model_section,
     generate,
-    get_part_path,
     main,
     plan_batches,
 )
@@ -54,9 +53,9 @@ def items(tmp_path_factory):
     return builders.questions(tmp_path_factory.mktemp("images"))
 
 
-def run(loaded, items, out, *, indices=None, fresh=False, shard=(0, 1), **options):
-    job = GenerationJob(indices, fresh, shard)
-    return generate(*loaded, items, out, GenerationOptions(**options), job)
+def run(loaded, items, out, *, indices=None, fresh=False, **options):
+    how = GenerationOptions(**options)
+    return generate(*loaded, items, out, how, indices=indices, fresh=fresh)
 
 
 def responses(path):
@@ -149,7 +148,7 @@ def test_batches_hold_prompts_of_like_length(loaded, items):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"num_return_sequences": 2}, "set a temperature"),
     ],
 )
@@ -192,31 +191,26 @@ def test_kill_9_at_ten_random_moments_changes_nothing(folder, tmp_path):
     assert out.read_bytes() == whole
 
 
-def test_shards_make_the_file_that_one_process_makes(loaded, tmp_path):
-    items = builders.questions(tmp_path, 20)
-    items = items[:7]
-    options = {"max_new_tokens": 3, "batch_size": 2}
-    alone, out = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
-    run(loaded, items, alone, **options)
-    first = run(loaded, items, out, shard=(0, 2), **options)
-    assert not out.exists()
-    second = run(loaded, items, out, shard=(1, 2), **options)
-    assert (first["replies"], second["replies"]) == (4, 3)
-    assert out.read_bytes() == alone.read_bytes()
-    settings = [get_settings_path(path).read_text() for path in (out, alone)]
-    assert settings[0] == settings[1]
-    again = run(loaded, items, out, shard=(1, 2), **options)
-    assert (again["new"], again["replies"]) == (0, 3)
-    # a stopped process is continued, whoever finished before
-    part = get_part_path(out, 0, 2)
-    part.write_bytes(part.read_bytes()[:-9])
-    out.unlink()
-    assert run(loaded, items, out, shard=(0, 2), **options)["new"] == 1
-    assert out.read_bytes() == alone.read_bytes()
-    with pytest.raises(SettingsMismatchError, match="max_new_tokens"):
-        run(loaded, items, out, shard=(0, 2), **options | {"max_new_tokens": 4})
-    with pytest.raises(ValueError, match="shard 2 of 2: count from 0"):
-        run(loaded, items, out, shard=(2, 2), **options)
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_file_of_one(folder, tmp_path):
+    items = builders.questions(tmp_path, 7)
+    files.write(items, tmp_path / "r.json", "mig_bench")
+    command = ["--records", str(tmp_path / "r.json"), "--model", str(folder)]
+    command += ["--scale", "tiny", "--max-new-tokens", "3"]
+    command += ["--set", "evaluate.batch_size=2", "--out", str(tmp_path / "p.jsonl")]
+    main(command)
+    out = tmp_path / "p.jsonl"
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3])[:-9])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    made = subprocess.run(
+        [sys.executable, *torchrun, "-m", "univg_nb", "generate", *command],
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("7 replies") == made.stdout.count("(5 new") == 1
+    assert out.read_bytes() == whole
 
 
 def test_released_zero_shot_files_get_their_own_pixel_limit(tmp_path):
@@ -230,14 +224,14 @@ def test_released_zero_shot_files_get_their_own_pixel_limit(tmp_path):
 
     def limit(*more):
         options = Namespace(records=tmp_path / "lisa.json", model="m")
-        options.scale, options.set = "full", more
+        options.scale, options.set, options.max_new_tokens = "full", more, None
         return generation._load_config(options)["model"]["max_pixels"]
 
     assert limit() == 640_000
     assert limit("model.max_pixels=5000") == 5000
 
 
-def test_the_command_continues_a_file_and_shares_it(folder, tmp_path, monkeypatch):
+def test_the_command_continues_a_file(folder, tmp_path):
     items = builders.questions(tmp_path, 3)
     files.write(items, tmp_path / "r.json", "mig_bench")
     out = tmp_path / "p.jsonl"
@@ -245,18 +239,15 @@ def test_the_command_continues_a_file_and_shares_it(folder, tmp_path, monkeypatc
     arguments += ["--model", str(folder), "--max-new-tokens", "2"]
     with pytest.raises(ValueError, match="give --scale too"):
         main(arguments)
-    arguments += ["--scale", "tiny", "--batch-size", "1"]
-    main([*arguments, "--only", "s1", "--seed", "3"])
-    assert list(responses(out)) == [1]
-    main(arguments)
-    assert sorted(responses(out)) == [0, 1, 2]
+    arguments += ["--scale", "tiny", "--set", "evaluate.batch_size=1"]
+    main([*arguments, "--seed", "3"])
     whole = out.read_bytes()
-    # torchrun says which part a process does
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        main([*arguments, "--fresh"])
-    assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert sorted(responses(out)) == [0, 1, 2]
+    out.write_bytes(whole.replace(b'"response": "', b'"response": "kept', 1)[:-9])
+    main(arguments)
+    assert out.read_bytes().count(b"kept") == 1
+    main([*arguments, "--fresh"])
+    assert out.read_bytes() == whole
 
 
 def test_E5_questions_stay_as_they_are(loaded, items, tmp_path):

@@ -58,7 +58,7 @@ class Endpoint(ThreadingHTTPServer):
         (made,) = replies.reply(*self.loaded, [sample], **options)
         self.requests.append(request)
         reason = "length" if made.truncated else "stop"
-        message = {"role": "assistant", "content": made.response}
+        message = {"role": "assistant", "content": made.text}
         usage = {"prompt_tokens": 1, "completion_tokens": made.tokens}
         return {
             **{"id": "0", "object": "chat.completion", "created": 0, "model": "m"},

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from univg_nb import io, models, paper, runs
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.generate import (
-    GenerationJob,
     GenerationOptions,
     SettingsMismatchError,
     adapt_model_section,
@@ -82,10 +81,8 @@ def find_files(run: Run) -> dict[str, Path]:
         if key in data:
             found.setdefault(name, root / data[key])
     if "refcoco_dir" in data:
-        there = {
-            path.stem: path for path in (root / data["refcoco_dir"]).glob("*.json")
-        }
-        found |= {name: there[name] for name in paper.REFCOCO_FILES if name in there}
+        paths = [root / data["refcoco_dir"] / f"{k}.json" for k in paper.REFCOCO_FILES]
+        found |= {path.stem: path for path in paths if path.is_file()}
     return found
 
 
@@ -102,13 +99,13 @@ def load_benchmark(run: Run, name: str) -> Benchmark:
 
 def list_models(run: Run) -> list[str]:
     """Return the models that the run has: "base" and every finished stage's."""
-    finished = {
+    trained = [
         model
-        for model in MODELS
+        for model in MODELS[1:]
         if _read_marker(run, model).get("status") == "finished"
         and (run.dir / model / "adapter").is_dir()
-    }
-    return [model for model in MODELS if model == "base" or model in finished]
+    ]
+    return ["base", *trained]
 
 
 def load_model(run: Run, model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -125,6 +122,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on benchmarks, greedily and with the answer parser.
 
+    Replies to some of a benchmark's items are continued if the model and the settings
+    are still the same, and replaced otherwise.
+
     Args:
         run: the run.
         model: one of `list_models`.
@@ -136,46 +136,36 @@ def evaluate(
     """
     scores: dict[str, dict[str, Any]] = {}
     network = None
+    stage = _read_marker(run, model).get("hash", "")
     for name in names:
         bench = load_benchmark(run, name)
-        predictions = get_predictions_path(run, model, name)
-        path = predictions.with_name("scores.json")
-        stage = _read_marker(run, model).get("hash", "")
-        if not fresh and _is_current(path, bench, stage):
-            scores[name] = io.read_json(path)
-            continue
+        out = get_predictions_path(run, model, name)
+        path = out.with_name("scores.json")
+        if not fresh and path.is_file():
+            found = io.read_json(path)
+            made_by = (found["generation"] or {}).get("stage", stage)
+            if found["records_sha256"] == bench.sha256 and made_by == stage:
+                scores[name] = found
+                continue
         if network is None:
             network, _ = load_model(run, model)
         began = time.perf_counter()
-        _generate(run, network, model, bench, fresh)
-        scores[name] = score(bench, predictions)
+        facts = {"model": model, "stage": stage, "records": bench.records.name}
+        facts |= {"records_sha256": bench.sha256}
+        before = read_generation_settings(out) or {}
+        replace = fresh or not facts.items() <= before.items()
+        section = adapt_model_section(run.config, name in ZERO_SHOT)
+        work = network, models.load_processor(section), bench.items, out
+        how = GenerationOptions(get_style(model), **run.config["evaluate"])
+        try:
+            generate(*work, how, fresh=replace, facts=facts)
+        except SettingsMismatchError:
+            generate(*work, how, fresh=True, facts=facts)
+        scores[name] = score(bench, out)
         io.write_json(path, scores[name])
         seconds = time.perf_counter() - began
         runs.record_stage(run.dir, f"eval/{model}/{name}", seconds)
     return scores
-
-
-def _generate(
-    run: Run, network: PreTrainedModel, model: str, bench: Benchmark, fresh: bool
-) -> None:
-    """Continue the model's replies, or replace those made under other settings."""
-    section = adapt_model_section(run.config, bench.name in ZERO_SHOT)
-    facts = {
-        "model": model,
-        "stage": _read_marker(run, model).get("hash", ""),
-        "records": bench.records.name,
-        "records_sha256": bench.sha256,
-    }
-    processor = models.load_processor(section)
-    options = GenerationOptions(get_style(model), **run.config["evaluate"])
-    out = get_predictions_path(run, model, bench.name)
-    before = read_generation_settings(out) or {}
-    fresh = fresh or any(before.get(key) != value for key, value in facts.items())
-    work = network, processor, bench.items, out, options
-    try:
-        generate(*work, GenerationJob(fresh=fresh, facts=facts))
-    except SettingsMismatchError:
-        generate(*work, GenerationJob(fresh=True, facts=facts))
 
 
 def score_items(
@@ -184,14 +174,7 @@ def score_items(
     bench: Benchmark,
     options: scoring.ScoringOptions = scoring.DEFAULT_OPTIONS,
 ) -> list[scoring.ItemScore]:
-    """Score every item of a benchmark from the recorded replies of a model.
-
-    Args:
-        run: the run.
-        model: a model that was evaluated.
-        bench: the benchmark.
-        options: how replies are read.
-    """
+    """Score every item of a benchmark from the recorded replies of a model."""
     replies = read_replies(run, model, bench.name)
     return scoring.score_items(bench.items, replies, options)
 
@@ -199,13 +182,3 @@ def score_items(
 def _read_marker(run: Run, stage: str) -> dict[str, Any]:
     path = run.dir / stage / "stage.json"
     return io.read_json(path) if path.is_file() else {}
-
-
-def _is_current(scores: Path, bench: Benchmark, stage: str) -> bool:
-    """Whether scores.json is of these records and of this model."""
-    if not scores.is_file():
-        return False
-    found = io.read_json(scores)
-    made_by = (found.get("generation") or {}).get("stage", stage)
-    same_file = found["records_sha256"] == bench.sha256
-    return same_file and made_by == stage and "items" in found

@@ -2,52 +2,20 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from univg_nb import io
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.predictions import read_predictions
-from univg_nb.evaluate.score import Benchmark, add_scoring_arguments, format_task
-from univg_nb.evaluate.scoring import ScoringOptions
-
-
-def compare(
-    bench: Benchmark,
-    a: str | Path,
-    b: str | Path,
-    options: ScoringOptions = scoring.DEFAULT_OPTIONS,
-) -> dict[str, Any]:
-    """Compare two predictions files.
-
-    Args:
-        bench: what was predicted.
-        a: predictions.jsonl of the first model.
-        b: predictions.jsonl of the second model.
-        options: how replies are read; `allow_missing` takes their common items.
-
-    Returns:
-        The differences b - a of `scoring.compare_items`, and what was compared.
-
-    Raises:
-        ValueError: as `scoring.score_items` and `scoring.compare_items`.
-    """
-    first, second = read_predictions(a), read_predictions(b)
-    common = first.keys() & second.keys() if options.allow_missing else None
-    return scoring.compare_items(
-        scoring.score_items(bench.items, first, options, common),
-        scoring.score_items(bench.items, second, options, common),
-    ) | {
-        "a": str(a),
-        "b": str(b),
-        "parser": options.parser,
-        "rule": options.rule,
-        "records_sha256": bench.sha256,
-    }
+from univg_nb.evaluate.score import (
+    add_scoring_arguments,
+    format_task,
+    read_scoring_arguments,
+)
 
 
 def format_comparison(result: dict[str, Any]) -> str:
-    """Format a comparison as a table; differences are B minus A."""
+    """Format what `scoring.compare_items` returns as a table; differences are B - A."""
     lines = [
         f"{'task':<18}{'n':>6}{'A':>8}{'B':>8}{'B - A':>8}{'95 % interval':>18}"
         f"{'only A':>8}{'only B':>8}{'McNemar p':>11}{'d mIoU':>9}"
@@ -78,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_scoring_arguments(parser)
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args(arguments)
-    bench = Benchmark.read(options.records, options.image_root)
-    how = ScoringOptions(
-        options.parser, options.rule, allow_missing=options.allow_missing
-    )
-    result = compare(bench, options.a, options.b, how)
+    bench, how = read_scoring_arguments(options)
+    a, b = read_predictions(options.a), read_predictions(options.b)
+    common = a.keys() & b.keys() if how.allow_missing else None
+    scored = [scoring.score_items(bench.items, one, how, common) for one in (a, b)]
+    result = scoring.compare_items(scored[0], scored[1])
     if options.out:
-        io.write_json(options.out, result)
+        made_from = {"a": options.a, "b": options.b, "records_sha256": bench.sha256}
+        made_from |= {"parser": how.parser, "rule": how.rule}
+        io.write_json(options.out, result | made_from)
     print(format_comparison(result))

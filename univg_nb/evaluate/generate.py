@@ -3,22 +3,21 @@
 `predictions.jsonl` has one row for each reply: {"index": i, "id": ..., "response":
 "...", "tokens": n, "truncated": bool}, and "sample": k if several replies to an item
 are drawn; `index` is the item's position in the records file. The settings that replies
-depend on lie beside it; a run resumes only under equal settings. Several processes
-share the batches, each with a file of its own; the last to finish joins the files.
+depend on lie beside it; a run resumes only under equal settings. Under torchrun each
+process generates a batch in turn, and the first writes the rows of all.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -29,6 +28,7 @@ from univg_nb.data.images import count_image_tokens, find_missing_images
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import replies
 from univg_nb.evaluate.predictions import (
+    Reply,
     get_settings_path,
     read_generation_settings,
 )
@@ -69,14 +69,11 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option out of range."""
-        for name in ("max_new_tokens", "batch_size", "num_return_sequences"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.temperature < 0:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or more, got {self.temperature}"
-            )
+        least = {"max_new_tokens": 1, "batch_size": 1, "num_return_sequences": 1}
+        for name, limit in (least | {"temperature": 0}).items():
+            if getattr(self, name) < limit:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be at least {limit}, got {value}")
         if self.num_return_sequences > 1 and self.temperature == 0:
             raise ValueError(
                 f"num_return_sequences={self.num_return_sequences} greedy replies "
@@ -84,25 +81,7 @@ class GenerationOptions:
             )
 
 
-@dataclass(frozen=True)
-class GenerationJob:
-    """Which replies a process generates, and what it notes about them.
-
-    Attributes:
-        indices: items to answer; None for all.
-        fresh: replace what the file holds.
-        shard: (k, n) generates every n-th batch from the k-th on.
-        facts: recorded with the settings but not compared, as the name of the model.
-    """
-
-    indices: Iterable[int] | None = None
-    fresh: bool = False
-    shard: tuple[int, int] = (0, 1)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
 DEFAULT_OPTIONS = GenerationOptions()
-WHOLE_JOB = GenerationJob()
 
 
 def generate(
@@ -111,7 +90,10 @@ def generate(
     samples: Sequence[GroundingSample],
     out: str | Path,
     options: GenerationOptions = DEFAULT_OPTIONS,
-    job: GenerationJob = WHOLE_JOB,
+    *,
+    indices: Iterable[int] | None = None,
+    fresh: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a reply to every sample into a JSONL file; what it holds is kept.
 
@@ -123,58 +105,74 @@ def generate(
         samples: all items of the records file.
         out: predictions.jsonl.
         options: how replies are generated.
-        job: which of them this call generates.
+        indices: items to answer; None for all.
+        fresh: replace what the file holds.
+        facts: recorded with the settings but not compared, as the name of the model.
 
     Returns:
-        "replies", "truncated" (the shard's), "new", "tokens", "seconds" (this call's).
+        "replies", "truncated" (the file's), "new", "tokens", "seconds" (this call's).
 
     Raises:
-        ValueError: an image is missing, or the shard is out of range.
+        ValueError: an image is missing.
         SettingsMismatchError: `out` was made under other settings.
     """
-    number, count = job.shard
-    if not 0 <= number < count:
-        raise ValueError(f"shard {number} of {count}: count from 0, as 0/{count}")
-    indices = sorted(set(range(len(samples)) if job.indices is None else job.indices))
-    _check_images(samples, indices)
+    indices = sorted(set(range(len(samples)) if indices is None else indices))
+    missing = find_missing_images(samples, indices)
+    for index, path in missing.items():
+        raise ValueError(
+            f"{len(missing)} of {len(indices)} items lack an image, first item "
+            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
+            "image root, or leave these items out with --allow-missing"
+        )
+    out = Path(out)
     settings = _collect_settings(model, processor, samples, options)
-    whole, part = Path(out), get_part_path(out, number, count)
-    if job.fresh:
-        for path in {part, whole}:
-            path.unlink(missing_ok=True)
-            get_settings_path(path).unlink(missing_ok=True)
-    rows = _read_rows(whole, settings) | _read_rows(part, settings)
+    rows = {} if fresh else _read_rows(out, settings)
     batches = plan_batches(processor, samples, indices, options)
-    mine = batches[number::count]
     # A batch cut short by a kill is regenerated whole, and only its missing rows are
     # added: the file ends up as that of an undisturbed run.
-    todo = [batch for batch in mine if not rows.keys() >= set(batch)]
-    if not part.is_file():
-        io.write_json(get_settings_path(part), {**settings, **job.facts})
-        io.write_text(part, "")
-    reply: Callable[..., list[Any]] = partial(replies.reply, model)
+    todo = [batch for batch in batches if not rows.keys() >= set(batch)]
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        if fresh:
+            out.unlink(missing_ok=True)
+        if not out.is_file():
+            io.write_json(get_settings_path(out), {**settings, **(facts or {})})
+            io.write_text(out, "")
+    reply: Callable[..., list[Reply]] = partial(replies.reply, model)
     if isinstance(model, ServedModel):
         reply = model.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
-    began, new = time.perf_counter(), []
-    bar = tqdm(total=sum(map(len, todo)), desc=part.parent.name, unit="reply")
-    for batch in todo:
+
+    def answer(batch: list[Cell]) -> list[dict[str, Any]]:
         seeds = [noise_seed(options.seed, i, k) for i, k in batch]
         made = reply(processor, [samples[i] for i, _ in batch], seeds=seeds, **how)
+        found = []
         for (i, k), one in zip(batch, made, strict=True):
-            if (i, k) not in rows:
-                row = {"index": i, "id": samples[i].id} | asdict(one)
-                if options.num_return_sequences > 1:
-                    row["sample"] = k
-                io.append_jsonl(part, row)
-                rows[i, k] = row
+            row = {"index": i, "id": samples[i].id, "response": one.text}
+            row |= {"tokens": one.tokens, "truncated": one.truncated}
+            found.append(
+                row if options.num_return_sequences == 1 else row | {"sample": k}
+            )
+        return found
+
+    began, new = time.perf_counter(), []
+    bar = tqdm(
+        total=sum(map(len, todo)),
+        desc=out.parent.name,
+        unit="reply",
+        disable=not state.is_main_process,
+    )
+    for start in range(0, len(todo), state.num_processes):
+        turn = todo[start : start + state.num_processes]  # a batch for each process
+        mine = turn[state.process_index : state.process_index + 1]
+        for row in gather_object([row for batch in mine for row in answer(batch)]):
+            if _get_cell(row) not in rows:
+                if state.is_main_process:
+                    io.append_jsonl(out, row)
+                rows[_get_cell(row)] = row
                 new.append(row)
-        bar.update(len(batch))
+        bar.update(sum(map(len, turn)))
     bar.close()
-    if count > 1:
-        cells = [cell for batch in batches for cell in batch]
-        _join_parts(whole, count, cells, settings)
-        rows = {cell: rows[cell] for batch in mine for cell in batch}
     return {
         "replies": len(rows),
         "new": len(new),
@@ -190,7 +188,7 @@ def _collect_settings(
     samples: Sequence[GroundingSample],
     options: GenerationOptions,
 ) -> dict[str, Any]:
-    """Return everything that replies depend on."""
+    """Return everything that replies depend on, of a server as far as it is known."""
     # image folders may differ from place to place
     content = [(s.id, s.task, s.question, s.answer) for s in samples]
     settings = asdict(options) | {
@@ -200,27 +198,15 @@ def _collect_settings(
     }
     del settings["batch_size"]  # replies do not depend on it
     if isinstance(model, ServedModel):
-        return settings | model.identify()
+        made_by = {"attention": "server", "weights_hash": ["served", model.model]}
+        return settings | made_by
     weights = [models.hash_weights(model), models.hash_weights(model, adapter=True)]
     attention = model.config._attn_implementation
     return settings | {"attention": attention, "weights_hash": weights}
 
 
-def _check_images(samples: Sequence[GroundingSample], indices: list[int]) -> None:
-    """Raise ValueError for items that lack an image."""
-    missing = find_missing_images(samples, indices)
-    for index, path in missing.items():
-        raise ValueError(
-            f"{len(missing)} of {len(indices)} items lack an image, first item "
-            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
-            "image root, or leave these items out with --allow-missing"
-        )
-
-
-def get_part_path(out: str | Path, number: int, count: int) -> Path:
-    """Return the file of one of `count` processes; `out` if there is only one."""
-    suffix = f".part-{number}-of-{count}{Path(out).suffix}"
-    return Path(out) if count == 1 else Path(out).with_suffix(suffix)
+def _get_cell(row: Mapping[str, Any]) -> Cell:
+    return row["index"], row.get("sample", 0)
 
 
 def _read_rows(out: Path, settings: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
@@ -236,28 +222,7 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[Cell, dict[str, Any]
             f"{key} = {before.get(key)!r} there, now {settings[key]!r}; choose another "
             "file, or replace it with --fresh"
         )
-    return {(row["index"], row.get("sample", 0)): row for row in io.read_jsonl(out)}
-
-
-def _join_parts(
-    whole: Path, count: int, cells: list[Cell], settings: dict[str, Any]
-) -> None:
-    """Write `whole` from the parts, if all of them are complete.
-
-    Every process tries; those that finish together write the same file.
-    """
-    parts = [get_part_path(whole, number, count) for number in range(count)]
-    if not all(path.is_file() for path in parts):
-        return
-    rows: dict[Cell, dict[str, Any]] = {}
-    for path in (whole, *parts):
-        rows |= _read_rows(path, settings)
-    if not rows.keys() >= set(cells):
-        return
-    cells = [*cells, *(rows.keys() - set(cells))]  # of an earlier run's items
-    io.write_json(get_settings_path(whole), io.read_json(get_settings_path(parts[0])))
-    lines = [json.dumps(rows[cell], ensure_ascii=False) + "\n" for cell in cells]
-    io.write_text(whole, "".join(lines))
+    return {_get_cell(row): row for row in io.read_jsonl(out)}
 
 
 def plan_batches(
@@ -275,16 +240,14 @@ def plan_batches(
     texts = [
         replies.render_prompt(processor, samples[i], options.style) for i in indices
     ]
-    lengths = map(len, processor.tokenizer(texts).input_ids)
-    owners = {path: samples[i].id for i in indices for path in samples[i].images}
-    sizes = {
-        path: count_image_tokens(path, processor, owner)
-        for path, owner in owners.items()
-    }
-    order = sorted(
-        (length + sum(sizes[path] for path in samples[i].images), i)
-        for i, length in zip(indices, lengths, strict=True)
-    )
+    lengths = [
+        len(tokens)
+        + sum(
+            count_image_tokens(p, processor, samples[i].id) for p in samples[i].images
+        )
+        for i, tokens in zip(indices, processor.tokenizer(texts).input_ids, strict=True)
+    ]
+    order = sorted(zip(lengths, indices, strict=True))
     size = options.batch_size
     cells = [(i, k) for _, i in order for k in range(options.num_return_sequences)]
     return [cells[start : start + size] for start in range(0, len(cells), size)]
@@ -294,12 +257,7 @@ def plan_batches(
 
 
 def adapt_model_section(config: Mapping[str, Any], zero_shot: bool) -> dict[str, Any]:
-    """Return a scale's `model` section; released zero-shot images may be larger.
-
-    Args:
-        config: the configuration of the scale.
-        zero_shot: whether the benchmark is a zero-shot one.
-    """
+    """Return a scale's `model` section; released zero-shot images may be larger."""
     if zero_shot and config["data"]["source"] == "released":
         return config["model"] | {"max_pixels": ZERO_SHOT_MAX_PIXELS}
     return dict(config["model"])
@@ -317,9 +275,9 @@ def _load_config(options: argparse.Namespace) -> dict[str, Any]:
     kind = files.detect_format(row, options.records)
     config["model"] = adapt_model_section(config, kind in ZERO_SHOT_FORMATS)
     config["model"]["name_or_path"] = options.model
-    for assignment in options.set:
-        config = override(config, assignment)
-    return config
+    if options.max_new_tokens is not None:
+        config["evaluate"]["max_new_tokens"] = options.max_new_tokens
+    return reduce(override, options.set, config)
 
 
 def _connect(
@@ -349,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Generate replies from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb generate",
-        description="Write the replies of a model to a benchmark. Several GPUs share "
-        "the work under torchrun (RANK and WORLD_SIZE say which part is done).",
+        description="Write the replies of a model to a benchmark. Under torchrun "
+        "several GPUs share the work.",
         epilog="example: python -m univg_nb generate --records MIG_data.json "
         "--model tiny --out p.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -360,7 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--image-root", help="folder that image paths start from")
     add("--out", required=True, help="predictions.jsonl; continued if it exists")
     add("--fresh", action="store_true", help="replace an existing --out")
-    add("--only", nargs="+", action="extend", default=[], help="ids or indices")
     add("--allow-missing", action="store_true", help="leave out items without image")
     add("--model", required=True, help='"tiny", a local folder or a hub name')
     add("--adapter", nargs="+", default=[], help="adapters, each on top of the last")
@@ -370,13 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.set_defaults(scale=None)  # required for another --model
     add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
     add("--max-new-tokens", type=int, help="default: the scale's")
-    add("--batch-size", type=int, help="default: the scale's")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     add("--num-return-sequences", type=int, default=1)
     add("--seed", type=int, default=0, help="of sampling")
     options = parser.parse_args(arguments)
     bench = Benchmark.read(options.records, options.image_root)
-    indices = bench.select(options.only)
+    indices = list(range(len(bench.items)))
     if options.allow_missing:
         absent = find_missing_images(bench.items, indices)
         indices = [i for i in indices if i not in absent]
@@ -389,19 +345,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config["model"], options.adapter, options.quantize
         )
     how = GenerationOptions(
-        style=options.style,
-        max_new_tokens=options.max_new_tokens or config["evaluate"]["max_new_tokens"],
-        batch_size=options.batch_size or config["evaluate"]["batch_size"],
+        options.style,
         temperature=options.temperature,
         num_return_sequences=options.num_return_sequences,
         seed=options.seed,
+        **config["evaluate"],
     )
     facts = {"model": options.model, "adapters": options.adapter}
     facts |= {"quantize": options.quantize, "records": bench.records.name}
-    shard = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    job = GenerationJob(indices, options.fresh, shard, facts)
-    summary = generate(model, processor, bench.items, options.out, how, job)
-    print(
-        f"{summary['replies']} replies in {options.out} ({summary['new']} new, "
-        f"{summary['truncated']} truncated) in {summary['seconds']} s"
+    summary = generate(
+        *(model, processor, bench.items, options.out, how),
+        indices=indices,
+        fresh=options.fresh,
+        facts=facts,
     )
+    state = PartialState()
+    if state.is_main_process:
+        print(
+            f"{summary['replies']} replies in {options.out} ({summary['new']} new, "
+            f"{summary['truncated']} truncated) in {summary['seconds']} s"
+        )
+    state.destroy_process_group()

@@ -10,10 +10,17 @@ from univg_nb.io import read_json, read_jsonl
 
 @dataclass(frozen=True)
 class Reply:
-    """One recorded reply; `truncated`: it used up its tokens without an end token."""
+    """A reply of a model.
+
+    Attributes:
+        text: without special tokens.
+        truncated: whether it ended at the limit and not with an end token.
+        tokens: their number, the end token included; 0 if it was not recorded.
+    """
 
     text: str
     truncated: bool = False
+    tokens: int = 0
 
 
 def read_predictions(path: str | Path) -> dict[int, list[Reply]]:
@@ -32,29 +39,28 @@ def read_predictions(path: str | Path) -> dict[int, list[Reply]]:
         raise ValueError(f"{path}: no such predictions file; run `generate` first")
     found: dict[int, dict[int, Reply]] = {}
     for line, row in enumerate(read_jsonl(path), start=1):
-        _check_row(row, f"{path}, line {line}")
+        if not _is_prediction(row):
+            raise ValueError(
+                f'{path}, line {line}: expected {{"index": i, "response": "..."}} with '
+                f"i >= 0, got {str(row)[:80]}"
+            )
         replies = found.setdefault(row["index"], {})
-        if row.get("sample", 0) in replies:
+        number = row.get("sample", 0)
+        if number in replies:
             raise ValueError(
                 f"{path}, line {line}: index {row['index']} is predicted twice; two "
                 "runs wrote into one file: generate it again with --fresh"
             )
-        reply = Reply(row["response"], bool(row.get("truncated", False)))
-        replies[row.get("sample", 0)] = reply
+        cut = bool(row.get("truncated", False))
+        replies[number] = Reply(row["response"], cut, row.get("tokens", 0))
     return {i: [r[k] for k in sorted(r)] for i, r in sorted(found.items())}
 
 
-def _check_row(row: Any, place: str) -> None:
-    index = row.get("index") if isinstance(row, dict) else None
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise ValueError(
-            f'{place}: expected {{"index": i, "response": "..."}} with i >= 0, '
-            f"got {str(row)[:80]}"
-        )
-    if not isinstance(row.get("response"), str):
-        raise ValueError(f"{place}: item {index} has no text under 'response'")
-    if not isinstance(row.get("sample", 0), int):
-        raise ValueError(f"{place}: item {index}: 'sample' must be an integer")
+def _is_prediction(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+        return False
+    numbers = row.get("index"), row.get("sample", 0)
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def get_settings_path(predictions: str | Path) -> Path:
@@ -72,18 +78,16 @@ def parse_named_files(arguments: Iterable[str]) -> dict[str, Path]:
     """Read "NAME=FILE" or "FILE" arguments into {name: file}, in the order given.
 
     Without a name, eval/MODEL/BENCHMARK/predictions.jsonl is called MODEL, another file
-    by its stem.
-
-    Raises:
-        ValueError: for a name given twice.
+    by its stem. Raises ValueError for a name given twice.
     """
     found: dict[str, Path] = {}
     for text in arguments:
-        name, equals, rest = text.partition("=")
-        path = Path(text if not equals or Path(text).is_file() else rest)
-        if path == Path(text):
+        is_named = "=" in text and not Path(text).is_file()
+        name, _, file = text.partition("=") if is_named else ("", "", text)
+        path = Path(file)
+        if not name:
             in_run = path.name == "predictions.jsonl" and path.parent.parent.name
-            name = path.parent.parent.name if in_run else path.stem
+            name = in_run or path.stem
         if name in found:
             raise ValueError(f"two files are called {name!r}: write NAME={path}")
         found[name] = path

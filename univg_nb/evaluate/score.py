@@ -7,19 +7,18 @@ it. Neither torch nor transformers is imported here.
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from univg_nb import io
 from univg_nb.data import files
+from univg_nb.data.boxes import MODES
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.predictions import read_generation_settings, read_predictions
 from univg_nb.evaluate.scoring import ScoringOptions
 from univg_nb.paper import MIG_TASKS, TASK_COLUMN
-
-MIG_ORIGINAL_SHA256 = "8f6e8fce3720dc6e17462533426d455463cda38b441edc2d70d65afa15681300"
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,7 @@ class Benchmark:
     ) -> "Benchmark":
         """Read a records file of any released format.
 
-        Args:
-            records: the file.
-            image_root: folder of the images, for pictures and for boxes in pixels.
-            name: what a run calls it.
+        `image_root` is the folder of the images, for pictures and for boxes in pixels.
         """
         items = files.read(records, image_root=image_root)
         return cls(Path(records), items, io.sha256_of(records), name)
@@ -51,8 +47,6 @@ class Benchmark:
         Original and revised MIG-Bench differ by 10 points for one model.
         """
         counts = Counter(sample.task for sample in self.items)
-        if self.sha256 == MIG_ORIGINAL_SHA256:
-            return {"name": "MIG-Bench original", "by": "sha256"}
         if counts == {task.name: task.original for task in MIG_TASKS}:
             return {"name": "MIG-Bench original", "by": "counts"}
         if counts == {task.name: task.revised for task in MIG_TASKS}:
@@ -61,18 +55,6 @@ class Benchmark:
         if drawn and set(counts) == set(TASK_COLUMN):
             return {"name": "MiniMIG", "by": "tasks"}
         return {"name": "unknown", "by": "none"}
-
-    def select(self, only: Sequence[str]) -> list[int]:
-        """Return the indices of the items named by id or index; all if none is."""
-        ids = {sample.id: i for i, sample in enumerate(self.items)}
-        ids |= {str(i): i for i in range(len(self.items)) if str(i) not in ids}
-        for name in only:
-            if name not in ids:
-                raise ValueError(
-                    f"--only {name}: no item has this id, and the indices are "
-                    f"0..{len(self.items) - 1}"
-                )
-        return [ids[name] for name in only] or list(range(len(self.items)))
 
 
 def score(
@@ -93,7 +75,7 @@ def score(
         The content of scores.json: `scoring.summarize_items` and what it belongs to.
 
     Raises:
-        ValueError: as `scoring.score_items`.
+        ValueError: as `read_predictions` and `scoring.score_items`.
     """
     items, replies = bench.items, read_predictions(predictions)
     scored = scoring.score_items(items, replies, options, indices)
@@ -138,11 +120,11 @@ def format_scores(result: dict[str, Any]) -> str:
 
 
 def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `score`, `compare` and `report` have in common."""
+    """Add the options that `score`, `compare` and `report` share."""
     add = parser.add_argument
     add("--records", required=True, help="annotation file in any released format")
     add("--image-root", help="folder that image paths start from")
-    add("--parser", choices=scoring.PARSERS, default="answer")
+    add("--parser", choices=MODES, default="answer")
     add(
         "--rule",
         choices=scoring.RULES,
@@ -150,6 +132,16 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         help="items with several boxes: the released one box, or any of them",
     )
     add("--allow-missing", action="store_true", help="leave out items without a reply")
+
+
+def read_scoring_arguments(
+    options: argparse.Namespace,
+) -> tuple[Benchmark, ScoringOptions]:
+    """Return the benchmark that these options name, and how replies are read."""
+    how = ScoringOptions(
+        options.parser, options.rule, allow_missing=options.allow_missing
+    )
+    return Benchmark.read(options.records, options.image_root), how
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,21 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--predictions", required=True, help="predictions.jsonl")
     add(
-        "--only", nargs="+", action="extend", default=[], help="ids or indices of items"
-    )
-    add(
         "--migician-stretch",
         action="store_true",
         help="stretch the boxes as for Migician's published row, and no other",
     )
     add("--out", help="scores.json to write")
     options = parser.parse_args(arguments)
-    bench = Benchmark.read(options.records, options.image_root)
-    how = ScoringOptions(
-        options.parser, options.rule, options.migician_stretch, options.allow_missing
-    )
-    indices = bench.select(options.only)
-    result = score(bench, options.predictions, how, indices)
+    bench, how = read_scoring_arguments(options)
+    how = replace(how, stretch=options.migician_stretch)
+    result = score(bench, options.predictions, how)
     if options.out:
         io.write_json(options.out, result)
     name = result["benchmark"]["name"]

@@ -18,7 +18,6 @@ from univg_nb.evaluate import intervals
 from univg_nb.evaluate.predictions import Reply
 from univg_nb.paper import TASK_COLUMN
 
-PARSERS = ("answer", "released")
 RULES = ("one", "any")
 # What can become of an item, best first, and the least IoU of each kind.
 _LEAST_IOU = {
@@ -148,34 +147,29 @@ def summarize_items(
     Returns:
         "tasks", "pooled": n, hit_03, hit_05, hit_07 (counts), acc_03, acc_05, acc_07,
         mean_iou, ci_05 (0..1; None where n = 0), status, truncated, missing (counts).
-        "macro_*": unweighted means over the scored tasks. "curve": accuracy over IoU
-        thresholds. "items": the fields of each `ItemScore`.
+        "macro_acc_05", "macro_ci_05": the unweighted mean over the scored tasks.
+        "items": the fields of each `ItemScore`.
     """
     missing = missing or Counter()
-    groups: dict[str, list[ItemScore]] = {task: [] for task in missing}
-    for item in items:
-        groups.setdefault(item.task, []).append(item)
     tasks = {
-        task: _summarize(groups[task]) | {"missing": missing[task]}
-        for task in sort_tasks(groups)
+        task: _summarize([item for item in items if item.task == task])
+        | {"missing": missing[task]}
+        for task in sort_tasks({item.task for item in items} | missing.keys())
     }
     pooled = _summarize(items) | {"missing": missing.total()}
     scored = [row for row in tasks.values() if row["n"]]
-    macro: dict[str, Any] = {
-        f"macro_{key}": float(np.mean([row[key] for row in scored])) if scored else None
-        for key in ("acc_03", "acc_05", "acc_07", "mean_iou")
-    }
-    if len(scored) == 1:  # the mean of one task has that task's interval
-        macro["macro_ci_05"] = scored[0]["ci_05"]
-    elif scored:
+    mean, interval = None, pooled["ci_05"]  # of one task that task's interval
+    if scored:
+        mean = float(np.mean([row["acc_05"] for row in scored]))
+    if len(scored) > 1:
         hits, totals = [row["hit_05"] for row in scored], [row["n"] for row in scored]
-        macro["macro_ci_05"] = list(intervals.macro_interval(hits, totals))
+        interval = list(intervals.macro_interval(hits, totals))
     return {
         "tasks": tasks,
         "pooled": pooled,
-        **macro,
+        "macro_acc_05": mean,
+        "macro_ci_05": interval,
         "pooled_acc_05": pooled["acc_05"],
-        "curve": _compute_curve(items),
         "items": [asdict(item) for item in items],
     }
 
@@ -194,14 +188,6 @@ def _summarize(items: Sequence[ItemScore]) -> dict[str, Any]:
     return row
 
 
-def _compute_curve(items: Sequence[ItemScore]) -> dict[str, list[float]] | None:
-    if not items:
-        return None
-    thresholds = np.round(0.05 * np.arange(1, 20), 2)
-    reached = np.array([item.iou for item in items])[:, None] >= thresholds  # (N, 19)
-    return {"iou": thresholds.tolist(), "acc": reached.mean(axis=0).tolist()}
-
-
 def classify_result(item: ItemScore) -> str:
     """Return the one of `KINDS` that an item is, by its box and IoU."""
     if item.box is None or item.status != OK:
@@ -216,7 +202,7 @@ def sort_tasks(tasks: Iterable[str]) -> list[str]:
 
 
 def compare_items(
-    a: Sequence[ItemScore], b: Sequence[ItemScore], n_boot: int = 10_000, seed: int = 0
+    a: Sequence[ItemScore], b: Sequence[ItemScore], n_boot: int = 10_000
 ) -> dict[str, Any]:
     """Compare two models on the same items.
 
@@ -224,7 +210,6 @@ def compare_items(
         a: scores of the first model.
         b: scores of the second model.
         n_boot: resamples of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         "tasks", "overall": n, acc_05_a, acc_05_b, paired bootstraps of b - a (acc_05,
@@ -243,23 +228,23 @@ def compare_items(
         raise ValueError("nothing to compare: no item has a prediction in both runs")
 
     ious = np.array([[item.iou for item in items] for items in (a, b)])  # (2, N)
+    tasks = np.array([item.task for item in a])
 
-    def compare(keep: list[int]) -> dict[str, Any]:
-        iou_a, iou_b = ious[:, keep]
+    def compare(chosen: np.ndarray | slice) -> dict[str, Any]:
+        iou_a, iou_b = ious[:, chosen]
         hit_a, hit_b = iou_a >= 0.5, iou_b >= 0.5
         return {
-            "n": len(keep),
+            "n": len(iou_a),
             "acc_05_a": float(hit_a.mean()),
             "acc_05_b": float(hit_b.mean()),
-            "acc_05": intervals.paired_bootstrap(hit_b, hit_a, n_boot, seed),
-            "mean_iou": intervals.paired_bootstrap(iou_b, iou_a, n_boot, seed),
+            "acc_05": intervals.paired_bootstrap(hit_b, hit_a, n_boot),
+            "mean_iou": intervals.paired_bootstrap(iou_b, iou_a, n_boot),
             "mcnemar": intervals.mcnemar_test(hit_a, hit_b),
         }
 
-    tasks: dict[str, list[int]] = {}
-    for k, item in enumerate(a):
-        tasks.setdefault(item.task, []).append(k)
     return {
-        "tasks": {task: compare(tasks[task]) for task in sort_tasks(tasks)},
-        "overall": compare(list(range(len(a)))),
+        "tasks": {
+            task: compare(tasks == task) for task in sort_tasks({*tasks.tolist()})
+        },
+        "overall": compare(slice(None)),
     }

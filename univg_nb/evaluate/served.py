@@ -4,12 +4,11 @@ vLLM batches requests by itself. Prompt, pixels and banned tokens are as in `rep
 adapters must have been merged into the folder that is served (`merge`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +18,11 @@ from transformers import ProcessorMixin
 from univg_nb.data import prompts
 from univg_nb.data.images import encode_data_url, open_image
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.replies import GeneratedReply
-from univg_nb.fast.sampling import VISION_TOKENS
+from univg_nb.evaluate.predictions import Reply
+from univg_nb.fast.sampling import get_vision_token_ids
 from univg_nb.fast.vllm import resize_image
+
+_TIMEOUT = 600.0  # seconds that a reply may take
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,10 @@ class ServedModel:
     Attributes:
         base_url: such as "http://127.0.0.1:8000/v1"; OPENAI_API_KEY may hold a key.
         model: its name at the endpoint: for vLLM the folder or hub name it serves.
-        timeout: seconds that a reply may take.
     """
 
     base_url: str
     model: str
-    timeout: float = 600.0
-
-    def identify(self) -> dict[str, Any]:
-        """Return what its replies depend on, as far as this side can know."""
-        return {"attention": "server", "weights_hash": ["served", self.model]}
 
     def reply(
         self,
@@ -51,34 +46,25 @@ class ServedModel:
         style: str = "univg",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-    ) -> list[GeneratedReply]:
-        """Return one reply to each sample, all asked at once.
+    ) -> list[Reply]:
+        """Return one reply to each sample, all asked at once; see `replies.reply`.
 
         Images are sent as `processor` resizes them: vLLM takes no limits by request.
-
-        Args:
-            processor: gives the pixel limits and the ids of the banned tokens.
-            samples: the items to answer.
-            seeds: of sampling, one for each sample.
-            style: prompt style, one of `prompts.STYLES`.
-            max_new_tokens: most tokens of a reply.
-            temperature: 0 is greedy.
 
         Raises:
             ValueError: an image is unreadable, or the server unreachable or unwilling.
         """
         client = self._connect()
-        known = processor.tokenizer.get_vocab()
-        banned = [known[token] for token in VISION_TOKENS if token in known]
-        owners = {path: sample.id for sample in samples for path in sample.images}
-        urls = {}
-        for path, owner in owners.items():
-            image = resize_image(open_image(path, owner), processor.image_processor)
-            urls[path] = encode_data_url(image, "PNG", compress_level=1)
+        banned = get_vision_token_ids(processor.tokenizer)
 
-        def ask(sample: GroundingSample, seed: int) -> GeneratedReply:
+        @cache
+        def encode(path: str, owner: str) -> str:
+            image = resize_image(open_image(path, owner), processor.image_processor)
+            return encode_data_url(image, "PNG", compress_level=1)
+
+        def ask(sample: GroundingSample, seed: int) -> Reply:
             content: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": urls[path]}}
+                {"type": "image_url", "image_url": {"url": encode(path, sample.id)}}
                 for path in sample.images
             ]
             content.append({"type": "text", "text": prompts.user_text(sample, style)})
@@ -91,10 +77,10 @@ class ServedModel:
                 logit_bias={str(token): -100 for token in banned},
             )
             (choice,) = answer.choices
-            return GeneratedReply(
-                response=choice.message.content or "",
-                tokens=answer.usage.completion_tokens if answer.usage else 0,
+            return Reply(
+                choice.message.content or "",
                 truncated=choice.finish_reason == "length",
+                tokens=answer.usage.completion_tokens if answer.usage else 0,
             )
 
         try:
@@ -112,6 +98,6 @@ class ServedModel:
         return openai.OpenAI(
             base_url=self.base_url,
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=self.timeout,
+            timeout=_TIMEOUT,
             http_client=openai.DefaultHttpxClient(trust_env=not local),
         )
