@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from univg_nb import models
-from univg_nb.evaluate.replies import GeneratedReply
+from univg_nb.evaluate.predictions import Reply
 from univg_nb.figures import demo
 
 
@@ -29,7 +29,7 @@ def test_ask_draws_the_box_on_the_image_the_question_names(loaded, items, monkey
 
     def fixed(model, processor, samples, **options):
         asked.extend(samples)
-        return [GeneratedReply(said, 9, False)]
+        return [Reply(said, tokens=9)]
 
     monkeypatch.setattr("univg_nb.evaluate.replies.reply", fixed)
     images = items[3].images[:3]
@@ -64,8 +64,7 @@ def test_panel_asks_on_a_press_and_shows_mistakes(loaded, items, tmp_path, capsy
     form = demo.build_panel(
         *loaded, {"one": items[0], "two": items[1]}, tmp_path / "up", max_new_tokens=2
     )
-    pictures, question, think, button, _ = form.children
-    choice, _, upload = pictures.children
+    choice, upload, question, think, button, _ = form.children
     assert question.value == items[0].question and think.value
     choice.value = "two"
     assert question.value == items[1].question
@@ -76,9 +75,9 @@ def test_panel_asks_on_a_press_and_shows_mistakes(loaded, items, tmp_path, capsy
     known = {"type": "image/png", "size": 8, "last_modified": datetime.now(UTC)}
     upload.value = ({"name": "../evil.PNG", "content": content, **known},)
     button.click()
-    assert "upload_1.png is not an image" in capsys.readouterr().out
+    assert "upload_1 is not an image" in capsys.readouterr().out
     # a name that a browser sends is no path here
-    assert [p.name for p in (tmp_path / "up").iterdir()] == ["upload_1.png"]
+    assert [p.name for p in (tmp_path / "up").iterdir()] == ["upload_1"]
     question.value = ""
     button.click()
     assert "the question is empty" in capsys.readouterr().out

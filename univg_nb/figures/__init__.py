@@ -2,5 +2,3 @@
 
 Everything is drawn from what a run wrote. `report`, `tables` and `demo` are commands.
 """
-
-__all__ = ["demo", "diagrams", "drawing", "plots", "report", "tables"]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from univg_nb import models
 from univg_nb.config import load_scale
 from univg_nb.data import prompts
-from univg_nb.data.boxes import ParsedBox, parse_box
+from univg_nb.data.boxes import Box, ParsedBox, parse_box
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 from univg_nb.evaluate import replies
@@ -46,19 +45,15 @@ class Answer:
 def load_model(
     name: str, adapters: Sequence[str | Path] = ()
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model; others than the shipped one as the scale `full`, bf16 on a GPU.
+    """Load a model, and adapters each on top of the one before.
 
-    Args:
-        name: "tiny", a local folder, or a hub name (online once: HF_HUB_OFFLINE=0).
-        adapters: folders of adapters, each on top of the one before.
+    It is "tiny" or, with the options of the scale `full` (float32 on a CPU), a local
+    folder or a hub name (online once: HF_HUB_OFFLINE=0).
     """
     section = load_scale("tiny" if name == "tiny" else "full")["model"]
-    section["name_or_path"] = name
-    if name != "tiny":
-        gpu = torch.cuda.is_available()
-        flash = gpu and importlib.util.find_spec("flash_attn") is not None
-        section["attn_implementation"] = "flash_attention_2" if flash else "sdpa"
-        section["dtype"] = "bfloat16" if gpu else "float32"
+    section |= {"name_or_path": name, "attn_implementation": "sdpa"}
+    if not torch.cuda.is_available():
+        section["dtype"] = "float32"
     return models.load_for_inference(section, adapters)
 
 
@@ -75,16 +70,8 @@ def ask(
     """Return the model's greedy reply to a question about images.
 
     The box is drawn on the image that the question names ("in the second image"); where
-    it names none or several, on the last one that the thinking names, else on all.
-
-    Args:
-        model: the model.
-        processor: its processor.
-        images: one to six image files.
-        question: what to look for.
-        style: prompt style, one of `prompts.STYLES`.
-        think: False asks in single-image mode, for a box alone.
-        max_new_tokens: most tokens of the reply.
+    it names none or several, on the last one that the thinking names, else on all. With
+    `think=False` the model is asked in single-image mode, for a box alone.
 
     Raises:
         ValueError: no question, no or too many images, or a file that is no image.
@@ -100,23 +87,22 @@ def ask(
     (made,) = replies.reply(
         model, processor, [sample], style=style, max_new_tokens=max_new_tokens
     )
-    parsed = parse_box(made.response)
+    parsed = parse_box(made.text)
     target = find_target_image(sample)
     if target is None:
-        named = [n for n in image_numbers(made.response) if 1 <= n <= len(paths)]
+        named = [n for n in image_numbers(made.text) if 1 <= n <= len(paths)]
         target = named[-1] if named else None
-    return Answer(made.response, parsed, _draw_sheet(paths, parsed, target))
+    return Answer(made.text, parsed, _draw_sheet(paths, parsed.box, target))
 
 
 def _draw_sheet(
-    paths: Sequence[str], parsed: ParsedBox, target: int | None
+    paths: Sequence[str], box: Box | None, target: int | None
 ) -> Image.Image:
     """Draw the images side by side, the box on number `target` (None: on each)."""
     drawn = []
     for number, path in enumerate(paths, start=1):
-        box = parsed.box if target in (number, None) else None
-        boxes = [] if box is None else [(box, drawing.RED, "")]
-        drawn.append(drawing.draw_boxes(open_image(path), boxes, 300))
+        marked = [(box, drawing.RED, "")] if box and target in (None, number) else []
+        drawn.append(drawing.draw_boxes(open_image(path), marked, 300))
     width = sum(picture.width + _GAP for picture in drawn) - _GAP
     sheet = Image.new("RGB", (width, max(p.height for p in drawn)), "white")
     left = 0
@@ -132,64 +118,48 @@ def build_panel(
     examples: Mapping[str, GroundingSample],
     folder: str | Path,
     **options: Any,
-) -> ipywidgets.VBox:
+) -> ipywidgets.interactive:
     """Build a form: choose an example or upload images, write a question, press Ask.
 
-    A mistake is shown below the form. Without a browser nothing is asked.
-
-    Args:
-        model: the model.
-        processor: its processor.
-        examples: samples to start from, by name.
-        folder: where uploaded images are kept.
-        options: style and max_new_tokens of `ask`.
+    A mistake is shown below the form. Uploaded images are kept in `folder`; the options
+    are style and max_new_tokens of `ask`.
     """
-    # of the extra `course`: the command needs neither
-    import ipywidgets as widgets
-    from IPython.display import display
+    import ipywidgets  # of the extra `course`: the command does not need it
 
-    choice = widgets.Dropdown(options=list(examples), description="example")
-    upload = widgets.FileUpload(accept="image/*", multiple=True)
-    question = widgets.Textarea(layout=widgets.Layout(width="640px"))
-    think = widgets.Checkbox(value=True, description="ask for thinking")
-    button = widgets.Button(description="Ask", button_style="primary")
-    output = widgets.Output()
+    def answer(
+        example: str, upload: Sequence[Mapping], question: str, think: bool
+    ) -> Image.Image | None:
+        kept = []
+        for number, file in enumerate(upload, start=1):
+            kept.append(Path(folder) / f"upload_{number}")  # its own name is no path
+            kept[-1].parent.mkdir(parents=True, exist_ok=True)
+            kept[-1].write_bytes(file["content"])
+        images = kept or examples[example].images
+        try:
+            found = ask(model, processor, images, question, think=think, **options)
+        except ValueError as error:
+            print(error)
+            return None
+        print(f"{found.reply}\n\nbox {found.parsed.box}: {found.parsed.status}")
+        return found.picture
+
+    form = ipywidgets.interactive(
+        answer,
+        {"manual": True, "manual_name": "Ask"},
+        example=list(examples),
+        upload=ipywidgets.FileUpload(accept="image/*", multiple=True),
+        question=ipywidgets.Textarea(layout={"width": "640px"}),
+        think=True,
+    )
+    example, _, question, think = form.children[:4]
 
     def choose(_: object = None) -> None:
-        question.value = examples[choice.value].question
-        think.value = examples[choice.value].cot
+        question.value = examples[example.value].question
+        think.value = examples[example.value].cot
 
-    def answer(_: object) -> None:
-        output.clear_output()
-        with output:
-            kept = _keep_uploads(upload.value, folder)
-            images = kept or examples[choice.value].images
-            asked = {"question": question.value, "think": think.value}
-            try:
-                found = ask(model, processor, images, **asked, **options)
-            except ValueError as error:
-                print(error)
-                return
-            display(found.picture)
-            print(f"{found.reply}\n\nbox {found.parsed.box}: {found.parsed.status}")
-
-    choice.observe(choose, names="value")
-    button.on_click(answer)
+    example.observe(choose, names="value")
     choose()
-    pictures = widgets.HBox([choice, widgets.Label("or your own:"), upload])
-    return widgets.VBox([pictures, question, think, button, output])
-
-
-def _keep_uploads(uploads: Sequence[Mapping], folder: str | Path) -> list[Path]:
-    """Write uploaded files into `folder`, under names of our own; their paths."""
-    kept = []
-    for number, upload in enumerate(uploads, start=1):
-        suffix = Path(upload["name"]).suffix.lower()
-        path = Path(folder) / f"upload_{number}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(upload["content"]))
-        kept.append(path)
-    return kept
+    return form
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

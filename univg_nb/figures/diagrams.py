@@ -5,13 +5,10 @@ Figure 1 is drawn from samples and results; Figure 2 is a diagram and needs no d
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -20,13 +17,12 @@ from univg_nb import paper
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.figures import drawing, plots
-
-FIGURE_2 = Path(__file__).parents[1] / "assets" / "figure_2.yaml"
+from univg_nb.io import read_asset
 
 
 def plot_average_bars(
     results: pd.DataFrame, published: int | None = None, ax: Axes | None = None
-) -> Figure | Axes:
+) -> Figure:
     """Plot the average accuracy of each model with its 95 % interval and value.
 
     Args:
@@ -35,7 +31,7 @@ def plot_average_bars(
         ax: axes to draw into.
     """
     rows = results[results["column"] == "AVG"]
-    result, ax = plots.create_axes(ax, 5.6, 3.8)
+    figure, ax = plots.create_axes(ax, 5.6, 3.8)
     errors = np.maximum([rows["acc"] - rows["lo"], rows["hi"] - rows["acc"]], 0)
     colors = [plots.color_of(model, i) for i, model in enumerate(rows["model"])]
     ax.bar(rows["model"], rows["acc"], 0.7, color=colors, yerr=errors, capsize=3)
@@ -47,42 +43,33 @@ def plot_average_bars(
         values = [f"{k} {row[published]:.1f}" for k, row in paper.FIGURE_1.items()]
         source = "paper: " if published == 0 else "paper, mean of its five:\n"
         ax.set_xlabel(source + ", ".join(values), fontsize=9, color="0.35", labelpad=8)
-    return result
+    return figure
 
 
 def draw_teaser(
     samples: Sequence[GroundingSample],
     mig: pd.DataFrame,
-    zero_shot: Mapping[str, pd.DataFrame] | None = None,
-    columns: int = 5,
+    zero_shot: Mapping[str, pd.DataFrame],
 ) -> Figure:
     """Draw Figure 1: an image of each task with its target, and the averages below.
 
-    Args:
-        samples: one of each task; the image with the target is shown, or the last.
-        mig: results on MIG, from `tables.load_result_table`.
-        zero_shot: results on other benchmarks by title.
-        columns: images in a row.
+    The samples' images with the target are shown, or the last. The averages are those
+    of `tables.load_result_table` on MIG, and on other benchmarks by title.
     """
-    tables = {"MIG": mig, **(zero_shot or {})}
-    rows = math.ceil(len(samples) / columns)
-    figure = plt.figure(
-        figsize=(2.5 * columns, 2.75 * rows + 4.2), layout="constrained"
-    )
-    plt.close(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.75 * rows, 4.2])
-    for index, sample in enumerate(samples):
-        axes = top.add_subplot(rows, columns, index + 1)
+    rows = math.ceil(len(samples) / 5)
+    heights = [2.75 * rows, 4.2]
+    figure = drawing.create_figure(12.5, sum(heights))
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+    for place, sample in enumerate(samples, start=1):
+        axes = top.add_subplot(rows, 5, place)
         target = drawing.get_target_index(sample)
-        place = target if target is not None else len(sample.images) - 1
-        marked = (
-            [(sample.answer, drawing.TARGET_COLOR, "")] if target is not None else []
-        )
-        axes.imshow(
-            drawing.draw_boxes(open_image(sample.images[place], sample.id), marked)
-        )
+        path = sample.images[-1 if target is None else target]
+        marked = [(sample.answer, drawing.TARGET_COLOR, "")]
+        image = open_image(path, sample.id)
+        axes.imshow(drawing.draw_boxes(image, [] if target is None else marked))
         axes.set_title(paper.TASK_COLUMN.get(sample.task, sample.task))
         axes.set_axis_off()
+    tables = {"MIG": mig, **zero_shot}
     for index, (title, table) in enumerate(tables.items()):
         axes = bottom.add_subplot(1, len(tables), index + 1)
         plot_average_bars(table, published=min(index, 1), ax=axes)
@@ -92,10 +79,10 @@ def draw_teaser(
 
 def draw_pipeline() -> Figure:
     """Draw Figure 2: (a) the chains, (b) the weights of groups, (c) the training."""
-    content = yaml.safe_load(FIGURE_2.read_text(encoding="utf-8"))
-    figure = plt.figure(figsize=(12, 8.4), layout="constrained")
-    plt.close(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    content = read_asset("figure_2.yaml")
+    figure = drawing.create_figure(12, 8.4)
+    heights = [1, 1.15]
+    (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     left, right = upper.subfigures(1, 2, width_ratios=[1.25, 1])
     _draw_panel(left.add_subplot(), content["chains"])
     hard, easy = right.subplots(1, 2, sharey=True)
@@ -108,7 +95,7 @@ def draw_pipeline() -> Figure:
 
 
 def _draw_panel(ax: Axes, panel: Mapping[str, Any]) -> None:
-    """Draw blocks, arrows and texts as FIGURE_2 describes them."""
+    """Draw blocks, arrows and texts as figure_2.yaml describes them."""
     width, height = panel["size"]
     ax.set(xlim=(0, width), ylim=(0, height))
     ax.set_axis_off()

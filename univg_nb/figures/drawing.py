@@ -8,6 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -26,6 +27,13 @@ LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
 
 LabeledBox = tuple[Sequence[float], str, str]  # box, color, label
 Rectangle = tuple[float, float, float, float]
+
+
+def create_figure(width: float, height: float) -> Figure:
+    """Return a figure, in inches; closed for pyplot: a notebook shows it once."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    return figure
 
 
 def draw_boxes(
@@ -84,11 +92,11 @@ def _draw_label(
     places = [(x1, y1 - h), (x1, y2), (x2 - w, y1 - h), (x2 - w, y2), (x1, y1)]
     places += [(x1, y2 + row * h) for row in (1, 2)]
     places += [(x1, y1 - row * h) for row in (2, 3)]
-    rectangles = []
+    inside = []
     for x, y in places:
         x = min(max(x, 0), max(0, width - w))
-        rectangles.append((x, y, x + w, y + h))
-    inside = [r for r in rectangles if r[1] >= 0 and r[3] <= height]
+        if 0 <= y <= height - h:
+            inside.append((x, y, x + w, y + h))
     free = [r for r in inside if not any(_overlap(r, other) for other in taken)]
     place = (free or inside or [(x1, 0, x1 + w, h)])[0]
     red, green, blue = ImageColor.getrgb(color)[:3]
@@ -99,15 +107,12 @@ def _draw_label(
     return place
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def get_target_index(sample: GroundingSample) -> int | None:
-    """Return the index of the image that holds the answer box, or None if unknown.
-
-    This is `data.sample.find_target_image`, counted from 0.
-    """
+    """Return `find_target_image` counted from 0: the image that holds the answer."""
     number = find_target_image(sample)
     return None if number is None else number - 1
 
@@ -116,39 +121,34 @@ def show_sample(
     sample: GroundingSample,
     predictions: Mapping[str, Box | None] | None = None,
     *,
-    target: int | None = None,
     columns: int = 3,
     title: bool = True,
 ) -> Figure:
     """Show a sample's images, its answer in green and predictions with their IoU.
 
-    Args:
-        sample: the sample.
-        predictions: boxes on 0..1000 by name, None for a reply without a box.
-        target: index of the boxes' image; if it is unknown, every image has them.
-        columns: images in a row.
-        title: whether the question is shown.
-
-    Returns:
-        A figure that is closed for pyplot, so that a notebook shows it once.
+    Predictions are boxes on 0..1000 by name, None for a reply without a box. Where it
+    is not known which image the boxes belong to, each image has them.
     """
-    target = get_target_index(sample) if target is None else target
-    drawn, handles = _label_boxes(sample, predictions or {})
+    target = get_target_index(sample)
+    boxes, legend = _label_boxes(sample, predictions or {})
     count = len(sample.images)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = plt.figure(figsize=(3.7 * columns, 3.9 * rows + 0.9), layout="constrained")
-    plt.close(figure)
+    figure = create_figure(3.7 * columns, 3.9 * rows + 0.9)
     for index, path in enumerate(sample.images):
-        marked = drawn if target is None or index == target else []
+        marked = boxes if target in (None, index) else []
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.imshow(draw_boxes(open_image(path, sample.id), marked))
         axes.set_axis_off()
-        name = f"image {index + 1}" if count > 1 else ""
-        if index == target and count > 1:
-            axes.set_title(f"{name} (target)", fontweight="bold", color=TARGET_COLOR)
-        else:
-            axes.set_title(name)
+        if count > 1 and index == target:
+            heading = f"image {index + 1} (target)"
+            axes.set_title(heading, fontweight="bold", color=TARGET_COLOR)
+        elif count > 1:
+            axes.set_title(f"image {index + 1}")
+    handles = [
+        Line2D([], [], color=color, linewidth=3, label=label)
+        for label, color in legend.items()
+    ]
     if target is None:
         handles.append(Line2D([], [], ls="", label="(which image is not recorded)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -161,21 +161,16 @@ def show_sample(
 
 def _label_boxes(
     sample: GroundingSample, predictions: Mapping[str, Box | None]
-) -> tuple[list[LabeledBox], list[Line2D]]:
-    """Return the boxes to draw, target first, and a legend entry for each."""
+) -> tuple[list[LabeledBox], dict[str, str]]:
+    """Return the boxes to draw, target first, and the legend: colors by text."""
     targets = sample.boxes or (sample.answer,)
-    drawn: list[LabeledBox] = [(box, TARGET_COLOR, "target") for box in targets]
-    entries = [(TARGET_COLOR, f"target {sample.answer}")]
-    for index, (name, box) in enumerate(predictions.items()):
-        color = PREDICTION_COLORS[index % len(PREDICTION_COLORS)]
+    boxes: list[LabeledBox] = [(box, TARGET_COLOR, "target") for box in targets]
+    legend = {f"target {sample.answer}": TARGET_COLOR}
+    for (name, box), color in zip(predictions.items(), cycle(PREDICTION_COLORS)):
         if box is None:
-            entries.append((color, f"{name}: no box"))
+            legend[f"{name}: no box"] = color
         else:
             value = iou(box, sample.answer)
-            drawn.append((box, color, f"{name} {value:.2f}"))
-            entries.append((color, f"{name}: IoU {value:.2f}"))
-    handles = [
-        Line2D([], [], color=color, linewidth=3, label=label)
-        for color, label in entries
-    ]
-    return drawn, handles
+            boxes.append((box, color, f"{name} {value:.2f}"))
+            legend[f"{name}: IoU {value:.2f}"] = color
+    return boxes, legend

@@ -1,14 +1,13 @@
 """Plots of artifacts: every function takes data and draws it.
 
-Given `ax` a function draws there and returns it. Without, it makes a figure, already
-closed for pyplot so that a notebook shows it once, and returns the figure.
+A function draws into the axes `ax`, or else into those of a new figure, and returns the
+figure.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -16,14 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from univg_nb import paper
+from univg_nb.figures import drawing
 from univg_nb.figures.drawing import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, SKY
 from univg_nb.io import open_atomically
-from univg_nb.train.difficulty import (
-    EASY_ABOVE,
-    HARD_BELOW,
-    difficulty_bin,
-    difficulty_weight,
-)
+from univg_nb.train import difficulty
+from univg_nb.train.difficulty import EASY_ABOVE, HARD_BELOW
 
 MODEL_COLORS = {
     "base": GRAY,
@@ -54,28 +50,21 @@ def style_axes(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def create_axes(
-    ax: Axes | None, width: float, height: float
-) -> tuple[Figure | Axes, Axes]:
-    """Return (what a plot returns, the styled axes to draw into).
+def create_axes(ax: Axes | None, width: float, height: float) -> tuple[Any, Axes]:
+    """Style axes to draw into, those of a new figure (in inches) if `ax` is None.
 
-    Args:
-        ax: axes to draw into; None for those of a new figure.
-        width: of the new figure, inches.
-        height: of the new figure, inches.
+    Returns:
+        Their figure or subfigure, and the axes.
     """
-    figure = plt.figure(figsize=(width, height), layout="constrained")
-    plt.close(figure)
-    axes = figure.add_subplot() if ax is None else ax
-    style_axes(axes)
-    return figure if ax is None else ax, axes
+    ax = drawing.create_figure(width, height).add_subplot() if ax is None else ax
+    style_axes(ax)
+    return ax.figure, ax
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
-    """Write a figure as PNG, atomically, and return the path."""
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG of 110 dpi, atomically."""
     with open_atomically(path, "wb") as handle:
-        figure.savefig(handle, dpi=dpi, format="png")
-    return Path(path)
+        figure.savefig(handle, dpi=110, format="png")
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -87,76 +76,58 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 # ---------------------------------------------------------------- training
 
 
-def plot_training_curve(
-    runs: Mapping[str, Iterable[Mapping[str, Any]]],
-    key: str = "loss",
-    window: int | None = None,
-    ax: Axes | None = None,
-) -> Figure | Axes:
-    """Plot a logged value over the updates, a line for each run, raw points pale.
+def plot_training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    keys: Sequence[str] = ("loss", "reward"),
+) -> Figure:
+    """Plot logged values over the updates, side by side, a line for each run.
+
+    Pale points are the updates, a line is the mean of a tenth of them.
 
     Args:
-        runs: rows of metrics.jsonl by name; rows without `key` are passed over.
-        key: the logged value.
-        window: updates averaged, by default a tenth.
-        ax: axes to draw into.
+        runs: rows of metrics.jsonl by name; rows without a key are passed over.
+        keys: the logged values.
 
     Raises:
-        ValueError: if no row of a run has `key`.
+        ValueError: if no row of a run has a key.
     """
-    result, ax = create_axes(ax, 6.5, 3.8)
-    for index, (name, rows) in enumerate(runs.items()):
-        rows = list(rows)
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if not points:
-            logged = sorted({k for row in rows for k in row} - {"step"})
-            raise ValueError(f"{name}: no row has {key!r}; logged: {', '.join(logged)}")
-        steps, values = zip(*points, strict=True)
-        color = color_of(name, index)
-        ax.plot(steps, values, ".", color=color, alpha=0.25, markersize=5)
-        line = smooth(values, window or max(1, len(values) // 10))
-        ax.plot(steps, line, color=color, linewidth=2, label=name)
-    ax.set(xlabel="update", ylabel=key.replace("_", " "))
-    if len(runs) > 1:
-        ax.legend(frameon=False)
-    return result
-
-
-def plot_training_curves(
-    runs: Mapping[str, Iterable[Mapping[str, Any]]],
-    keys: Sequence[str] = ("loss", "reward"),
-    window: int | None = None,
-) -> Figure:
-    """Plot `plot_training_curve` for several logged values, side by side."""
-    figure = plt.figure(figsize=(5.2 * len(keys), 3.8), layout="constrained")
-    plt.close(figure)
-    runs = {name: list(rows) for name, rows in runs.items()}
-    for ax, key in zip(
-        figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True
-    ):
-        plot_training_curve(runs, key, window, ax=ax)
+    figure = drawing.create_figure(max(6.5, 5.2 * len(keys)), 3.8)
+    for place, key in enumerate(keys, start=1):
+        ax = figure.add_subplot(1, len(keys), place)
+        style_axes(ax)
+        for index, (name, rows) in enumerate(runs.items()):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if not points:
+                logged = ", ".join(sorted({k for row in rows for k in row} - {"step"}))
+                raise ValueError(f"{name}: no row has {key!r}; logged: {logged}")
+            steps, values = zip(*points, strict=True)
+            color = color_of(name, index)
+            ax.plot(steps, values, ".", color=color, alpha=0.25, markersize=5)
+            line = smooth(values, max(1, len(values) // 10))
+            ax.plot(steps, line, color=color, linewidth=2, label=name)
+        ax.set(xlabel="update", ylabel=key.replace("_", " "))
+        if len(runs) > 1:
+            ax.legend(frameon=False)
     return figure
 
 
 def plot_difficulty_shares(
-    shares: pd.DataFrame,
-    published: bool = True,
-    window: int | None = None,
-    ax: Axes | None = None,
-) -> Figure | Axes:
+    shares: pd.DataFrame, published: bool = True, ax: Axes | None = None
+) -> Figure:
     """Plot Figure 3: shares of easy, medium and hard groups over the updates.
 
     Args:
-        shares: from `tables.compute_difficulty_shares`. They are dots, their moving
-            averages lines, their trends dashed.
+        shares: from `tables.compute_difficulty_shares`. They are dots, means of a tenth
+            of the updates lines, their trends dashed.
         published: draw the paper's curves behind, in gray.
-        window: updates averaged, by default a tenth.
         ax: axes to draw into.
     """
-    result, ax = create_axes(ax, 8.5, 4.8)
+    figure, ax = create_axes(ax, 8.5, 4.8)
     steps = shares.index.to_numpy(dtype=float)
-    window = window or max(1, len(steps) // 10)
+    window = max(1, len(steps) // 10)
+    key = f"dots: each update; lines: mean of {window}; dashed: trend"
     if published:
+        key += "; gray: the paper's 500 iterations, stretched"
         curves = paper.FIGURE_3
         x = np.interp(curves.iteration, (0, 500), (steps.min(), steps.max()))
         for name, style in {"easy": "-", "medium": ":", "hard": "-."}.items():
@@ -170,21 +141,18 @@ def plot_difficulty_shares(
         if name != "medium" and len(steps) > 1:  # the paper draws two trends
             trend = np.polyval(np.polyfit(steps, values, 1), steps)
             ax.plot(steps, trend, "--", color=color, linewidth=1.5)
-    key = f"dots: each update; lines: mean of {window}; dashed: trend"
-    if published:
-        key += "; gray: the paper's 500 iterations, stretched"
     ax.set_title(key, fontsize=9, loc="left", color="0.35")
     ax.set(xlabel="update", ylabel="share of groups", ylim=(0, 1))
     ax.legend(ncols=2, loc="upper left", frameon=False)
-    return result
+    return figure
 
 
 def plot_weight_functions(
     forms: Sequence[str] = ("exp", "power", "log", "log_released"),
     ax: Axes | None = None,
-) -> Figure | Axes:
+) -> Figure:
     """Plot the weight over the mean IoU of a group, for forms of difficulty_weight."""
-    result, ax = create_axes(ax, 6.8, 4.2)
+    figure, ax = create_axes(ax, 6.8, 4.2)
     m = torch.linspace(0, 1, 501)
     ax.axvspan(0, HARD_BELOW, color=RED, alpha=0.07, linewidth=0)
     ax.axvspan(EASY_ABOVE, 1, color=GREEN, alpha=0.07, linewidth=0)
@@ -194,7 +162,7 @@ def plot_weight_functions(
         # the two logs differ only below 0: dashes show both
         style = "--" if form == "log_released" else "-"
         color = (BLUE, PURPLE, ORANGE, "black", SKY, GRAY)[index % 6]
-        phi = difficulty_weight(m, form)
+        phi = difficulty.difficulty_weight(m, form)
         ax.plot(m, phi, style, color=color, linewidth=2, label=form)
     top = ax.get_ylim()[1]
     ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color=RED)
@@ -202,78 +170,65 @@ def plot_weight_functions(
     ax.set(xlabel="mean IoU of the group", ylabel="weight φ", xlim=(0, 1))
     ax.set_ylim(top=top)
     ax.legend(frameon=False)
-    return result
+    return figure
 
 
 def plot_group_bars(
     ious: Sequence[float], form: str = "exp", title: str = "", ax: Axes | None = None
-) -> Figure | Axes:
-    """Plot the IoU rewards of a group's replies, their mean and its weight.
-
-    Args:
-        ious: IoU of each reply, 0..1.
-        form: of `difficulty_weight`.
-        title: a line above the numbers.
-        ax: axes to draw into.
-    """
-    result, ax = create_axes(ax, 4.2, 3.0)
+) -> Figure:
+    """Plot the IoU rewards of a group's replies (0..1), their mean and its weight."""
+    figure, ax = create_axes(ax, 4.2, 3.0)
     mean = float(np.mean(ious))
-    phi = float(difficulty_weight(torch.tensor(mean), form))
-    color = BIN_COLORS[difficulty_bin(mean)]
+    phi = float(difficulty.difficulty_weight(torch.tensor(mean), form))
     numbers = range(1, len(ious) + 1)
-    ax.bar(numbers, ious, 0.75, color=color, alpha=0.85)
+    ax.bar(
+        numbers,
+        ious,
+        0.75,
+        color=BIN_COLORS[difficulty.difficulty_bin(mean)],
+        alpha=0.85,
+    )
     ax.axhline(mean, color="black", linewidth=1.3, linestyle="--")
     caption = f"mean IoU {mean:.2f}, φ {phi:.2f}"
     ax.set_title(f"{title}\n{caption}" if title else caption, fontsize=11)
     ax.set_xticks(numbers)
     ax.set(xlabel="reply", ylabel="IoU", ylim=(0, 1))
-    return result
+    return figure
 
 
 def plot_memory_bars(
     parts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
-) -> Figure | Axes:
-    """Plot memory as stacked bars, from 1000 MB on in GB.
-
-    Args:
-        parts: {"LoRA": {"weights": MB, ...}, ...}.
-        ax: axes to draw into.
-    """
-    result, ax = create_axes(ax, 7.0, 0.62 * len(parts) + 1.6)
-    large = max(sum(row.values()) for row in parts.values()) >= 1000
-    unit, divisor = ("GB", 1000) if large else ("MB", 1)
-    names = list(dict.fromkeys(part for row in parts.values() for part in row))
-    labels = list(parts)
-    start = np.zeros(len(labels))
-    for index, name in enumerate(names):
-        sizes = np.array([parts[label].get(name, 0.0) for label in labels]) / divisor
-        look: dict[str, Any] = {"color": _SPARE[index % len(_SPARE)]}
+) -> Figure:
+    """Plot memory in GB as stacked bars, from {"LoRA": {"weights": MB, ...}, ...}."""
+    figure, ax = create_axes(ax, 7.0, 0.62 * len(parts) + 1.6)
+    sizes = pd.DataFrame(parts).fillna(0) / 1000  # parts x bars, in order of appearance
+    start = np.zeros(len(parts))
+    for index, (name, row) in enumerate(sizes.iterrows()):
+        look: dict[str, Any] = {"color": _SPARE[index % len(_SPARE)], "label": name}
         look |= {"hatch": "////", "linewidth": 0} if index >= len(_SPARE) else {}
-        ax.barh(labels, sizes, 0.6, left=start, label=name, edgecolor="white", **look)
-        start += sizes
-    for row, total in enumerate(start):
-        ax.text(total, row, f" {total:,.3g} {unit}", va="center")
+        ax.barh(list(parts), row, 0.6, left=start, edgecolor="white", **look)
+        start += row.to_numpy()
+    for place, total in enumerate(start):
+        ax.text(total, place, f" {total:,.3g} GB", va="center")
     ax.invert_yaxis()
-    ax.set(xlabel=unit, xlim=(0, 1.2 * max(start.max(), 1e-9)))
-    if len(names) > 1:
+    ax.set(xlabel="GB", xlim=(0, 1.2 * max(start.max(), 1e-9)))
+    if len(sizes) > 1:
         ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     ax.grid(axis="y", visible=False)
-    return result
+    return figure
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def plot_accuracy_bars(results: pd.DataFrame, ax: Axes | None = None) -> Figure | Axes:
+def plot_accuracy_bars(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
     """Plot Acc@0.5 for each task with 95 % intervals, a bar for each model.
 
-    Args:
-        results: from `tables.load_result_table`.
-        ax: axes to draw into.
+    `results` is from `tables.load_result_table`.
     """
     columns = [c for c in dict.fromkeys(results["column"]) if c != "Pooled"]
     models = list(dict.fromkeys(results["model"]))
-    result, ax = create_axes(ax, max(6.0, 1.1 * len(columns) + 1), 4.4)
+    figure, ax = create_axes(ax, max(6.0, 1.1 * len(columns) + 1), 4.4)
     width = 0.84 / len(models)
     table = results.set_index(["model", "column"])
     style = {"ecolor": "0.25", "elinewidth": 0.9, "capsize": 1.5}
@@ -290,19 +245,14 @@ def plot_accuracy_bars(results: pd.DataFrame, ax: Axes | None = None) -> Figure 
     ax.set(ylabel="Acc@0.5, %", ylim=(0, 100))
     many = min(6, len(models))
     ax.legend(ncols=many, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return result
+    return figure
 
 
 def plot_iou_curve(
     ious: Mapping[str, Sequence[float]], ax: Axes | None = None
-) -> Figure | Axes:
-    """Plot the accuracy over the IoU threshold; Acc@0.5 is marked.
-
-    Args:
-        ious: IoU of each item, 0..1, by model.
-        ax: axes to draw into.
-    """
-    result, ax = create_axes(ax, 6.5, 4.2)
+) -> Figure:
+    """Plot the accuracy over the IoU threshold, of the items' IoUs (0..1) by model."""
+    figure, ax = create_axes(ax, 6.5, 4.2)
     thresholds = np.linspace(0, 1, 201)
     ax.axvline(0.5, color="0.6", linewidth=1, linestyle=":")
     for index, (name, values) in enumerate(ious.items()):
@@ -315,4 +265,4 @@ def plot_iou_curve(
     ax.set(xlabel="IoU threshold", ylabel="items at or above it, %")
     ax.set(xlim=(0, 1), ylim=(0, 100))
     ax.legend(frameon=False)
-    return result
+    return figure
