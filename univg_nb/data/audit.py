@@ -181,6 +181,7 @@ def audit(
         other = _FileScan(RowContext(file, image_root), "", max_pixels, max_tokens)
         _check_leakage(scan, other)
     counts = Counter(problem["kind"] for problem in scan.problems)
+    tokens = scan.tokens or [0]
     return {
         "file": context.file,
         "format": scan.format,
@@ -190,10 +191,7 @@ def audit(
         "tasks": dict(scan.tasks.most_common()),
         "images_per_item": dict(sorted(scan.images_per_item.items())),
         "target_images": dict(scan.target_images.most_common()),
-        "prompt_tokens": {
-            "median": median(scan.tokens or [0]),
-            "max": max(scan.tokens, default=0),
-        },
+        "prompt_tokens": {"median": median(tokens), "max": max(tokens)},
         "images": {
             "distinct": len(scan.images),
             "checked": image_root is not None,

@@ -20,8 +20,7 @@ OUT_OF_RANGE = "out_of_range"
 STATUSES = (OK, NO_ANSWER, NO_BOX, INVERTED, OUT_OF_RANGE)
 MODES = ("answer", "released")
 
-# Only the end of a longer reply is read. 100,000 characters are about 25,000 tokens,
-# a hundred times what the released evaluation generates, so no real reply is cut.
+# Only the end of a longer reply is read; the released evaluation stops at a hundredth.
 MAX_REPLY = 100_000
 
 

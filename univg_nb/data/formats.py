@@ -25,7 +25,6 @@ StrPath: TypeAlias = str | os.PathLike[str]
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
 _NUMBERS = frozenset((int, float))
-_TEXTS = frozenset((str,))
 # Optional keys of this project, which the released loaders do not look at.
 _OWN_KEYS = {"task": str, "cot": bool, "chain": str, "target_image": int, "boxes": list}
 _OWN_NAMES = frozenset(_OWN_KEYS)
@@ -91,7 +90,7 @@ class RowContext:
     def images(self, row: Row, key: str = "images") -> tuple[str, ...]:
         """Return the image paths under `key`, joined to image_root."""
         paths = self.get(row, key, list)
-        if not paths or not _TEXTS.issuperset(map(type, paths)) or "" in paths:
+        if set(map(type, paths)) != {str} or "" in paths:
             problem = f"{key!r} is {paths!r:.80}; give a list of image paths"
             raise self.error("bad_images", problem)
         return self.join_root(paths)
@@ -359,10 +358,7 @@ def _write_stage1(sample: GroundingSample, context: RowContext) -> Row:
 
 
 def _read_mgrounding(row: Row, context: RowContext) -> Samples:
-    """Read every pair whose reply holds a box; pairs without one are passed over.
-
-    Several boxes in one reply: all are in `boxes`, the first is the answer.
-    """
+    """Read every pair whose reply holds a box; the first of several is the answer."""
     images = context.images(row)
     pairs = _read_turns(row, context, images)
     fields = {"task": context.get(row, "type", str)} if row.get("type") else {}

@@ -101,10 +101,7 @@ def encode_data_url(image: Image.Image, format: str = "PNG", **options: int) -> 
 
 
 def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -> str:
-    """Open an image and return it as a JPEG data URL of at most `max_pixels` pixels.
-
-    See `open_image` for `sample_id` and the errors.
-    """
+    """Open an image; return it as a JPEG data URL of at most `max_pixels` pixels."""
     image = open_image(path, sample_id)
     shrink = (max_pixels / (image.width * image.height)) ** 0.5
     if shrink < 1:
@@ -113,10 +110,7 @@ def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -
 
 
 def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
-    """Return the tokens an image takes in the prompts of a model's processor.
-
-    Only the file's header is read; errors are those of `open_image`.
-    """
+    """Return the tokens of an image in a prompt of this processor; see `image_size`."""
     width, height = image_size(path, sample_id)
     image_processor = processor.image_processor
     patches = image_processor.get_number_of_image_patches(
