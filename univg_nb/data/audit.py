@@ -45,11 +45,10 @@ class _FileScan:
                 self.check_row(row)
                 self.rows += 1
         except RowError as error:  # the file itself is broken from here on
-            self.add(error.kind, str(error), severity="error")
+            self.add(error.kind, str(error), error=True)
 
-    def add(
-        self, kind: str, detail: str, id: str = "", severity: str = "warning"
-    ) -> None:
+    def add(self, kind: str, detail: str, id: str = "", error: bool = False) -> None:
+        severity = "error" if error else "warning"
         problem = {"kind": kind, "severity": severity, "row": self.context.row}
         self.problems.append(problem | {"id": id, "detail": detail})
 
@@ -70,7 +69,7 @@ class _FileScan:
         for doubt in context.doubts:
             clipped = doubt.kind == "box_out_of_range" and not entry.training
             detail = str(doubt).removeprefix(f"{context.place}: ")
-            self.add(doubt.kind, detail, row_id, "warning" if clipped else "error")
+            self.add(doubt.kind, detail, row_id, error=not clipped)
         self.rows_without_sample += not samples
         for sample in samples:
             self.check_sample(sample)
@@ -97,7 +96,7 @@ class _FileScan:
         self.tokens.append(tokens)
         if tokens > self.max_tokens:
             detail = f"about {tokens} prompt tokens, more than {self.max_tokens}"
-            self.add("over_token_budget", detail, sample.id, "error")
+            self.add("over_token_budget", detail, sample.id, error=True)
 
     def check_image(self, path: str, sample_id: str) -> tuple[int, int] | None:
         """Return the size of an image and keep its hash; None if it is not read."""
@@ -107,7 +106,7 @@ class _FileScan:
             image = open_image(path, sample_id)
         except ValueError as error:
             kind = "image_corrupt" if Path(path).is_file() else "image_missing"
-            self.add(kind, str(error), sample_id, "error")
+            self.add(kind, str(error), sample_id, error=True)
             return None
         self.hashes[path] = _compute_hash(image)
         return image.size

@@ -26,7 +26,9 @@ from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
 _CHUNK = 1 << 14  # bytes read at once; the events of more leave a processor's cache
 _MAX_DEPTH = 100  # rows have a depth of four
-_ENDS = frozenset(("end_map", "end_array"))  # ijson's events
+# ijson's events
+_STARTS = frozenset(("start_map", "start_array"))
+_ENDS = frozenset(("end_map", "end_array"))
 # Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
     "stage1_cotsft": "conversations or messages with <answer> in the reply; images",
@@ -91,19 +93,24 @@ def _build_rows(stream: BinaryIO, level: int) -> Iterator[dict[str, Any]]:
             top = stack.pop()
             if len(stack) == level:
                 yield top.pop()
-        else:
-            parent, is_list = top, event == "start_array"
-            if is_list or event == "start_map":
-                top = value = [] if is_list else {}
-                stack.append(parent)
-                if len(stack) > _MAX_DEPTH:
-                    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
-            if type(parent) is dict:
-                parent[key] = value
-            elif len(stack) == level + is_list:  # a row, and no object
-                raise ValueError(f"{value!r:.60} is not an object")
+        elif event in _STARTS:
+            if len(stack) == level and event == "start_array":
+                raise ValueError("an array is not an object")
+            new: Any = {} if event == "start_map" else []
+            if type(top) is dict:
+                top[key] = new
             else:
-                parent.append(value)
+                top.append(new)
+            stack.append(top)
+            top = new
+            if len(stack) > _MAX_DEPTH:
+                raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+        elif type(top) is dict:
+            top[key] = value
+        elif len(stack) > level:
+            top.append(value)
+        else:
+            raise ValueError(f"{value!r:.60} is not an object")
 
 
 def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
@@ -179,7 +186,7 @@ def write(
     format: str,
     image_root: StrPath | None = None,
 ) -> int:
-    """Write samples as a file of a format, atomically, one row a line.
+    """Write samples as a file, atomically, one row a line; return their number.
 
     Reading the file with the same image_root gives equal samples: what the format has
     no place for (id, task, cot, chain, boxes, target_image) goes to extra keys that the
@@ -190,9 +197,6 @@ def write(
         path: the file; a name that ends in ".jsonl" makes JSON lines, else an array.
         format: one of `ALL_FORMATS`; ValueError if it cannot hold a sample.
         image_root: image paths below this folder are written relative to it.
-
-    Returns:
-        The number of samples.
     """
     entry, context = _get_format(format), RowContext(path, image_root)
     lines = Path(path).suffix == ".jsonl"

@@ -25,6 +25,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 SINGLE_IMAGE_PATH = "dataset/coco/train2014/COCO"
 _UNIT_LIMIT = 2.0  # above it a coordinate cannot be a 0-1 float, however sloppy
 _NUMBERS = frozenset((int, float))
+_TEXTS = frozenset((str,))
 # Optional keys of this project, which the released loaders do not look at.
 _OWN_KEYS = {"task": str, "cot": bool, "chain": str, "target_image": int, "boxes": list}
 _OWN_NAMES = frozenset(_OWN_KEYS)
@@ -90,7 +91,7 @@ class RowContext:
     def images(self, row: Row, key: str = "images") -> tuple[str, ...]:
         """Return the image paths under `key`, joined to image_root."""
         paths = self.get(row, key, list)
-        if set(map(type, paths)) != {str} or "" in paths:
+        if not paths or not _TEXTS.issuperset(map(type, paths)) or "" in paths:
             problem = f"{key!r} is {paths!r:.80}; give a list of image paths"
             raise self.error("bad_images", problem)
         return self.join_root(paths)
@@ -158,13 +159,8 @@ def clip_to_grid(
 ) -> Box:
     """Convert a box of a benchmark to 0-1000, rounded and clipped.
 
-    A box that leaves the image or has no area is noted in `context.doubts`.
-
-    Args:
-        numbers: x1, y1, x2, y2 in the file's unit.
-        size: width and height of the image in that unit.
-        context: of the row.
-        highest: larger coordinates become this one.
+    The numbers and the image's size (width, height) are in the file's unit. A box that
+    leaves the image or has no area is noted in `context.doubts`.
     """
     pairs = list(zip(numbers, (*size, *size), strict=True))
     x1, y1, x2, y2 = (min(highest, max(0, round(GRID * v / m))) for v, m in pairs)
