@@ -168,8 +168,7 @@ def test_the_libraries_take_the_options_of_a_scale(name, tmp_path):
     scale = runs.load_scale(name)
     LoraConfig(**scale["sft"]["lora"])
     for section, library in (("sft", SFTConfig), ("grpo", GRPOConfig)):
-        own = config.OWN_SECTIONS[section]
-        options = checkpoints.make_trainer_options(scale[section], tmp_path, list(own))
+        options = checkpoints.make_trainer_options(scale, section, tmp_path)
         assert library(**options).report_to == []
 
 

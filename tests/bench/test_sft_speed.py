@@ -65,7 +65,7 @@ def plain(scale, rows, out):
             "images": [[open_image(path) for path in row] for row in batch["images"]],
         }
     )
-    options = checkpoints.make_trainer_options(section, out, sft.OWN_OPTIONS)
+    options = checkpoints.make_trainer_options(scale, "sft", out)
     arguments = SFTConfig(**options | {"max_length": None, "save_strategy": "no"})
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=processor

@@ -307,9 +307,8 @@ def test_rollout_rows_hold_boxes_as_scoring_reads_them():
 def test_impossible_layouts_say_what_to_change(
     folder, tmp_path, options, count, message
 ):
-    section = make_config(folder, **options)["grpo"]
     with pytest.raises(ValueError, match=message):
-        grpo.grpo_config(section, tmp_path, count)
+        grpo.grpo_config(make_config(folder, **options), tmp_path, count)
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(folder, tmp_path):

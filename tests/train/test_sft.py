@@ -360,7 +360,6 @@ def test_merged_models_answer_as_the_trained_ones(trained, model_cfg, data):
     lora, qlora = merge_check(*job), merge_check(*job, quantize="nf4")
     assert lora["samples"] == lora["same_replies"] == len(data) == 12
     assert 0 < lora["max_logit_difference"] < 1e-3 * lora["logit_std"]
-    assert lora["reloaded_difference"] == qlora["reloaded_difference"] == 0
     assert 100 * lora["mean_logit_difference"] < qlora["mean_logit_difference"]
     assert qlora["mean_logit_difference"] < qlora["logit_std"]
 

@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from univg_nb import io, models
-from univg_nb.config import FORMER_NAMES, dump, whole_batch
+from univg_nb.config import FORMER_NAMES, OWN_SECTIONS, dump, whole_batch
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.runs import resolve_run_dir
 
+Stage = Literal["sft", "grpo"]  # the section of a scale
 COMPLETE = "complete.json"  # written last into a checkpoint
 DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
 
@@ -53,18 +54,13 @@ def read_training_set(
 
 
 def make_trainer_options(
-    section: Mapping[str, Any], out: Path, own: Sequence[str]
+    config: Mapping[str, Any], stage: Stage, out: Path
 ) -> dict[str, Any]:
-    """Return a scale's section as options of TRL's config classes.
+    """Return a scale's section as options of TRL's config class, without our own.
 
     On a CPU, bf16 and activation checkpointing are off; TRL would turn both on.
-
-    Args:
-        section: the `sft` or `grpo` section of a scale.
-        out: folder of the training.
-        own: keys of the section that are this package's and not TRL's.
     """
-    gpu = torch.cuda.is_available()
+    section, gpu = config[stage], torch.cuda.is_available()
     options = {
         "output_dir": str(out / "checkpoints"),
         "logging_steps": 1,
@@ -73,7 +69,7 @@ def make_trainer_options(
         "bf16": gpu,
         "dataloader_pin_memory": gpu,
         "use_cpu": not gpu,  # without it torchrun on CPUs starts unconnected processes
-        **{key: value for key, value in section.items() if key not in own},
+        **{k: v for k, v in section.items() if k not in OWN_SECTIONS[stage]},
         "remove_unused_columns": False,
         "disable_tqdm": True,  # Progress shows the updates
     }
@@ -100,7 +96,7 @@ def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
 def run_training(
     trainer: Any,
     config: dict[str, Any],
-    stage: Literal["sft", "grpo"],
+    stage: Stage,
     out: Path,
     made_from: Any,
     callbacks: Sequence[TrainerCallback] = (),
@@ -110,15 +106,15 @@ def run_training(
     Args:
         trainer: a trainer of TRL.
         config: a whole scale.
-        stage: the section of the scale.
+        stage: its section that is trained.
         out: folder of the training.
         made_from: the samples and what else decides the result, JSON-like. Only
             checkpoints of the same configuration and `made_from` are used.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
-        What every summary has: steps, parameters, and of this call seconds and
-        seconds_per_update.
+        What every summary has: steps, parameters, and of this call seconds,
+        seconds_per_update and samples_per_second (of stage 2: replies).
     """
     whole = whole_batch(config[stage], trainer.args.world_size)
     used = {"model": config["model"], "sft": config["sft"], stage: whole}
@@ -135,16 +131,15 @@ def run_training(
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             if (out / name).is_file():
                 _drop_rows_after(out / name, first)
-    began = time.perf_counter()
     with models.ignore_rename_warnings():
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    seconds = time.perf_counter() - began
+        done = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
-    steps = trainer.state.global_step
+    seconds = done.metrics["train_runtime"]
     return {
-        "steps": steps,
-        "seconds": round(seconds, 3),
-        "seconds_per_update": round(seconds / (steps - first), 3),
+        "steps": done.global_step,
+        "seconds": seconds,
+        "seconds_per_update": round(seconds / (done.global_step - first), 3),
+        "samples_per_second": done.metrics["train_samples_per_second"],
         "parameters": models.count_parameters(trainer.model),
     }
 

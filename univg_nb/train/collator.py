@@ -167,14 +167,12 @@ class LengthGroupedBatches(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size
-        whole = len(order) - len(order) % size
-        batches: list[list[int]] = []
-        for start in range(0, whole, size * WINDOW):
-            stop = min(start + size * WINDOW, whole)
-            window = sorted(order[start:stop], key=self.lengths.__getitem__)
-            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        order = torch.randperm(len(self.lengths), generator=generator)
+        whole = len(order) - len(order) % self.batch_size
+        batches: list[torch.Tensor] = []
+        for window in order[:whole].split(self.batch_size * WINDOW):
+            by_length = sorted(window.tolist(), key=self.lengths.__getitem__)
+            batches += torch.tensor(by_length).split(self.batch_size)
         for batch in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[batch]
-        yield from order[whole:]
+            yield from batches[batch].tolist()
+        yield from order[whole:].tolist()

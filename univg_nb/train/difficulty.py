@@ -10,7 +10,7 @@ equals multiplying the group's advantages, which is how the trainer does it:
 phi * min(r A, clip(r) A) = min(r phi A, clip(r) phi A).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,18 +62,16 @@ def difficulty_weight(
     Raises:
         ValueError: for an unknown form or a mean IoU outside 0..1.
     """
-    m = torch.as_tensor(group_iou)
-    if not m.is_floating_point():
-        m = m.float()
-    if not bool(((m >= 0) & (m <= 1)).all()):  # written so that NaN fails too
+    m = group_iou
+    if not ((m >= 0) & (m <= 1)).all():  # written so that NaN fails too
         raise ValueError(
             f"group mean IoU must lie in 0..1, got {m.tolist()}: pass the IoU reward "
             "alone, without the format reward"
         )
     if form not in FORMS:
-        raise _unknown("weight", form, FORMS)
+        raise ValueError(f"unknown weight {form!r}{suggestion(form, FORMS)}")
     weight = FORMS[form](m, power=power, constant=constant)
-    if unit_mean and weight.numel() and weight.mean() > 0:
+    if unit_mean and weight.mean() > 0:
         weight = weight / weight.mean()
     return weight
 
@@ -105,16 +103,12 @@ def rescale_factor(rewards: Tensor, how: str = "none") -> Tensor:
     if how == "drop_silent":
         kept = (~is_silent(rewards)).to(rewards.dtype)
         return kept * len(kept) / kept.sum().clamp(min=1)
-    raise _unknown("rescale", how, RESCALED)
+    raise ValueError(f"unknown rescale {how!r}{suggestion(how, RESCALED)}")
 
 
 def is_silent(rewards: Tensor) -> Tensor:
     """Return which groups (groups, G) teach nothing, all rewards being equal."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-8
-
-
-def _unknown(option: str, value: str, known: Iterable[str]) -> ValueError:
-    return ValueError(f"unknown {option} {value!r}{suggestion(value, known)}")
 
 
 def group_mean_iou(ious: Tensor, num_generations: int) -> Tensor:
@@ -123,10 +117,10 @@ def group_mean_iou(ious: Tensor, num_generations: int) -> Tensor:
     The released code took it over the local micro-batch, which is a group only when
     their sizes agree (docs/paper_facts.md#t2). ValueError if N is no multiple of G.
     """
-    if num_generations < 1 or ious.dim() != 1 or len(ious) % num_generations:
+    if len(ious) % num_generations:
         raise ValueError(
-            f"IoUs of shape {tuple(ious.shape)} do not split into groups of "
-            f"{num_generations}: gather the rewards of all processes first"
+            f"{len(ious)} IoUs do not split into groups of {num_generations}: gather "
+            "the rewards of all processes first"
         )
     return ious.view(-1, num_generations).mean(dim=1)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,36 +35,26 @@ from trl import GRPOConfig
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_config
+from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_config
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
-from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.final_norm import load_with_trained_norm
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
-# Options of the section that the trainer takes; with freeze_vision, the rest are TRL's.
-TRAINER_OPTIONS = {
-    *inspect.signature(SharedPrefixGRPOTrainer).parameters,
-    *inspect.signature(DifficultyGRPOTrainer).parameters,
-}
 
-
-def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
+def to_rows(train: Sequence[GroundingSample]) -> Dataset:
     """Make rows for TRL, which puts the images in front of the text.
 
-    Args:
-        train: the samples. Their images stay paths and are opened when needed. `cot`
-            False is the single-image mode: the prompt asks for no chain, the format
-            reward for a bare box.
-        style: prompt style, one of `prompts.STYLES`.
+    Images stay paths and are opened when needed. `cot` False is the single-image mode:
+    the prompt asks for no chain, the format reward for a bare box.
     """
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": user_text(sample, style)}],
+                "prompt": [{"role": "user", "content": user_text(sample)}],
                 "images": list(sample.images),
                 "answer": [float(v) for v in sample.answer],
                 "cot": sample.cot,
@@ -77,24 +66,19 @@ def to_rows(train: Sequence[GroundingSample], style: str = "univg") -> Dataset:
     )
 
 
-def grpo_config(section: Mapping[str, Any], out: Path, num_samples: int) -> GRPOConfig:
+def grpo_config(config: Mapping[str, Any], out: Path, num_samples: int) -> GRPOConfig:
     """Turn a scale's `grpo` section into a GRPOConfig.
 
-    Args:
-        section: the section.
-        out: stage folder.
-        num_samples: number of training samples.
-
     Raises:
-        ValueError: for a layout of batches that cannot be.
+        ValueError: for a layout of batches that cannot be, or that takes more than
+            `num_samples` training samples at once.
     """
-    own = (*TRAINER_OPTIONS, "freeze_vision")
     options = {
         "loss_type": "grpo",
         "beta": 0.04,
         # TRL's default multiplies the KL by the policy ratio; the paper's does not.
         "use_bias_correction_kl": False,
-        **checkpoints.make_trainer_options(section, out, own),
+        **checkpoints.make_trainer_options(config, "grpo", out),
         "log_multimodal": False,  # images are on disk; rollouts.jsonl has the rest
     }
     try:
@@ -122,33 +106,24 @@ def build_trainer(
     rollout_log: Path | None = None,
     **options: Any,
 ) -> DifficultyGRPOTrainer:
-    """Build everything up to the first update.
+    """Build everything up to the first update; for arguments and errors see `train`.
 
-    Args:
-        config: a whole scale.
-        out: stage folder.
-        train: the training samples.
-        sft_adapter: adapter of stage 1, or the folder of a fully trained model.
-        rollout_log: rollouts.jsonl, or None.
-        **options: of DifficultyGRPOTrainer; they override the grpo section.
-
-    Raises:
-        ValueError: for options that cannot be, alone or together.
+    `options` are those of DifficultyGRPOTrainer; they override the grpo section.
     """
     section = config["grpo"]
     if problem := vllm.find_conflict(config):
         raise ValueError(f"grpo.use_vllm with {problem}")
     if problem := vllm.find_server_problem(section):
         raise ValueError(problem)
-    arguments = grpo_config(section, out, len(train))
+    arguments = grpo_config(config, out, len(train))
     four_bit = config["sft"].get("adapter") == "qlora"
     quantize: models.Quantization | None = "nf4" if four_bit else None
     with_norm = section.get("norm_learning_rate") is not None
     load = load_with_trained_norm if with_norm else models.load_for_training
     model, processor = load(config["model"], sft_adapter, quantize)
-    if section.get("freeze_vision", True):
+    own = {key: section[key] for key in OWN_SECTIONS["grpo"] if key in section}
+    if own.pop("freeze_vision", True):
         models.freeze_vision(model)
-    mine = {key: section[key] for key in TRAINER_OPTIONS if key in section}
     with (
         checkpoints.keep_adapter_exact(model, four_bit),
         models.ignore_rename_warnings(),
@@ -159,7 +134,7 @@ def build_trainer(
             train_dataset=to_rows(train),
             processing_class=processor,
             rollout_log=rollout_log,
-            **{**mine, **options},
+            **own | options,
         )
 
 
@@ -207,8 +182,7 @@ def train(
     tenth = max(1, len(rows) // 10)  # of the generations
     for key, name in (("reward", "reward"), ("groups/mean_iou", "mean_iou")):
         for when, part in (("first", rows[:tenth]), ("last", rows[-tenth:])):
-            mean = sum(row[key] for row in part) / len(part)
-            summary[f"{name}_{when}"] = mean
+            summary[f"{name}_{when}"] = sum(row[key] for row in part) / len(part)
     summary["weight"] = trainer.weight_options | {"rescale": trainer.rescale}
     summary["sft_adapter"] = str(sft_adapter)
     if trainer.is_world_process_zero():

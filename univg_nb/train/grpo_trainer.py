@@ -24,9 +24,11 @@ from univg_nb import io
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.train import rollouts
 from univg_nb.train.difficulty import (
+    BINS,
     difficulty_bin,
     difficulty_weight,
     group_mean_iou,
+    is_silent,
     rescale_factor,
 )
 from univg_nb.train.final_norm import find_trained_norm, set_norm_learning_rate
@@ -43,10 +45,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
     Args:
         model: as for SharedPrefixGRPOTrainer, as are `args` and `others`.
         args: GRPOConfig.
-        weight: the `form` of `difficulty.difficulty_weight`.
-        power: see there, as for unit_mean and constant.
-        unit_mean: see there.
-        constant: see there.
+        weight: the form of `difficulty.difficulty_weight`, whose other options are
+            `power`, `unit_mean` and `constant`.
         rescale: the way of `difficulty.rescale_factor`.
         max_zero_updates: so many generations in a row without any reward are an error.
         norm_learning_rate: see `final_norm`.
@@ -128,9 +128,20 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         return rows[self.accelerator.process_index * share :][:share]
 
     def _log_groups(self, inputs: list, totals: Tensor, weights: Tensor) -> None:
-        summary = rollouts.summarize_groups(self.mean_iou, weights, totals)
-        for name, value in summary.items():
-            self._metrics["train"][name].append(value)
+        """Log shares of groups by difficulty, and of silent ones; write rollouts.jsonl.
+
+        TRL logs the mean of every list in its metrics.
+        """
+        metrics = self._metrics["train"]
+        groups = torch.stack([self.mean_iou, weights, is_silent(totals)], dim=1)
+        for mean_iou, weight, silent in groups.tolist():
+            level = difficulty_bin(mean_iou)
+            metrics["groups/mean_iou"].append(mean_iou)
+            metrics["groups/weight_mean"].append(weight)
+            for name in ("groups/zero_variance", f"zero_variance/{level}"):
+                metrics[name].append(silent)
+            for name in BINS:
+                metrics[f"groups/{name}"].append(float(name == level))
         if self.rollout_log is None:
             return
         names = gather_object([(row["sample_id"], row["task"]) for row in inputs])
@@ -198,9 +209,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         )  # (B,)
         pairs = torch.stack([batch["mean_iou"].to(sizes), sizes], dim=1)
         for mean_iou, size in self.accelerator.gather(pairs).tolist():
-            # TRL logs the mean of such a list.
-            key = f"gradient/{difficulty_bin(mean_iou)}"
-            self._metrics["train"][key].append(size)
+            level = difficulty_bin(mean_iou)
+            self._metrics["train"][f"gradient/{level}"].append(size)
 
     # ------------------------------------------------------------ exact resume
 
@@ -212,9 +222,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         """
         sampler = super()._get_train_sampler(dataset)
         if sampler.shuffle:
-            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(
-                sampler.seed + epoch
-            )
+            seed, generator = sampler.seed, sampler.generator
+            sampler.set_epoch = lambda epoch: generator.manual_seed(seed + epoch)
         return sampler
 
     def _rollout_file(self, checkpoint: str | Path) -> Path:

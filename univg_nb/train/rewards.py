@@ -14,31 +14,20 @@ from typing import Any
 
 from univg_nb.data import boxes
 
-Completion = str | Sequence[dict[str, Any]]
+Completion = str | Sequence[dict[str, Any]]  # messages, of which the last is the reply
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOX = re.compile(r"\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)")
 _THINK_THEN_ANSWER = re.compile(
     r"<think>.*?</think>\s*<answer>" + _BOX.pattern + r"</answer>$", re.DOTALL
 )
-_MAX_DIGITS = 12
 
 
 def _get_text(completion: Completion) -> str:
-    """Return the text of a string, or of messages whose last one is the reply."""
-    if isinstance(completion, str):
-        return completion
-    if completion and isinstance(completion[-1], dict):
-        content = completion[-1].get("content")
-        if isinstance(content, str):
-            return content
-    raise ValueError(
-        f"completion {completion!r} is neither a string nor a list of "
-        '{"role": "assistant", "content": str} messages'
-    )
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def rewarded_box(text: str, cot: bool) -> tuple[int, int, int, int] | None:
+def rewarded_box(text: str, cot: bool) -> list[float] | None:
     """Read the box that the reward judges: the FIRST one inside the FIRST answer tag.
 
     Without a requested chain (`cot`) it is the first box anywhere. This is the training
@@ -50,13 +39,8 @@ def rewarded_box(text: str, cot: bool) -> tuple[int, int, int, int] | None:
         if answer is None:
             return None
         text = answer.group(1)
-    found = _BOX.search(text)
-    # A box with a number this long has an IoU below 1e-9, and Python refuses to
-    # convert the very long ones.
-    if found is None or any(len(n.lstrip("0")) > _MAX_DIGITS for n in found.groups()):
-        return None
-    x1, y1, x2, y2 = map(int, found.groups())
-    return x1, y1, x2, y2
+    found = _BOX.search(text)  # as floats, for which no number is too long
+    return None if found is None else [float(number) for number in found.groups()]
 
 
 def pixel_inclusive_iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -69,7 +53,7 @@ def pixel_inclusive_iou(a: Sequence[float], b: Sequence[float]) -> float:
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 1 or height <= 1:
         return 0.0
-    return boxes.iou((a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3]))
+    return boxes.iou(a, b)
 
 
 def iou_reward(
@@ -91,13 +75,11 @@ def iou_reward(
     Raises:
         ValueError: if a column has another length.
     """
-    _check_lengths(completions, answer=answer, cot=cot)
-    texts = map(_get_text, completions)
-    found = [rewarded_box(*pair) for pair in zip(texts, cot, strict=True)]
-    return [
-        0.0 if box is None else pixel_inclusive_iou(box, target)
-        for box, target in zip(found, answer, strict=True)
-    ]
+    rewards = []
+    for completion, target, chain in zip(completions, answer, cot, strict=True):
+        box = rewarded_box(_get_text(completion), chain)
+        rewards.append(0.0 if box is None else pixel_inclusive_iou(box, target))
+    return rewards
 
 
 def format_reward(
@@ -115,18 +97,6 @@ def format_reward(
     Raises:
         ValueError: if `cot` has another length.
     """
-    _check_lengths(completions, cot=cot)
-    patterns = [_THINK_THEN_ANSWER if chain_asked else _BOX for chain_asked in cot]
-    return [
-        float(pattern.search(_get_text(completion)) is not None)
-        for pattern, completion in zip(patterns, completions, strict=True)
-    ]
-
-
-def _check_lengths(completions: Sequence[Completion], **columns: Sequence) -> None:
-    for name, values in columns.items():
-        if len(values) != len(completions):
-            raise ValueError(
-                f"{len(completions)} completions but {len(values)} values of {name!r}: "
-                "the training rows need that column, one value per row"
-            )
+    patterns = [_THINK_THEN_ANSWER if chain else _BOX for chain in cot]
+    pairs = zip(patterns, map(_get_text, completions), strict=True)
+    return [1.0 if pattern.search(text) else 0.0 for pattern, text in pairs]

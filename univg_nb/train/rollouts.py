@@ -1,4 +1,4 @@
-"""The log of GRPO's groups: one row per group in rollouts.jsonl, and their summary.
+"""The log of GRPO's groups: one row per group in rollouts.jsonl, and their gradient.
 
 The rows feed the rollout browser and the figure of the difficulty bias, so they hold
 everything about a group that the loss was made from.
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from univg_nb.data.boxes import parse_box
-from univg_nb.train.difficulty import BINS, difficulty_bin, is_silent
 
 
 def make_group_rows(
@@ -38,6 +37,10 @@ def make_group_rows(
     for group, (sample_id, task) in enumerate(names):
         part = slice(group * size, (group + 1) * size)
         parsed = [parse_box(text) for text in replies[part]]  # as scoring reads them
+        numbers = {
+            name: [round(value, 6) for value in values[part].tolist()]
+            for name, values in columns.items()
+        }
         rows.append(
             {
                 "step": step,
@@ -46,45 +49,12 @@ def make_group_rows(
                 "replies": replies[part],
                 "boxes": [None if p.box is None else list(p.box) for p in parsed],
                 "status": [p.status for p in parsed],
-                **{name: _round(values[part]) for name, values in columns.items()},
+                **numbers,
                 "mean_iou": round(columns["iou"][part].mean().item(), 6),
                 "weight": round(weights[group].item(), 6),
             }
         )
     return rows
-
-
-def _round(values: Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]
-
-
-def summarize_groups(
-    mean_iou: Tensor, weights: Tensor, rewards: Tensor
-) -> dict[str, float]:
-    """Compute the numbers of one generation for metrics.jsonl.
-
-    Shares are of groups: by difficulty, and of silent ones, whose rewards are all equal
-    and which give no gradient whatever their weight, of all groups and of each bin.
-
-    Args:
-        mean_iou: (groups,).
-        weights: (groups,) phi.
-        rewards: (groups, G) totals.
-    """
-    bins = [difficulty_bin(value) for value in mean_iou.tolist()]
-    silent = is_silent(rewards)
-    summary = {
-        "groups/mean_iou": mean_iou.mean().item(),
-        "groups/zero_variance": silent.float().mean().item(),
-        "groups/weight_mean": weights.mean().item(),
-    }
-    for name in BINS:
-        pairs = zip(bins, silent.tolist(), strict=True)
-        mine = [quiet for found, quiet in pairs if found == name]
-        summary[f"groups/{name}"] = len(mine) / len(bins)
-        if mine:
-            summary[f"zero_variance/{name}"] = sum(mine) / len(mine)
-    return summary
 
 
 def compute_logit_gradient(

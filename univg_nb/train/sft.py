@@ -28,13 +28,10 @@ from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
 from univg_nb.config import add_scale_arguments, load_config
 from univg_nb.data.sample import GroundingSample
-from univg_nb.fast.vision_features import features_fit, tower_trains, vision_features
+from univg_nb.fast.vision_features import features_fit, vision_features
 from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.collator import LengthGroupedBatches, VisionCollator, tokenize
-
-Adapter = Literal["lora", "qlora", "none"]
-OWN_OPTIONS = ("adapter", "lora", "freeze_vision")  # of the section; the rest are TRL's
 
 
 class GroundingSFTTrainer(SFTTrainer):
@@ -54,14 +51,10 @@ class GroundingSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = list(self.train_dataset["length"])
-        return LengthGroupedBatches(lengths, self.whole_batch, self.args.seed)
-
-    @property
-    def whole_batch(self) -> int:
-        """Number of samples of an update, over all processes."""
         micro_batches = self.args.gradient_accumulation_steps * self.args.world_size
-        return self.args.train_batch_size * micro_batches
+        size = self.args.train_batch_size * micro_batches
+        lengths = list(self.train_dataset["length"])
+        return LengthGroupedBatches(lengths, size, self.args.seed)
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
         """Count tokens, then do TRL's step."""
@@ -106,24 +99,6 @@ def _drop_mask(module: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
     return (args, {**kwargs, "attention_mask": None}) if module.training else None
 
 
-def build_model(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return (model, processor); what stage 1 trains requires a gradient."""
-    section = config["sft"]
-    adapter, frozen = section.get("adapter", "lora"), section.get("freeze_vision", True)
-    if adapter != "none" and not frozen:
-        raise ValueError(
-            f"sft.freeze_vision = false with sft.adapter = {adapter}: LoRA is put on "
-            "the language model only; set adapter: none or freeze_vision: true"
-        )
-    quantize: models.Quantization | None = "nf4" if adapter == "qlora" else None
-    model, processor = models.load_for_training(config["model"], quantize=quantize)
-    if frozen:
-        models.freeze_vision(model)
-    if adapter != "none":
-        model = models.add_lora(model, section.get("lora"))
-    return model, processor
-
-
 def build_trainer(
     config: Mapping[str, Any],
     out: Path,
@@ -132,29 +107,38 @@ def build_trainer(
 ) -> GroundingSFTTrainer:
     """Prepare everything up to the first step; for the arguments see `train`."""
     section = config["sft"]
+    adapter, frozen = section.get("adapter", "lora"), section.get("freeze_vision", True)
+    if adapter != "none" and not frozen:
+        raise ValueError(
+            f"sft.freeze_vision = false with sft.adapter = {adapter}: LoRA is put on "
+            "the language model only; set adapter: none or freeze_vision: true"
+        )
     arguments = SFTConfig(
         **{
             "train_sampling_strategy": "group_by_length",
             "ddp_find_unused_parameters": False,
-            **checkpoints.make_trainer_options(section, out, OWN_OPTIONS),
+            **checkpoints.make_trainer_options(config, "sft", out),
             "max_length": None,  # TRL would cut samples that `tokenize` refuses
             "completion_only_loss": False,  # the collator's labels say it already
         }
     )
-    set_seed(arguments.seed)  # before LoRA draws its matrices
-    model, processor = build_model(config)
+    quantize: models.Quantization | None = "nf4" if adapter == "qlora" else None
+    base, processor = models.load_for_training(config["model"], quantize=quantize)
+    if frozen:
+        models.freeze_vision(base)
+    set_seed(arguments.seed)  # LoRA draws its matrices
+    model = base if adapter == "none" else models.add_lora(base, section.get("lora"))
     dataset = tokenize(samples, processor, chains, section.get("max_length"))
-    base = models.get_base_model(model)
     features = None
     hidden = base.config.get_text_config().hidden_size
-    if not tower_trains(base.model) and features_fit(dataset, hidden):
+    if frozen and features_fit(dataset, hidden):
         base.to(models.get_device())
         paths = [path for sample in samples for path in sample.images]
         progress = not section.get("disable_tqdm")
         keep = out.parent / "vision_features"  # the run's other trainings read it too
         with models.gather_weights(base.model.visual):
             features = vision_features(base, processor, paths, keep, progress)
-    with checkpoints.keep_adapter_exact(model, section.get("adapter") == "qlora"):
+    with checkpoints.keep_adapter_exact(model, adapter == "qlora"):
         return GroundingSFTTrainer(
             model=model,
             args=arguments,
@@ -169,7 +153,7 @@ def train(
     out: str | Path,
     samples: Sequence[GroundingSample],
     *,
-    adapter: Adapter | None = None,
+    adapter: Literal["lora", "qlora", "none"] | None = None,
     chains: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
@@ -202,9 +186,6 @@ def train(
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
     summary |= {
-        "samples_per_second": round(
-            trainer.whole_batch / summary["seconds_per_update"], 2
-        ),
         "loss_first": losses[0] if losses else None,
         "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
         "padding_share": round(trainer.padding / trainer.tokens, 4),

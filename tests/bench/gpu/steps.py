@@ -59,7 +59,7 @@ from univg_nb.data.images import open_image  # noqa: E402
 from univg_nb.data.sample import GroundingSample  # noqa: E402
 from univg_nb.fast import check, packed_rows  # noqa: E402
 from univg_nb.fast.attention import FLEX, SEGMENTS, get_attention  # noqa: E402
-from univg_nb.fast.prompts import Prompt  # noqa: E402
+from univg_nb.fast.prompts import Prompt, split_rows  # noqa: E402
 from univg_nb.fast.vision_features import VisionCache  # noqa: E402
 from univg_nb.launch import cost  # noqa: E402
 from univg_nb.launch.memory import Layout  # noqa: E402
@@ -288,8 +288,8 @@ def make_prompt(processor: Any, images: int, side: int, device: torch.device) ->
         return_dict=True,
         return_tensors="pt",
     ).to(device)
-    ids, types = encoded["input_ids"][0], encoded["mm_token_type_ids"][0]
-    return Prompt(ids, types, encoded["pixel_values"], encoded["image_grid_thw"])
+    ((prompt, _),) = split_rows(groups=[0], num_images=[images], **encoded)
+    return prompt
 
 
 def pass_flops(
@@ -338,7 +338,7 @@ def passes_of(record: Record, name: str, sizes: dict[str, int], repeats: int) ->
     prompt = make_prompt(processor, sizes["images"], side, device)
     words = torch.randint(20, 900, (group, length), device=device)
     size, total = len(prompt.ids), group * length
-    patches = int(prompt.grid.prod(-1).sum())
+    patches = sum(len(pixels) for pixels, _ in prompt.images)
     row = size + length
     whole = [(row, row * (row + 1) // 2)] * group
     packed_pairs = size * (size + 1) // 2
@@ -351,10 +351,10 @@ def passes_of(record: Record, name: str, sizes: dict[str, int], repeats: int) ->
         return check.compute_whole_rows(model, prompt, words)
 
     def packed() -> torch.Tensor:
-        parts, _ = packed_rows.compute_log_probs(
+        parts = packed_rows.compute_log_probs(
             model, backbone, [(prompt, list(words))], VisionCache()
         )
-        return torch.stack(list(parts))
+        return torch.stack([log_probs for log_probs, *_ in parts])
 
     ways = {
         "whole rows, sdpa": ("sdpa", whole_rows),
@@ -564,7 +564,7 @@ def plain_trainer(
             "images": [[open_image(path) for path in row] for row in batch["images"]],
         }
     )
-    options = checkpoints.make_trainer_options(section, out, sft.OWN_OPTIONS)
+    options = checkpoints.make_trainer_options(config, "sft", out)
     arguments = SFTConfig(**options | {"max_length": None, "save_strategy": "no"})
     return SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=processor
@@ -759,7 +759,7 @@ def base(record: Record) -> None:
 
 def predicted(config: dict[str, Any], stage: str, layout: Any) -> Any:
     name = "H100-80G"
-    return cost.compute_plan(config, stage, layout, cost.find_gpu(name), 1000)
+    return cost.Plan(config, stage, layout, cost.find_gpu(name), 1000)
 
 
 def read_entries(record: Record, *steps: str) -> list[dict[str, Any]]:
