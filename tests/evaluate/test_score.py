@@ -37,7 +37,7 @@ def item(i=0, task="diff", box=(100, 100, 200, 200), boxes=()):
 
 
 def of(*texts):
-    return {i: [Reply(text)] for i, text in enumerate(texts)}
+    return {i: Reply(text) for i, text in enumerate(texts)}
 
 
 def write_predictions(path, texts):

@@ -18,11 +18,7 @@ from univg_nb.evaluate.generate import (
     adapt_model_section,
     generate,
 )
-from univg_nb.evaluate.predictions import (
-    Reply,
-    read_generation_settings,
-    read_predictions,
-)
+from univg_nb.evaluate.predictions import Reply, read_predictions
 from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.runs import Run
 
@@ -50,9 +46,8 @@ def get_style(model: str) -> str:
 def get_image_root(run: Run) -> Path:
     """Return the folder that image paths of the run's records start from."""
     data = run.config["data"]
-    if data["source"] == "minimig":
-        return run.dir / "data"
-    return runs.repo_root() / data.get("image_root", "")
+    released = runs.repo_root() / data.get("image_root", "")
+    return run.dir / "data" if data["source"] == "minimig" else released
 
 
 def get_predictions_path(run: Run, model: str, name: str) -> Path:
@@ -60,7 +55,7 @@ def get_predictions_path(run: Run, model: str, name: str) -> Path:
     return run.dir / "eval" / model / name / "predictions.jsonl"
 
 
-def read_replies(run: Run, model: str, name: str) -> dict[int, list[Reply]]:
+def read_replies(run: Run, model: str, name: str) -> dict[int, Reply]:
     """Read the recorded replies of `model` on the benchmark `name`, by item."""
     return read_predictions(get_predictions_path(run, model, name))
 
@@ -120,16 +115,11 @@ def load_model(run: Run, model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 def evaluate(
     run: Run, model: str, names: list[str], fresh: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a model on benchmarks, greedily and with the answer parser.
+    """Evaluate one of `list_models` on benchmarks of `find_files`.
 
-    Replies to some of a benchmark's items are continued if the model and the settings
-    are still the same, and replaced otherwise.
-
-    Args:
-        run: the run.
-        model: one of `list_models`.
-        names: benchmarks, as in `find_files`.
-        fresh: generate and score again what is finished.
+    Replies are greedy and read by the answer parser. What an interrupted call left is
+    continued, if model and settings are still the same, and replaced otherwise; `fresh`
+    also replaces what is finished.
 
     Returns:
         The content of scores.json for each benchmark by name.
@@ -152,15 +142,13 @@ def evaluate(
         began = time.perf_counter()
         facts = {"model": model, "stage": stage, "records": bench.records.name}
         facts |= {"records_sha256": bench.sha256}
-        before = read_generation_settings(out) or {}
-        replace = fresh or not facts.items() <= before.items()
-        section = adapt_model_section(run.config, name in ZERO_SHOT)
-        work = network, models.load_processor(section), bench.items, out
+        section = adapt_model_section(run.config, bench.records)
         how = GenerationOptions(get_style(model), **run.config["evaluate"])
+        work = network, models.load_processor(section), bench.items, out, how
         try:
-            generate(*work, how, fresh=replace, facts=facts)
+            generate(*work, fresh=fresh, facts=facts)
         except SettingsMismatchError:
-            generate(*work, how, fresh=True, facts=facts)
+            generate(*work, fresh=True, facts=facts)
         scores[name] = score(bench, out)
         io.write_json(path, scores[name])
         seconds = time.perf_counter() - began

@@ -48,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     bench, how = read_scoring_arguments(options)
     a, b = read_predictions(options.a), read_predictions(options.b)
-    common = a.keys() & b.keys() if how.allow_missing else None
-    scored = [scoring.score_items(bench.items, one, how, common) for one in (a, b)]
-    result = scoring.compare_items(scored[0], scored[1])
+    result = scoring.compare_items(
+        scoring.score_items(bench.items, a, how),
+        scoring.score_items(bench.items, b, how),
+    )
     if options.out:
         made_from = {"a": options.a, "b": options.b, "records_sha256": bench.sha256}
         made_from |= {"parser": how.parser, "rule": how.rule}

@@ -1,17 +1,17 @@
 """Replies of a model to a benchmark, batched by length and resumable.
 
 `predictions.jsonl` has one row for each reply: {"index": i, "id": ..., "response":
-"...", "tokens": n, "truncated": bool}, and "sample": k if several replies to an item
-are drawn; `index` is the item's position in the records file. The settings that replies
-depend on lie beside it; a run resumes only under equal settings. Under torchrun each
-process generates a batch in turn, and the first writes the rows of all.
+"...", "tokens": n, "truncated": bool}; `index` is the item's position in the records
+file. The settings that replies depend on lie beside it; a run resumes only under equal
+settings. Under torchrun each process generates a batch in turn, and the first writes
+the rows of all.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,11 @@ from univg_nb.config import add_scale_arguments, load_scale, override
 from univg_nb.data import files, prompts
 from univg_nb.data.images import count_image_tokens, find_missing_images
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate import replies
-from univg_nb.evaluate.predictions import (
-    Reply,
-    get_settings_path,
-    read_generation_settings,
-)
+from univg_nb.evaluate import replies, served
+from univg_nb.evaluate.predictions import get_settings_path, read_generation_settings
 from univg_nb.evaluate.score import Benchmark
 from univg_nb.evaluate.served import ServedModel
 from univg_nb.fast.sampling import noise_seed
-
-Cell = tuple[int, int]  # (index of the item, number of its reply)
 
 ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
 # Most pixels of an image there (docs/paper_facts.md#evaluation).
@@ -56,32 +50,22 @@ class GenerationOptions:
         max_new_tokens: most tokens of a reply.
         batch_size: replies generated together; it does not change them.
         temperature: 0 is greedy; above it replies are sampled.
-        num_return_sequences: replies to each item; more than one only if sampled.
-        seed: of sampling; each reply has noise of its own.
+        seed: of sampling; each item has noise of its own.
     """
 
     style: str = "univg"
     max_new_tokens: int = 256
     batch_size: int = 64
     temperature: float = 0.0
-    num_return_sequences: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option out of range."""
-        least = {"max_new_tokens": 1, "batch_size": 1, "num_return_sequences": 1}
-        for name, limit in (least | {"temperature": 0}).items():
-            if getattr(self, name) < limit:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be at least {limit}, got {value}")
-        if self.num_return_sequences > 1 and self.temperature == 0:
-            raise ValueError(
-                f"num_return_sequences={self.num_return_sequences} greedy replies "
-                "would be equal; set a temperature above 0"
-            )
-
-
-DEFAULT_OPTIONS = GenerationOptions()
+        limits = {"max_new_tokens": 1, "batch_size": 1, "temperature": 0}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def generate(
@@ -89,11 +73,11 @@ def generate(
     processor: ProcessorMixin,
     samples: Sequence[GroundingSample],
     out: str | Path,
-    options: GenerationOptions = DEFAULT_OPTIONS,
+    options: GenerationOptions,
     *,
     indices: Iterable[int] | None = None,
     fresh: bool = False,
-    facts: Mapping[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a reply to every sample into a JSONL file; what it holds is kept.
 
@@ -107,7 +91,7 @@ def generate(
         options: how replies are generated.
         indices: items to answer; None for all.
         fresh: replace what the file holds.
-        facts: recorded with the settings but not compared, as the name of the model.
+        facts: further settings, as the name of the model.
 
     Returns:
         "replies", "truncated" (the file's), "new", "tokens", "seconds" (this call's).
@@ -125,54 +109,45 @@ def generate(
             "image root, or leave these items out with --allow-missing"
         )
     out = Path(out)
-    settings = _collect_settings(model, processor, samples, options)
+    settings = _collect_settings(model, processor, samples, options) | (facts or {})
     rows = {} if fresh else _read_rows(out, settings)
     batches = plan_batches(processor, samples, indices, options)
     # A batch cut short by a kill is regenerated whole, and only its missing rows are
     # added: the file ends up as that of an undisturbed run.
     todo = [batch for batch in batches if not rows.keys() >= set(batch)]
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.is_main_process:
-        if fresh:
-            out.unlink(missing_ok=True)
-        if not out.is_file():
-            io.write_json(get_settings_path(out), {**settings, **(facts or {})})
-            io.write_text(out, "")
-    reply: Callable[..., list[Reply]] = partial(replies.reply, model)
-    if isinstance(model, ServedModel):
-        reply = model.reply
+    is_first = state.is_main_process
+    if is_first and (fresh or not out.is_file()):
+        out.unlink(missing_ok=True)
+        io.write_json(get_settings_path(out), settings)
+        io.write_text(out, "")
+    reply: Any = served.reply if isinstance(model, ServedModel) else replies.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
 
-    def answer(batch: list[Cell]) -> list[dict[str, Any]]:
-        seeds = [noise_seed(options.seed, i, k) for i, k in batch]
-        made = reply(processor, [samples[i] for i, _ in batch], seeds=seeds, **how)
-        found = []
-        for (i, k), one in zip(batch, made, strict=True):
-            row = {"index": i, "id": samples[i].id, "response": one.text}
-            row |= {"tokens": one.tokens, "truncated": one.truncated}
-            found.append(
-                row if options.num_return_sequences == 1 else row | {"sample": k}
-            )
-        return found
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
+        """Return a batch's rows; the seed tells sampled replies to an item apart."""
+        seeds = [noise_seed(0, i, options.seed) for i in batch]
+        made = reply(model, processor, [samples[i] for i in batch], seeds=seeds, **how)
+        return [
+            {"index": i, "id": samples[i].id, "response": one.text}
+            | {"tokens": one.tokens, "truncated": one.truncated}
+            for i, one in zip(batch, made, strict=True)
+        ]
 
     began, new = time.perf_counter(), []
-    bar = tqdm(
-        total=sum(map(len, todo)),
-        desc=out.parent.name,
-        unit="reply",
-        disable=not state.is_main_process,
-    )
-    for start in range(0, len(todo), state.num_processes):
-        turn = todo[start : start + state.num_processes]  # a batch for each process
-        mine = turn[state.process_index : state.process_index + 1]
-        for row in gather_object([row for batch in mine for row in answer(batch)]):
-            if _get_cell(row) not in rows:
-                if state.is_main_process:
+    count, name = sum(map(len, todo)), out.parent.name
+    with tqdm(total=count, desc=name, unit="reply", disable=not is_first) as bar:
+        for start in range(0, len(todo), state.num_processes):
+            turn = todo[start : start + state.num_processes]  # a batch for each process
+            mine = turn[state.process_index : state.process_index + 1]
+            made = [row for batch in mine for row in answer(batch)]
+            added = [row for row in gather_object(made) if row["index"] not in rows]
+            if is_first:
+                for row in added:
                     io.append_jsonl(out, row)
-                rows[_get_cell(row)] = row
-                new.append(row)
-        bar.update(sum(map(len, turn)))
-    bar.close()
+            rows |= {row["index"]: row for row in added}
+            new += added
+            bar.update(sum(map(len, turn)))
     return {
         "replies": len(rows),
         "new": len(new),
@@ -205,12 +180,8 @@ def _collect_settings(
     return settings | {"attention": attention, "weights_hash": weights}
 
 
-def _get_cell(row: Mapping[str, Any]) -> Cell:
-    return row["index"], row.get("sample", 0)
-
-
-def _read_rows(out: Path, settings: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
-    """Read the rows that were made under `settings`; {} without a file."""
+def _read_rows(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Read the rows that were made under `settings`, by item; {} without a file."""
     if not out.is_file():
         return {}
     before = read_generation_settings(out) or {}
@@ -222,7 +193,7 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[Cell, dict[str, Any]
             f"{key} = {before.get(key)!r} there, now {settings[key]!r}; choose another "
             "file, or replace it with --fresh"
         )
-    return {_get_cell(row): row for row in io.read_jsonl(out)}
+    return {row["index"]: row for row in io.read_jsonl(out)}
 
 
 def plan_batches(
@@ -230,35 +201,32 @@ def plan_batches(
     samples: Sequence[GroundingSample],
     indices: Sequence[int],
     options: GenerationOptions,
-) -> list[list[Cell]]:
-    """Put prompts of similar length into batches of cells.
+) -> list[list[int]]:
+    """Put indices of items whose prompts are of similar length into batches.
 
     They depend on all of `indices`, not on what is done: a resumed run has the same.
     """
     if not indices:
         return []
-    texts = [
-        replies.render_prompt(processor, samples[i], options.style) for i in indices
-    ]
-    lengths = [
-        len(tokens)
-        + sum(
-            count_image_tokens(p, processor, samples[i].id) for p in samples[i].images
-        )
-        for i, tokens in zip(indices, processor.tokenizer(texts).input_ids, strict=True)
-    ]
-    order = sorted(zip(lengths, indices, strict=True))
+    chosen = [samples[i] for i in indices]
+    texts = [replies.render_prompt(processor, one, options.style) for one in chosen]
+    lengths = [len(ids) for ids in processor.tokenizer(texts).input_ids]
+    for k, one in enumerate(chosen):
+        images = [count_image_tokens(path, processor, one.id) for path in one.images]
+        lengths[k] += sum(images)
+    order = [i for _, i in sorted(zip(lengths, indices, strict=True))]
     size = options.batch_size
-    cells = [(i, k) for _, i in order for k in range(options.num_return_sequences)]
-    return [cells[start : start + size] for start in range(0, len(cells), size)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 # ---------------------------------------------------------------- command line
 
 
-def adapt_model_section(config: Mapping[str, Any], zero_shot: bool) -> dict[str, Any]:
+def adapt_model_section(config: dict[str, Any], records: str | Path) -> dict[str, Any]:
     """Return a scale's `model` section; released zero-shot images may be larger."""
-    if zero_shot and config["data"]["source"] == "released":
+    row = next(files.iter_rows(records), {})
+    is_zero_shot = files.detect_format(row, str(records)) in ZERO_SHOT_FORMATS
+    if is_zero_shot and config["data"]["source"] == "released":
         return config["model"] | {"max_pixels": ZERO_SHOT_MAX_PIXELS}
     return dict(config["model"])
 
@@ -271,9 +239,7 @@ def _load_config(options: argparse.Namespace) -> dict[str, Any]:
             "it holds the pixel limits, dtype and batch size"
         )
     config = load_scale(options.scale or "tiny")
-    row = next(files.iter_rows(options.records), {})
-    kind = files.detect_format(row, options.records)
-    config["model"] = adapt_model_section(config, kind in ZERO_SHOT_FORMATS)
+    config["model"] = adapt_model_section(config, options.records)
     config["model"]["name_or_path"] = options.model
     if options.max_new_tokens is not None:
         config["evaluate"]["max_new_tokens"] = options.max_new_tokens
@@ -328,7 +294,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
     add("--max-new-tokens", type=int, help="default: the scale's")
     add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    add("--num-return-sequences", type=int, default=1)
     add("--seed", type=int, default=0, help="of sampling")
     options = parser.parse_args(arguments)
     bench = Benchmark.read(options.records, options.image_root)
@@ -347,7 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how = GenerationOptions(
         options.style,
         temperature=options.temperature,
-        num_return_sequences=options.num_return_sequences,
         seed=options.seed,
         **config["evaluate"],
     )

@@ -42,9 +42,7 @@ def macro_interval(hits: Sequence[int], totals: Sequence[int]) -> tuple[float, f
     The errors of the T tasks are independent, so the variance is sum p(1-p)/n over T^2,
     with p shrunk as (k+2)/(n+4) so that a task at 0 or 1 still counts as uncertain.
 
-    Args:
-        hits: successes of each task.
-        totals: trials of each task, at least 1.
+    `hits` are the successes of each task, `totals` its trials, at least 1.
     """
     if min(totals, default=0) < 1:
         raise ValueError(f"totals {list(totals)}: leave empty tasks out")
@@ -69,11 +67,7 @@ def paired_bootstrap(
 ) -> dict[str, float]:
     """Test whether model a is better than model b by resampling their common items.
 
-    Args:
-        a: values of each item, (N,), hits (0/1) or IoUs.
-        b: those of the other model, in the same order.
-        n_boot: resamples.
-        seed: of the resampling.
+    `a` and `b` are the values (N,) of the same items, hits (0/1) or IoUs.
 
     Returns:
         mean_diff = mean(a - b), its percentile interval lo, hi, and a two-sided p:

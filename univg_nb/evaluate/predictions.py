@@ -23,13 +23,10 @@ class Reply:
     tokens: int = 0
 
 
-def read_predictions(path: str | Path) -> dict[int, list[Reply]]:
-    """Read `predictions.jsonl`.
+def read_predictions(path: str | Path) -> dict[int, Reply]:
+    """Read `predictions.jsonl` into {index of the item: its reply}, sorted.
 
     A last line cut short by a kill is left out; the next `generate` writes it again.
-
-    Returns:
-        {index of the item: its replies in sampling order, usually one}.
 
     Raises:
         ValueError: for a missing file, a malformed row or an index given twice.
@@ -37,30 +34,23 @@ def read_predictions(path: str | Path) -> dict[int, list[Reply]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such predictions file; run `generate` first")
-    found: dict[int, dict[int, Reply]] = {}
+    found: dict[int, Reply] = {}
     for line, row in enumerate(read_jsonl(path), start=1):
-        if not _is_prediction(row):
+        known: dict[str, Any] = row if isinstance(row, dict) else {}
+        index, text = known.get("index"), known.get("response")
+        if type(index) is not int or index < 0 or not isinstance(text, str):
             raise ValueError(
                 f'{path}, line {line}: expected {{"index": i, "response": "..."}} with '
                 f"i >= 0, got {str(row)[:80]}"
             )
-        replies = found.setdefault(row["index"], {})
-        number = row.get("sample", 0)
-        if number in replies:
+        if index in found:
             raise ValueError(
-                f"{path}, line {line}: index {row['index']} is predicted twice; two "
-                "runs wrote into one file: generate it again with --fresh"
+                f"{path}, line {line}: index {index} is predicted twice; two runs "
+                "wrote into one file: generate it again with --fresh"
             )
-        cut = bool(row.get("truncated", False))
-        replies[number] = Reply(row["response"], cut, row.get("tokens", 0))
-    return {i: [r[k] for k in sorted(r)] for i, r in sorted(found.items())}
-
-
-def _is_prediction(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-        return False
-    numbers = row.get("index"), row.get("sample", 0)
-    return all(type(number) is int and number >= 0 for number in numbers)
+        truncated, tokens = known.get("truncated", False), known.get("tokens", 0)
+        found[index] = Reply(text, truncated, tokens)
+    return dict(sorted(found.items()))
 
 
 def get_settings_path(predictions: str | Path) -> Path:

@@ -61,15 +61,8 @@ def reply(
     """Generate one reply to each sample, all in one batch.
 
     The model is in eval mode meanwhile: with dropout, replies would depend on chance.
-
-    Args:
-        model: the model, with or without an adapter.
-        processor: its processor.
-        samples: the samples.
-        style: prompt style, one of `prompts.STYLES`.
-        max_new_tokens: most tokens of a reply.
-        temperature: 0 is greedy; above it replies are sampled.
-        seeds: for sampling, one for each sample.
+    `generate.GenerationOptions` describes the options; sampling needs a seed for each
+    sample.
 
     Raises:
         ValueError: if an image cannot be read.
@@ -88,7 +81,7 @@ def reply(
         1,
         max_new_tokens=max_new_tokens,
         eos_token_ids=ends,
-        warpers=sampling.make_warpers(banned, temperature or 1.0),
+        warpers=sampling.make_warpers(model, banned, temperature=temperature or 1.0),
         seeds=seeds if temperature else (),
     )
     model.train(training)

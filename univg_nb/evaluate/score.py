@@ -34,10 +34,7 @@ class Benchmark:
     def read(
         cls, records: str | Path, image_root: str | Path | None = None, name: str = ""
     ) -> "Benchmark":
-        """Read a records file of any released format.
-
-        `image_root` is the folder of the images, for pictures and for boxes in pixels.
-        """
+        """Read a records file of any released format; pixel boxes need images."""
         items = files.read(records, image_root=image_root)
         return cls(Path(records), items, io.sha256_of(records), name)
 
@@ -63,13 +60,7 @@ def score(
     options: ScoringOptions = scoring.DEFAULT_OPTIONS,
     indices: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Score a predictions file.
-
-    Args:
-        bench: what was predicted.
-        predictions: predictions.jsonl.
-        options: how replies are read.
-        indices: items to score; None for all.
+    """Score a predictions file, or the items of it that `indices` names.
 
     Returns:
         The content of scores.json: `scoring.summarize_items` and what it belongs to.
@@ -125,12 +116,7 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add("--records", required=True, help="annotation file in any released format")
     add("--image-root", help="folder that image paths start from")
     add("--parser", choices=MODES, default="answer")
-    add(
-        "--rule",
-        choices=scoring.RULES,
-        default="one",
-        help="items with several boxes: the released one box, or any of them",
-    )
+    add("--rule", choices=scoring.RULES, default="one", help="of several true boxes")
     add("--allow-missing", action="store_true", help="leave out items without a reply")
 
 
@@ -156,11 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_scoring_arguments(parser)
     add = parser.add_argument
     add("--predictions", required=True, help="predictions.jsonl")
-    add(
-        "--migician-stretch",
-        action="store_true",
-        help="stretch the boxes as for Migician's published row, and no other",
-    )
+    add("--migician-stretch", action="store_true", help="as for Migician's row only")
     add("--out", help="scores.json to write")
     options = parser.parse_args(arguments)
     bench, how = read_scoring_arguments(options)

@@ -54,9 +54,7 @@ class ItemScore:
     """The score of one item; a row of "items" in scores.json.
 
     Attributes:
-        index: position of the item in the records file.
-        id: the item's id there.
-        task: the item's task.
+        index: position of the item in the records file, which has its id and task.
         iou: IoU of the box with the target, 0..1.
         status: the parser's, or "truncated" for a cut-off reply without a box.
         box: the box that was read, on 0..1000, or None.
@@ -74,23 +72,20 @@ class ItemScore:
 
 def score_items(
     samples: Sequence[GroundingSample],
-    replies: Mapping[int, list[Reply]],
+    replies: Mapping[int, Reply],
     options: ScoringOptions = DEFAULT_OPTIONS,
     indices: Iterable[int] | None = None,
 ) -> list[ItemScore]:
-    """Score the only reply of every item.
+    """Score the replies to items of a records file, in index order.
 
     Args:
-        samples: all items of the records file.
-        replies: replies to each item by its index, from `read_predictions`.
+        samples: all items of the file.
+        replies: the replies by index, from `read_predictions`.
         options: how replies are read.
         indices: items to score; None for all.
 
-    Returns:
-        One score for each item, in index order.
-
     Raises:
-        ValueError: an item has no reply or several, or a reply belongs to no item.
+        ValueError: an item has no reply, or a reply belongs to no item.
     """
     wanted = sorted(set(range(len(samples)) if indices is None else indices))
     beyond = [i for i in replies if i >= len(samples)]
@@ -106,16 +101,8 @@ def score_items(
             f"{samples[missing[0]].id!r} (index {missing[0]}); generate them, or pass "
             "--allow-missing to score the others"
         )
-    several = [i for i in wanted if len(replies.get(i, ())) > 1]
-    if several:
-        raise ValueError(
-            f"item {several[0]} has {len(replies[several[0]])} sampled replies, but "
-            "one is scored; generate with --num-return-sequences 1"
-        )
     return [
-        _score_reply(samples[i], i, replies[i][0], options)
-        for i in wanted
-        if i in replies
+        _score_reply(samples[i], i, replies[i], options) for i in wanted if i in replies
     ]
 
 
@@ -140,9 +127,7 @@ def summarize_items(
 ) -> dict[str, Any]:
     """Compute the numbers of scores.json from scored items.
 
-    Args:
-        items: the scored items.
-        missing: number of items without a reply, by task.
+    `missing` counts items without a reply, by task.
 
     Returns:
         "tasks", "pooled": n, hit_03, hit_05, hit_07 (counts), acc_03, acc_05, acc_07,
@@ -204,31 +189,21 @@ def sort_tasks(tasks: Iterable[str]) -> list[str]:
 def compare_items(
     a: Sequence[ItemScore], b: Sequence[ItemScore], n_boot: int = 10_000
 ) -> dict[str, Any]:
-    """Compare two models on the same items.
-
-    Args:
-        a: scores of the first model.
-        b: scores of the second model.
-        n_boot: resamples of the bootstrap.
+    """Compare two models on the items that both were scored on.
 
     Returns:
         "tasks", "overall": n, acc_05_a, acc_05_b, paired bootstraps of b - a (acc_05,
         mean_iou) and mcnemar on hits at IoU 0.5.
 
     Raises:
-        ValueError: the models were scored on different items, or on none.
+        ValueError: no item was scored for both.
     """
-    if [item.index for item in a] != [item.index for item in b]:
-        only = {item.index for item in a} ^ {item.index for item in b}
-        raise ValueError(
-            f"the two runs differ in {len(only)} items, first index {min(only)}; "
-            "compare predictions of the same items"
-        )
-    if not a:
+    after = {item.index: item for item in b}
+    pairs = [(item, after[item.index]) for item in a if item.index in after]
+    if not pairs:
         raise ValueError("nothing to compare: no item has a prediction in both runs")
-
-    ious = np.array([[item.iou for item in items] for items in (a, b)])  # (2, N)
-    tasks = np.array([item.task for item in a])
+    ious = np.array([[one.iou for one in pair] for pair in pairs]).T  # (2, N)
+    tasks = np.array([item.task for item, _ in pairs])
 
     def compare(chosen: np.ndarray | slice) -> dict[str, Any]:
         iou_a, iou_b = ious[:, chosen]

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,8 +20,6 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate.predictions import Reply
 from univg_nb.fast.sampling import get_vision_token_ids
 from univg_nb.fast.vllm import resize_image
-
-_TIMEOUT = 600.0  # seconds that a reply may take
 
 
 @dataclass(frozen=True)
@@ -37,67 +34,61 @@ class ServedModel:
     base_url: str
     model: str
 
-    def reply(
-        self,
-        processor: ProcessorMixin,
-        samples: Sequence[GroundingSample],
-        *,
-        seeds: Sequence[int],
-        style: str = "univg",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-    ) -> list[Reply]:
-        """Return one reply to each sample, all asked at once; see `replies.reply`.
 
-        Images are sent as `processor` resizes them: vLLM takes no limits by request.
+def reply(
+    model: ServedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[GroundingSample],
+    *,
+    seeds: Sequence[int],
+    style: str = "univg",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> list[Reply]:
+    """Return one reply to each sample, all asked at once; see `replies.reply`.
 
-        Raises:
-            ValueError: an image is unreadable, or the server unreachable or unwilling.
-        """
-        client = self._connect()
-        banned = get_vision_token_ids(processor.tokenizer)
+    Images are sent as `processor` resizes them: vLLM takes no limits by request.
 
-        @cache
-        def encode(path: str, owner: str) -> str:
-            image = resize_image(open_image(path, owner), processor.image_processor)
-            return encode_data_url(image, "PNG", compress_level=1)
+    Raises:
+        ValueError: an image is unreadable, or the server unreachable or unwilling.
+    """
+    # A proxy of the environment does not lead to this machine.
+    local = urlsplit(model.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+    client = openai.OpenAI(
+        base_url=model.base_url,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        timeout=600,  # seconds that a reply may take
+        http_client=openai.DefaultHttpxClient(trust_env=not local),
+    )
+    banned = get_vision_token_ids(processor.tokenizer)
 
-        def ask(sample: GroundingSample, seed: int) -> Reply:
-            content: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": encode(path, sample.id)}}
-                for path in sample.images
-            ]
-            content.append({"type": "text", "text": prompts.user_text(sample, style)})
-            answer = client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": content}],
-                seed=seed,
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                logit_bias={str(token): -100 for token in banned},
-            )
-            (choice,) = answer.choices
-            return Reply(
-                choice.message.content or "",
-                truncated=choice.finish_reason == "length",
-                tokens=answer.usage.completion_tokens if answer.usage else 0,
-            )
-
-        try:
-            with ThreadPoolExecutor(max(1, len(samples))) as pool:
-                return list(pool.map(ask, samples, seeds))
-        except openai.APIError as error:
-            raise ValueError(
-                f"{self.base_url}, model {self.model!r}: {error}; start it with "
-                f"`vllm serve {self.model}` and run again, what is finished is kept"
-            ) from error
-
-    def _connect(self) -> openai.OpenAI:
-        # A proxy of the environment does not lead to this machine.
-        local = urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
-        return openai.OpenAI(
-            base_url=self.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=_TIMEOUT,
-            http_client=openai.DefaultHttpxClient(trust_env=not local),
+    def ask(sample: GroundingSample, seed: int) -> Reply:
+        content: list[dict[str, Any]] = []
+        for path in sample.images:
+            image = resize_image(open_image(path, sample.id), processor.image_processor)
+            url = encode_data_url(image, "PNG", compress_level=1)
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        content.append({"type": "text", "text": prompts.user_text(sample, style)})
+        answer = client.chat.completions.create(
+            model=model.model,
+            messages=[{"role": "user", "content": content}],
+            seed=seed,
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            logit_bias={str(token): -100 for token in banned},
         )
+        (choice,) = answer.choices
+        return Reply(
+            choice.message.content or "",
+            truncated=choice.finish_reason == "length",
+            tokens=answer.usage.completion_tokens if answer.usage else 0,
+        )
+
+    try:
+        with ThreadPoolExecutor(max(1, len(samples))) as pool:
+            return list(pool.map(ask, samples, seeds))
+    except openai.APIError as error:
+        raise ValueError(
+            f"{model.base_url}, model {model.model!r}: {error}; start it with "
+            f"`vllm serve {model.model}` and run again, what is finished is kept"
+        ) from error
