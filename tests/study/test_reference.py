@@ -50,14 +50,6 @@ def test_every_pair_is_compared():
     assert made["exp - constant"]["expected_iou"]["by_seed"] == [-2.0, -2.0]
     assert len(made) == len(tables.PAIRS)
     assert tables.compute_means(results)["exp"]["hit"] == [1.0, 1.0]
-    some = {method: results[method] for method in ("exp", tables.SFT)}
-    assert list(tables.compare(some)) == ["exp - sft"]
-
-
-def test_a_constant_without_the_exp_it_copies_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        reference.main(["--methods", "none", "constant"])
-    assert "add exp" in capsys.readouterr().err
 
 
 def asked(number: int, task: str = "diff") -> GroundingSample:

@@ -1,7 +1,4 @@
-"""What the reference trainings learn from.
-
-This is the data of a run, or more of MiniMIG, and a stage 1 with two kinds of chains.
-"""
+"""What the reference trainings learn from: questions, a test, two kinds of chains."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +9,6 @@ from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import benchmarks
 from univg_nb.evaluate.benchmarks import Benchmark
-from univg_nb.io import sha256_of
 from univg_nb.minimig import export
 from univg_nb.runs import Run
 from univg_nb.train import sft
@@ -29,9 +25,7 @@ def read_run_data(run: Run) -> Data:
     return rows, benchmarks.load_benchmark(run, "mig")
 
 
-def draw_data(
-    run: Run, name: str, questions: int, per_task: int, chains: int = 0
-) -> Data:
+def draw_data(run: Run, name: str, questions: int, per_task: int, chains: int) -> Data:
     """Draw data of MiniMIG in the stage `name`; those of the run are among them.
 
     No scene is in two of the three parts: `questions` for stage 2, `per_task` test
@@ -43,10 +37,8 @@ def draw_data(
     if not stage.done:
         export.build(stage.dir, sizes, run.seed)
         stage.finish()
-    test = stage.dir / "mig_bench.json"
-    items = files.read(test, image_root=stage.dir)
     rows = files.read(stage.dir / "stage2_rl.json", image_root=stage.dir)
-    return rows, Benchmark(test, items, sha256_of(test), "mig")
+    return rows, Benchmark.read(stage.dir / "mig_bench.json", stage.dir, "mig")
 
 
 def replace_chains(

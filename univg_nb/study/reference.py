@@ -45,21 +45,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"weight": "none"},
     "exp": {"weight": "exp"},
     "exp_unit_mean": {"weight": "exp", "unit_mean": True},
-    "constant": {"weight": "constant"},  # its value comes from the exp run
+    "constant": {"weight": "constant"},  # its value comes from the exp run before it
 }
 
 
 def compute_fair_constant(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the constant weight whose update is as large as that of weighted groups.
 
-    Silent groups have a weight but no part in the update, so each group counts by its
-    mean |A|: c = sum(phi |A|) / sum(|A|).
-
-    Args:
-        rows: of rollouts.jsonl.
-
-    Raises:
-        ValueError: if every group is silent.
+    Silent groups have a weight but no part in the update, so each group (a row of
+    rollouts.jsonl) counts by its mean |A|: c = sum(phi |A|) / sum(|A|). Raises
+    ValueError if every group is silent.
     """
     sizes = [float(np.abs(row["advantages"]).mean()) for row in rows]
     if not sum(sizes):
@@ -77,7 +72,7 @@ def train_one(
 ) -> runs.Stage:
     """Return the stage FOLDER/METHOD_SEED, trained on `rows` now if it is not there.
 
-    needs: the stages that made the rows and the model it starts from.
+    It needs the stages that made the rows and the model it starts from, in this order.
     """
     section = {**run.config["grpo"], **METHODS[method], "seed": seed}
     if method == "constant":
@@ -86,49 +81,40 @@ def train_one(
     settings = {"model": run.config["model"], "grpo": section}
     stage = run.stage(f"{folder}/{method}_{seed}", settings, needs=needs)
     if not stage.done:
-        sft = run.dir / needs[-1]
-        before = runs.load_scale(sft / "config.yaml")["sft"]
-        config = run.config | {"grpo": section, "sft": before}
-        summary = grpo.train(config, stage.dir, rows, sft_adapter=sft / "adapter")
-        stage.finish(**summary)
+        config = run.config | {"grpo": section}
+        adapter = run.dir / needs[-1] / "adapter"
+        stage.finish(**grpo.train(config, stage.dir, rows, sft_adapter=adapter))
     return stage
 
 
 def evaluate_one(
-    run: runs.Run,
-    bench: Benchmark,
-    adapter: Path,
-    folder: Path,
-    quantize: Any,
-    replies: int,
+    run: runs.Run, bench: Benchmark, adapter: Path, folder: Path, replies: int
 ) -> dict[str, list[float]]:
     """Let a model answer the benchmark; its replies are kept in `folder`.
 
-    quantize: "nf4" for an adapter that was trained on NF4 weights. Returned for each
-    item: greedy_iou, hit, thinks (whether the greedy reply reasons), and expected_iou,
-    the mean over as many sampled `replies`.
+    Returned for each item: greedy_iou, hit, thinks (whether the greedy reply reasons),
+    and expected_iou, the mean over as many sampled `replies`.
     """
-    loaded = models.load_for_inference(run.config["model"], adapter, quantize)
-    ways: dict[str, dict[str, Any]] = {
-        "greedy": {},
-        "sampled": {"temperature": 1.0, "num_return_sequences": replies},
-    }
-    found = {}
-    for name, way in ways.items():
+    loaded = models.load_for_inference(
+        run.config["model"],
+        adapter,
+        "nf4" if run.config["sft"]["adapter"] == "qlora" else None,
+    )
+
+    def answer(name: str, **way: Any) -> tuple[list[str], list[float]]:
+        """Return a reply to each item, and its IoU."""
         path = folder / f"{name}.jsonl"
         options = GenerationOptions(**run.config["evaluate"], **way)
         generate(*loaded, bench.items, path, options)
-        found[name] = predictions.read_predictions(path)
+        made = predictions.read_predictions(path)
+        scored = scoring.score_items(bench.items, made)
+        return [reply.text for reply in made.values()], [one.iou for one in scored]
 
-    def score(number: int, way: str) -> list[float]:
-        chosen = {index: [made[number]] for index, made in found[way].items()}
-        return [one.iou for one in scoring.score_items(bench.items, chosen)]
-
-    greedy = score(0, "greedy")
+    texts, greedy = answer("greedy")
     sampled = [
-        score(number, "sampled") for number in range(replies)
+        answer(f"sampled_{seed}", temperature=1.0, seed=seed)[1]
+        for seed in range(replies)
     ]  # (replies, items)
-    texts = [reply.text for (reply,) in found["greedy"].values()]
     return {
         "greedy_iou": [round(iou, 4) for iou in greedy],
         "hit": [float(iou >= 0.5) for iou in greedy],
@@ -148,22 +134,16 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     add_scale_arguments(parser, default="tiny")
     parser.add_argument("--run-dir", default="", help="default runs/SCALE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument(
-        "--name", help="of the file and of the run's folder; default weights_SCALE"
-    )
+    parser.add_argument("--name", help="of file and folder; default weights_SCALE")
     parser.add_argument("--questions", type=int, default=0, help="drawn for stage 2")
     parser.add_argument("--per-task", type=int, default=0, help="test items drawn")
     parser.add_argument("--replies", type=int, default=8, help="sampled to each item")
     parser.add_argument("--chains", type=int, default=0, help="drawn for a stage 1")
     parser.add_argument("--hasty", type=float, default=0.0, help="share of --chains")
-    parser.add_argument("--sft", default="sft_lora", help="stage that GRPO starts from")
     parser.add_argument("--out", type=Path, help="default notebooks/reference_runs/")
     options = parser.parse_args(arguments)
     if not 1 <= len(options.seeds) <= len(T_975) + 1:
         parser.error(f"--seeds: 1 to {len(T_975) + 1} seeds, got {len(options.seeds)}")
-    if "constant" in options.methods and "exp" not in options.methods:
-        parser.error("--methods: constant takes its size from exp; add exp")
     if bool(options.questions) != bool(options.per_task):
         parser.error("--questions and --per-task draw new data: give both or neither")
     if options.chains and not options.questions:
@@ -179,40 +159,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(typed)
     folder = f"reference_{options.name}" if options.name else "reference"
     run = runs.start(options.scale, options.run_dir, overrides=options.set)
+    drawn, start = "data", "sft_lora"
     if options.questions:
         drawn, sizes = f"{folder}/data", (options.questions, options.per_task)
         rows, bench = data.draw_data(run, drawn, *sizes, options.chains)
     else:
-        drawn, (rows, bench) = "data", data.read_run_data(run)
-    start = options.sft
+        rows, bench = data.read_run_data(run)
     if options.chains:
         start = data.train_start(run, folder, drawn, options.hasty)
-    sft = runs.load_scale(run.dir / start / "config.yaml")["sft"]
-    how = ("nf4" if sft["adapter"] == "qlora" else None, options.replies)
-    # exp comes before the constant that copies its size
-    methods = [method for method in METHODS if method in options.methods]
-    results: dict[str, dict[int, Any]] = {method: {} for method in methods}
-    before = run.dir / start / "adapter"
-    begun = evaluate_one(run, bench, before, run.dir / folder / SFT, *how)
+    # its adapter goes on training, on the weights it was begun on
+    run.config["sft"] = runs.load_scale(run.dir / start / "config.yaml")["sft"]
+    results: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
+    adapter, replies = run.dir / start / "adapter", options.replies
+    begun = evaluate_one(run, bench, adapter, run.dir / folder / SFT, replies)
     results[SFT] = dict.fromkeys(options.seeds, begun)
     trainings = []
     for seed in options.seeds:
-        for method in methods:
+        for method in METHODS:
             stage = train_one(run, method, seed, rows, [drawn, start], folder)
             adapter = stage.dir / "adapter"
-            results[method][seed] = evaluate_one(run, bench, adapter, stage.dir, *how)
-            left_out = ("parameters", "sft_adapter")  # the latter is a path of this run
-            facts = {k: v for k, v in stage.results.items() if k not in left_out}
+            found = evaluate_one(run, bench, adapter, stage.dir, replies)
+            results[method][seed] = found
+            facts = {"method": method, "seed": seed, **stage.results}
             facts |= tables.read_curves(stage.dir)
-            trainings.append({"method": method, "seed": seed, **facts})
+            left_out = ("parameters", "sft_adapter")  # the latter is a path of this run
+            trainings.append({k: v for k, v in facts.items() if k not in left_out})
     name = options.name or f"weights_{Path(options.scale).stem}"
     out = options.out or runs.repo_root() / "notebooks" / "reference_runs"
-    used = {key: run.config[key] for key in ("model", "grpo", "evaluate")}
     write_json(
         out / f"{name}.json",
         {
             "command": " ".join(["python -m univg_nb study", *typed]),
-            "config": used,
+            "config": {key: run.config[key] for key in ("model", "grpo", "evaluate")},
             "versions": runs.versions(),
             "device": runs.device(),
             "git": runs.git_hash(),

@@ -54,25 +54,28 @@ def compare_methods(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 
 def compare(results: Results) -> dict[str, dict[str, Any]]:
-    """Return {"exp - none": {measure: `compare_methods`}, ...} of the pairs at hand."""
-    values = {
-        (method, measure): np.array([seed[measure] for seed in seeds.values()])
-        for method, seeds in results.items()
-        for measure in MEASURES
-    }
+    """Return {"exp - none": {measure: `compare_methods`}, ...} of `PAIRS`."""
+
+    def stack(method: str, measure: str) -> np.ndarray:
+        seeds = results[method].values()
+        return np.array([one[measure] for one in seeds])  # (seeds, items)
+
     return {
-        f"{a} - {b}": {m: compare_methods(values[a, m], values[b, m]) for m in MEASURES}
+        f"{a} - {b}": {m: compare_methods(stack(a, m), stack(b, m)) for m in MEASURES}
         for a, b in PAIRS
-        if {a, b} <= results.keys()
     }
 
 
-def compute_means(results: Results) -> dict[str, dict[str, list[float]]]:
-    """Return {method: {measure: mean over the items, one a seed}}."""
+def compute_means(
+    results: Results, keep: Any = slice(None), measures: Sequence[str] = MEASURES
+) -> dict[str, dict[str, list[float]]]:
+    """Return {method: {measure: mean over the items to `keep`, one a seed}}."""
     return {
         method: {
-            measure: [float(np.mean(one[measure])) for one in seeds.values()]
-            for measure in MEASURES
+            measure: [
+                float(np.array(one[measure])[keep].mean()) for one in seeds.values()
+            ]
+            for measure in measures
         }
         for method, seeds in results.items()
     }
@@ -83,15 +86,10 @@ def compute_task_means(
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Return {method: {task: {"hit" or "thinks": mean over its items, one a seed}}}."""
     tasks = np.array([item.task for item in items])  # (items,)
+    measures = ("hit", "thinks")
     return {
         method: {
-            str(task): {
-                measure: [
-                    float(np.array(one[measure])[tasks == task].mean())
-                    for one in seeds.values()
-                ]
-                for measure in ("hit", "thinks")
-            }
+            str(task): compute_means({method: seeds}, tasks == task, measures)[method]
             for task in dict.fromkeys(tasks)
         }
         for method, seeds in results.items()
