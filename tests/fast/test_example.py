@@ -67,14 +67,14 @@ def test_rows_of_any_form(grpo_folder, tmp_path, kind):
         gradient_checkpointing=False, report_to="none", save_strategy="no",
     )  # fmt: skip
     losses = []
-    for shared in ("on", "off"):
+    for shared in (True, False):
         trainer = SharedPrefixGRPOTrainer(
             model, args, processing_class=processor, reward_funcs=[ends],
             train_dataset=Dataset.from_list(rows * 2), shared_prefix=shared,
         )  # fmt: skip
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        if shared == "on":
+        if shared:
             batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, batch).item())

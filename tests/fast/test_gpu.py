@@ -4,7 +4,6 @@ The numbers that were measured are recorded as properties of the tests
 (`pytest -m gpu --junitxml FILE`). The same checks run on the CPU in float32.
 """
 
-import dataclasses
 import importlib.util
 
 import pytest
@@ -28,7 +27,7 @@ from univg_nb.fast import check, packed_rows
 from univg_nb.fast.attention import FLEX
 from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.sampling import sample_replies
-from univg_nb.fast.vision_features import VisionCache
+from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU: none is visible")
@@ -89,9 +88,8 @@ def build(family: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def on_device(prompt: Prompt, device: str) -> Prompt:
-    fields = dataclasses.asdict(prompt)
-    moved = {k: None if v is None else v.to(device) for k, v in fields.items()}
-    return Prompt(**moved)
+    images = [(pixels.to(device), grid.to(device)) for pixels, grid in prompt.images]
+    return Prompt(prompt.ids.to(device), prompt.token_types.to(device), images)
 
 
 def make_groups(images: int, device: str):
@@ -215,12 +213,11 @@ def sampled(family: str, images: int, device: str) -> tuple[list[int], list[int]
             input_ids=prompt.ids[None],
             attention_mask=torch.ones_like(prompt.ids[None]),
             mm_token_type_ids=prompt.token_types[None],
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.grid,
             max_new_tokens=24,
             do_sample=False,
             eos_token_id=None,
             suppress_tokens=VISION,
+            **make_vision_inputs(model, prompt.images),
         )
     return replies[0], whole[0, len(prompt.ids) :].tolist()
 

@@ -10,6 +10,7 @@ from univg_nb import models
 from univg_nb.evaluate import replies
 from univg_nb.fast import sampling
 from univg_nb.fast.folded import fold_adapter
+from univg_nb.fast.vision_features import make_vision_inputs
 from univg_nb.train.final_norm import find_trained_norm, load_with_trained_norm
 
 KINDS = ("lora", "full", "qwen2_5", "qwen3")
@@ -47,9 +48,6 @@ LAYOUTS = [
 
 
 def generate(base, prompt, count):
-    images = {}
-    for pixels, grid in prompt.images:
-        images = {"pixel_values": pixels, "image_grid_thw": grid}
     made = base.generate(
         input_ids=prompt.ids[None],
         attention_mask=torch.ones_like(prompt.ids)[None],
@@ -58,7 +56,7 @@ def generate(base, prompt, count):
         pad_token_id=0,
         max_new_tokens=count,
         do_sample=False,
-        **images,
+        **make_vision_inputs(base, prompt.images),
     )
     return made[0, len(prompt.ids) :].tolist()
 
@@ -99,7 +97,7 @@ def test_a_sampled_reply_depends_on_its_seed_only(built):
             count,
             max_new_tokens=12,
             eos_token_ids=range(END, WORDS, 5),
-            warpers=sampling.make_warpers([], temperature=1.5),
+            warpers=sampling.make_warpers(built["full"], [], temperature=1.5),
             seeds=seeds,
         )
 
@@ -123,8 +121,8 @@ def test_warpers_are_those_of_generate(built):
     """Ban, temperature, top-k, top-p and min-p in transformers' order."""
     options = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
     logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    made = sampling.make_warpers([3, 5], **options)(None, logits.clone())
-    base = models.get_base_model(built["full"])
+    base = built["full"]
+    made = sampling.make_warpers(base, [3, 5], **options)(None, logits.clone())
     config, _ = base._prepare_generation_config(
         None, do_sample=True, suppress_tokens=[3, 5], **options
     )
@@ -151,9 +149,9 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
     seen = []
     warpers = sampling.make_warpers
 
-    def watch(banned, *options):
+    def watch(model, banned, **options):
         seen.append(banned)
-        return warpers(banned, *options)
+        return warpers(model, banned, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "make_warpers", watch)

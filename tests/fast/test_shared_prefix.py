@@ -16,7 +16,7 @@ from univg_nb import models
 from univg_nb.fast import check, packed_rows
 from univg_nb.fast.attention import SEGMENTS, Segments, get_attention
 from univg_nb.fast.prompts import split_rows
-from univg_nb.fast.vision_features import VisionCache
+from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 from univg_nb.train import grpo
 
 FIELDS = ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")
@@ -47,14 +47,17 @@ def as_batch(groups) -> dict:
         padded([torch.ones_like(r) for _, r in rows], "right"),
     ]
     types = padded([p.token_types for p, _ in rows], "left")
-    seen = [p for p, _ in rows if p.grid is not None]
+    images = [image for p, _ in rows for image in p.images]
+    pixels, grids = (
+        map(torch.cat, zip(*images, strict=True)) if images else (None, None)
+    )
     return {
         "input_ids": torch.cat([prompts, replies], 1),
         "attention_mask": torch.cat(real, 1),
         "mm_token_type_ids": torch.cat([types, torch.zeros_like(replies)], 1),
-        "pixel_values": torch.cat([p.pixel_values for p in seen]) if seen else None,
-        "image_grid_thw": torch.cat([p.grid for p in seen]) if seen else None,
-        "num_images": [0 if p.grid is None else len(p.grid) for p, _ in rows],
+        "pixel_values": pixels,
+        "image_grid_thw": grids,
+        "num_images": [len(p.images) for p, _ in rows],
         "width": prompts.size(1),
         "groups": [n for n, (_, replies) in enumerate(groups) for _ in replies],
     }
@@ -78,7 +81,7 @@ def shared_rows(model, batch, max_tokens, vision) -> list[torch.Tensor]:
     tokens = (batch[name][:, :width] for name in ("input_ids", "attention_mask"))
     runs = split_rows(*tokens, batch["groups"], **{n: batch[n] for n in FIELDS})
     lengths = batch["attention_mask"][:, width:].sum(1).tolist()
-    made = [[None] * len(lengths), [None] * len(lengths)]
+    found = {}
     for chunk in packed_rows.split_chunks(runs, lengths, max_tokens):
         packed = [
             (p, [batch["input_ids"][r, width : width + lengths[r]] for r in rows])
@@ -86,10 +89,9 @@ def shared_rows(model, batch, max_tokens, vision) -> list[torch.Tensor]:
         ]
         parts = packed_rows.compute_log_probs(model, backbone, packed, vision)
         order = [row for _, rows in chunk for row in rows]
-        for values, part in zip(made, parts, strict=True):
-            for row, value in zip(order, part, strict=True):
-                values[row] = value
-    return [pad_sequence(values, batch_first=True) for values in made]
+        found |= zip(order, parts, strict=True)
+    both = zip(*(found[row] for row in range(len(lengths))), strict=True)
+    return [pad_sequence(values, batch_first=True) for values in both]
 
 
 def test_rows_belong_to_the_group_they_are_said_to_not_to_equal_neighbours():
@@ -104,8 +106,10 @@ def test_rows_belong_to_the_group_they_are_said_to_not_to_equal_neighbours():
         found = split_rows(*tokens, groups, **{name: batch[name] for name in FIELDS})
         assert [rows for _, rows in found] == expected
         for made, _ in found:
-            for name in ("ids", "token_types", "pixel_values", "grid"):
-                assert torch.equal(getattr(made, name), getattr(prompt, name))
+            ours, theirs = (
+                [p.ids, p.token_types, *p.images[0]] for p in (made, prompt)
+            )
+            assert all(map(torch.equal, ours, theirs))
 
 
 def gradient_of(model, value: torch.Tensor) -> torch.Tensor:
@@ -179,7 +183,7 @@ def test_flex_attention_gets_the_same_mask():
 
 def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
     rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
-    assert Segments.from_ids(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
+    assert Segments(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
     backbone = models.get_base_model(built["full"]).model
     ids = torch.randint(2, WORDS, (2, 8), generator=torch.Generator().manual_seed(0))
     real = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])  # left-padded
@@ -195,24 +199,23 @@ def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
 # ---------------------------------------------------------------- vision features
 
 
-def images_of(*seeds: int) -> tuple[torch.Tensor, torch.Tensor]:
-    prompts = [make_prompt([(2, 2)], 1, 1, seed) for seed in seeds]
-    pixels = torch.cat([p.pixel_values for p in prompts])
-    return pixels, torch.cat([p.grid for p in prompts])
+def image_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return make_prompt([(2, 2)], 1, 1, seed).images[0]
 
 
 def test_an_image_is_computed_once_and_equals_the_models_own(built):
     backbone, cache = models.get_base_model(built["full"]).model, VisionCache()
-    pixels, grid = images_of(1, 2, 1)
+    images = [image_of(seed) for seed in (1, 2, 1)]
+    pixels, grids = map(torch.cat, zip(*images, strict=True))
     with torch.no_grad():
-        own = backbone.get_image_features(pixels, grid, return_dict=True).pooler_output
-    made = cache.get_features(backbone, pixels, grid).pooler_output
+        own = backbone.get_image_features(pixels, grids, return_dict=True).pooler_output
+    made = [cache.get_features(backbone, *image) for image in images]
     assert (cache.computed, cache.reused) == (2, 1)
     torch.testing.assert_close(torch.cat(made), torch.cat(own), rtol=0, atol=1e-5)
-    again = cache.get_features(backbone, *images_of(2)).pooler_output
-    assert torch.equal(again[0], made[1]) and cache.computed == 2
+    again = cache.get_features(backbone, *image_of(2))
+    assert torch.equal(again, made[1]) and cache.computed == 2
     # other processor settings: other pixels, or the same in another grid
-    cache.get_features(backbone, pixels[:16] * 2, grid[:1])
+    cache.get_features(backbone, pixels[:16] * 2, grids[:1])
     cache.get_features(backbone, pixels[:16], torch.tensor([[1, 2, 8]]))
     assert cache.computed == 4
 
@@ -222,7 +225,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
     size = 4 * TEXT["hidden_size"] * 4  # bytes of 4 tokens in float32
     cache = VisionCache(limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
-        cache.get_features(backbone, *images_of(seed))
+        cache.get_features(backbone, *image_of(seed))
     assert (cache.computed, cache.reused) == (4, 2)
     assert cache.used_bytes == 2 * size
 
@@ -230,7 +233,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
 def test_features_of_a_tower_that_trains_are_refused(built):
     backbone = models.get_base_model(built["tower"]).model
     with pytest.raises(ValueError, match="freeze_vision: true"):
-        VisionCache().get_features(backbone, *images_of(1))
+        make_vision_inputs(backbone, [image_of(1)], VisionCache())
 
 
 def test_each_image_goes_through_the_tower_once_in_all_updates(folder, tmp_path):
@@ -268,10 +271,10 @@ def test_a_difference_turns_sharing_off_with_a_message(
 
 def test_the_check_passes_and_leaves_random_numbers_alone(folder, tmp_path):
     made = []
-    for mode in ("auto", "on"):
-        keep = {"shared_prefix": mode}
-        trainer = make_trainer(folder, tmp_path, keep=keep)
-        assert trainer.unchecked == (mode == "auto")
+    for unchecked in (True, False):
+        trainer = make_trainer(folder, tmp_path)
+        assert trainer.unchecked
+        trainer.unchecked = unchecked
         inputs, _ = grpo_builders.scored_batch(trainer)
         assert trainer.shared_forward and not trainer.unchecked
         made.append(inputs["input_ids"])
@@ -286,20 +289,18 @@ def test_prompts_are_shared_in_mixed_precision(folder, tmp_path):
     assert check.get_attention(models.get_base_model(trainer.model).model) == SEGMENTS
 
 
-def test_a_wrong_switch_or_an_impossible_on_says_what_to_do(
-    folder, tmp_path, monkeypatch
+def test_an_obstacle_turns_sharing_off_with_a_message(
+    folder, tmp_path, monkeypatch, caplog
 ):
-    with pytest.raises(ValueError, match="auto, on or off"):
-        make_trainer(folder, tmp_path, keep={"shared_prefix": "yes"})
+    monkeypatch.setattr(check, "MODEL_TYPES", ("qwen2_5_vl",))
+    with caplog.at_level(logging.WARNING, "univg_nb"):
+        assert not make_trainer(folder, tmp_path).shared_forward
+    assert "qwen2_vl has not Qwen2-VL's positions" in caplog.text
+
+
+def test_what_cannot_be_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="row_tokens = 0"):
         make_trainer(folder, tmp_path, keep={"row_tokens": 0})
-    monkeypatch.setattr(check, "get_attention", lambda _: "flash_attention_2")
-    with pytest.raises(ValueError, match="takes no mask of our own; set it to auto"):
-        make_trainer(folder, tmp_path, keep={"shared_prefix": "on"})
-    assert not make_trainer(folder, tmp_path).shared_forward
-
-
-def test_tools_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="tools: not supported with shared prompts"):
         make_trainer(folder, tmp_path, keep={"tools": [print]})
 
@@ -348,11 +349,11 @@ def test_the_whole_model_trains_against_a_reference_of_its_own(
         trainer = grpo.build_trainer(
             config, out, samples, start, out / "r.jsonl", shared_prefix=shared
         )
+        trainer.train()
         attention = [
             get_attention(model.model) for model in (trainer.model, trainer.ref_model)
         ]
         assert attention == [SEGMENTS if shared else "sdpa"] * 2
-        trainer.train()
         logged[shared] = [
             [row[key] for key in ("loss", "kl", "grad_norm", "entropy")]
             for row in trainer.state.log_history[:2]

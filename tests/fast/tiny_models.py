@@ -86,8 +86,10 @@ def make_prompt(sizes, before: int, after: int, seed: int) -> Prompt:
         ids += [torch.full((height * width,), IMAGE), words(1)]
     ids = torch.cat([*ids, words(after)])
     if not sizes:
-        return Prompt(ids, torch.zeros_like(ids), None, None)
-    grid = torch.tensor([(1, 2 * height, 2 * width) for height, width in sizes])
-    patches = int(grid.prod(-1).sum())
-    pixels = torch.randn(patches, PATCH_DIM, generator=generator)
-    return Prompt(ids, (ids == IMAGE).long(), pixels, grid)
+        return Prompt(ids, torch.zeros_like(ids))
+    grids = [torch.tensor([[1, 2 * height, 2 * width]]) for height, width in sizes]
+    images = [
+        (torch.randn(int(grid.prod()), PATCH_DIM, generator=generator), grid)
+        for grid in grids
+    ]
+    return Prompt(ids, (ids == IMAGE).long(), images)

@@ -1,17 +1,17 @@
-"""Attention over packed rows, and which attention implementations take our masks.
+"""Attention over packed rows, and the masks that it takes.
 
 In a packed row (`packed_rows`) a prompt is followed by its replies. One mask over the
 whole row would compute the scores of every reply with all others, only to drop them.
-`segment_attention` computes each piece of a row by itself: the prompt causally, each
-reply over the prompt and itself. This is for the CPU; `block_attention` does the same
-on a GPU with FlexAttention. transformers knows the functions as SEGMENTS and FLEX:
-`language_model.set_attn_implementation(SEGMENTS)`. FLEX is not transformers' own
-"flex_attention", which refuses Qwen2-VL and would serve whole rows too.
+Here each piece of a row is computed by itself: the prompt causally, each reply over the
+prompt and itself. On a CPU the mask is a list of pieces, `Segments`; on a GPU a
+BlockMask of FlexAttention, which skips what nobody sees. transformers knows the
+function as SEGMENTS and FLEX: `language_model.set_attn_implementation(SEGMENTS)`. FLEX
+is not transformers' own "flex_attention", which refuses Qwen2-VL and would serve whole
+rows too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,30 +26,25 @@ from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "univg_segments"
 FLEX = "univg_flex"
-ATTENTION = ("sdpa", "eager", FLEX, SEGMENTS)  # take a mask of our own
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # where the shared prompt was checked
 
 
-@dataclass
 class Segments:
-    """The pieces of packed rows, given to `segment_attention` in place of a mask.
+    """The pieces of packed rows, given to `packed_attention` in place of a mask.
+
+    Args:
+        ids: (B, S) 0 for the prompt, 1..G for the replies in order, -1 for padding.
 
     Attributes:
         sizes: for every row [prompt, reply 1, ..., reply G, padding], in tokens.
     """
 
-    sizes: list[list[int]]
-    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def from_ids(cls, segments: Tensor) -> Segments:
-        """Count the pieces of (B, S): 0 prompt, 1..G replies in order, -1 padding."""
-        return cls(
-            [
-                [row.count(number) for number in [*range(max(row) + 1), -1]]
-                for row in segments.tolist()
-            ]
-        )
+    def __init__(self, ids: Tensor) -> None:
+        self.sizes = [
+            [row.count(number) for number in [*range(max(row) + 1), -1]]
+            for row in ids.tolist()
+        ]
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def get_mask(self, prompt: int, reply: int, like: Tensor) -> Tensor:
         """Return what is added to a reply's scores, (reply, prompt + reply).
@@ -65,7 +60,7 @@ class Segments:
         return self._masks[key]
 
 
-def segment_attention(
+def packed_attention(
     module: Module,
     query: Tensor,
     key: Tensor,
@@ -73,12 +68,15 @@ def segment_attention(
     attention_mask: Any,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention piece by piece, or as sdpa with any other mask than Segments.
+    """Compute attention by Segments or a BlockMask, or as sdpa with any other mask.
 
     The signature is that of transformers: query (B, H, S, D), key and value (B, K, S,
     D) with K heads that divide H; the result is (B, S, H, D).
     """
     tensors = module, query, key, value
+    if isinstance(attention_mask, BlockMask):
+        options = {name: others[name] for name in ("scaling", "dropout")}
+        return flex_attention_forward(*tensors, attention_mask, **options)[0], None
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(*tensors, attention_mask, **others)
     options = {"dropout_p": others["dropout"], "scale": others["scaling"]}
@@ -110,27 +108,8 @@ def segment_attention(
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-def block_attention(
-    module: Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Compute FlexAttention under a BlockMask, or sdpa with any other mask.
-
-    Signature and shapes are those of `segment_attention`.
-    """
-    tensors = module, query, key, value
-    if not isinstance(attention_mask, BlockMask):
-        return sdpa_attention_forward(*tensors, attention_mask, **others)
-    options = {name: others[name] for name in ("scaling", "dropout")}
-    return flex_attention_forward(*tensors, attention_mask, **options)[0], None
-
-
-for _name, _function in ((SEGMENTS, segment_attention), (FLEX, block_attention)):
-    AttentionInterface.register(_name, _function)
+for _name in (SEGMENTS, FLEX):
+    AttentionInterface.register(_name, packed_attention)
     AttentionMaskInterface.register(_name, sdpa_mask)
 
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessorList
-from transformers.utils import is_torch_flex_attn_available
 
 from univg_nb import models
 from univg_nb.fast.attention import (
-    ATTENTION,
     FLEX,
     MODEL_TYPES,
     SEGMENTS,
@@ -28,7 +26,7 @@ from univg_nb.fast.folded import fold_adapter
 from univg_nb.fast.packed_rows import compute_log_probs
 from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.sampling import sample_replies
-from univg_nb.fast.vision_features import VisionCache
+from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -48,22 +46,13 @@ def get_tolerance(backbone: Module) -> float:
 
 
 def list_attention(backbone: Module) -> list[str]:
-    """Return the attention implementations that take our masks, the best first.
+    """Return the attention implementations to try with packed rows, the best first.
 
-    FLEX on a GPU, SEGMENTS in the place of sdpa on a CPU, then the model's own. A GPU
-    model with flash attention, which takes no mask, gets sdpa instead.
+    That of the model comes last; sdpa in its place if it takes no mask of our own.
     """
+    on_gpu = next(backbone.parameters()).device.type == "cuda"
     own = get_attention(backbone)
-    if next(backbone.parameters()).device.type != "cuda":
-        return [SEGMENTS, own] if own == "sdpa" else [own] if own in ATTENTION else []
-    flex = [FLEX] if is_torch_flex_attn_available() else []
-    return list(dict.fromkeys([*flex, own if own in ATTENTION else "sdpa"]))
-
-
-def choose_unchecked(backbone: Module) -> str:
-    """Return the attention for use without a check: one that needs no compiler."""
-    names = list_attention(backbone)
-    return SEGMENTS if SEGMENTS in names else names[-1]
+    return [FLEX if on_gpu else SEGMENTS, own if own == "eager" else "sdpa"]
 
 
 def find_obstacle(base: Module, sharded: bool) -> str | None:
@@ -72,8 +61,6 @@ def find_obstacle(base: Module, sharded: bool) -> str | None:
         return "FSDP shards the weights"
     if base.config.model_type not in MODEL_TYPES:
         return f"{base.config.model_type} has not Qwen2-VL's positions"
-    if not list_attention(base.model):
-        return f"{get_attention(base)} takes no mask of our own"
     return None
 
 
@@ -93,7 +80,7 @@ def compare_log_probs(
     Infinity where FlexAttention does not compile or fit; `temperature` is that of the
     fused head.
     """
-    backbone, device = models.get_base_model(model).model, prompt.ids.device
+    backbone = models.get_base_model(model).model
     steps: list[Tensor] = []  # log-probs (REPLIES, V) before they are shaped
 
     def record(_ids: Tensor, logits: Tensor) -> Tensor:
@@ -103,8 +90,7 @@ def compare_log_probs(
     training = model.training
     model.eval()
     try:
-        cards = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cards), fold_adapter(model):
+        with fold_adapter(model):
             (sampled,) = sample_replies(
                 model,
                 [prompt],
@@ -115,8 +101,8 @@ def compare_log_probs(
                 seeds=range(REPLIES),
                 vision=vision,
             )
-            replies = torch.tensor(sampled, device=device)  # (REPLIES, LENGTH)
-            packed, _ = compute_log_probs(
+            replies = torch.tensor(sampled, device=prompt.ids.device)
+            packed = compute_log_probs(
                 model, backbone, [(prompt, list(replies))], vision
             )
         whole = compute_whole_rows(model, prompt, replies)
@@ -128,7 +114,7 @@ def compare_log_probs(
     finally:
         model.train(training)
     seen = torch.stack(steps, dim=1).gather(2, replies[..., None])[..., 0]
-    both = torch.stack([torch.stack(list(packed)), seen.float()])
+    both = torch.stack([torch.stack([row[0] for row in packed]), seen.float()])
     return float((both - whole).abs().max())
 
 
@@ -140,10 +126,6 @@ def compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor
     rows, width = len(replies), len(prompt.ids)
     ids = torch.cat([prompt.ids.expand(rows, -1), replies], dim=1)
     types = torch.cat([prompt.token_types.expand(rows, -1), 0 * replies], dim=1)
-    images = {}
-    for pixels, grid in prompt.images:
-        images["pixel_values"] = pixels.repeat(rows, 1)
-        images["image_grid_thw"] = grid.repeat(rows, 1)
     labels = ids.clone()
     labels[:, :width] = -100
     output = model(
@@ -152,6 +134,6 @@ def compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor
         mm_token_type_ids=types,
         labels=labels,
         fused_lm_head=True,
-        **images,
+        **make_vision_inputs(model, prompt.images * rows),
     )
     return output.log_probs[:, width - 1 :]

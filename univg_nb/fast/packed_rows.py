@@ -12,8 +12,7 @@ grows with vocabulary x prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def make_attention_mask(
     attention = get_attention(backbone)
     if attention == SEGMENTS:  # a dict reaches the layers as it is
         kinds = backbone.config.get_text_config().layer_types
-        return dict.fromkeys(kinds, Segments.from_ids(segments))
+        return dict.fromkeys(kinds, Segments(segments))
     if attention != FLEX:
         return make_additive_mask(block_mask(segments), backbone)
     rows, length = segments.shape
@@ -103,22 +102,24 @@ def split_chunks(
     return chunks
 
 
-@contextmanager
-def only_at(backbone: Module, chosen: Tensor) -> Iterator[None]:
-    """Let the backbone return only its states at `chosen`, bool (B, S), as one row.
+def pack_row(
+    prompt: Prompt, positions: Tensor, replies: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the packed row of a group: ids, labels, segments (S,), positions (S, 3).
 
-    The head then costs nothing for the prompt; off Triton TRL's scores every place.
+    positions: (3, P) of the prompt. Labels are the next tokens, -100 in the prompt.
     """
-
-    def select(_module: Module, _inputs: tuple, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[chosen][None]
-        return output
-
-    handle = backbone.register_forward_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    ids, last = prompt.ids[:-1], positions[:, -1]
+    assert int(positions.max()) == int(last.max()), "a prompt must end in text"
+    none, zero = torch.full_like(ids, -100), torch.zeros_like(ids)
+    pieces = [(ids, none, zero, positions[:, :-1].T)]
+    for number, reply in enumerate(replies, start=1):
+        if len(reply):  # TRL masks out a truncated reply altogether
+            shifted = torch.cat([prompt.ids[-1:], reply[:-1]])
+            places = last + torch.arange(len(reply), device=reply.device)[:, None]
+            segment = torch.full_like(reply, number)
+            pieces.append((shifted, reply, segment, places))
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
 def compute_log_probs(
@@ -126,49 +127,38 @@ def compute_log_probs(
     backbone: Module,
     groups: Sequence[tuple[Prompt, Sequence[Tensor]]],
     vision: VisionCache | None = None,
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Compute log-probs and entropies of all replies, with one row for each group.
 
     model: has TRL's fused head; backbone: its Qwen2VLModel; groups: each prompt with
-    its replies (L,) without padding. Returns values (L,) of every reply in order, in
-    float32; the entropies are () where the head computes none.
+    its replies (L,) without padding. Returns (log-probs, entropies), each (L,) in
+    float32, of every reply in order; (log-probs,) where the head computes no entropies.
     """
-    rows: dict[str, list[Tensor]] = {"ids": [], "labels": [], "segments": [], "pos": []}
-    for prompt, replies in groups:
-        place = compute_positions(backbone, prompt)  # (3, P)
-        last, start = prompt.ids[-1:], place[:, -1:]
-        assert int(place.max()) == int(start.max()), "a prompt must end in text"
-        ids = [prompt.ids[:-1]]
-        labels = [torch.full_like(prompt.ids[:-1], -100)]
-        segments = [torch.zeros_like(prompt.ids[:-1])]
-        positions = [place[:, :-1]]
-        for number, reply in enumerate(replies, start=1):
-            if not len(reply):  # a truncated reply that TRL masks out altogether
-                continue
-            ids += [last, reply[:-1]]
-            labels.append(reply)
-            segments.append(torch.full_like(reply, number))
-            positions.append(start + torch.arange(len(reply), device=reply.device))
-        rows["ids"].append(torch.cat(ids))
-        rows["labels"].append(torch.cat(labels))
-        rows["segments"].append(torch.cat(segments))
-        rows["pos"].append(torch.cat(positions, dim=1).T)  # (S, 3)
-    input_ids = pad_sequence(rows["ids"], batch_first=True)  # (B, S)
-    label_ids = pad_sequence(rows["labels"], batch_first=True, padding_value=-100)
-    segment_ids = pad_sequence(rows["segments"], batch_first=True, padding_value=-1)
-    position_ids = pad_sequence(rows["pos"], batch_first=True).permute(2, 0, 1)
-    chosen = label_ids != -100
+    rows = [pack_row(p, compute_positions(backbone, p), found) for p, found in groups]
+    ids, labels, segments, positions = (
+        pad_sequence(column, batch_first=True, padding_value=padding)
+        for column, padding in zip(
+            zip(*rows, strict=True), (0, -100, -1, 0), strict=True
+        )
+    )
+    chosen = labels != -100
+
+    def select(_module: Module, _inputs: tuple, output: Any) -> Any:
+        """Leave the states of `chosen`: off Triton TRL's head scores every place."""
+        output.last_hidden_state = output.last_hidden_state[chosen][None]
+        return output
+
     images = [image for prompt, _ in groups for image in prompt.images]
-    with only_at(backbone, chosen):
+    with backbone.register_forward_hook(select):
         outputs = model(
-            input_ids=input_ids,
-            attention_mask=make_attention_mask(segment_ids, backbone),
-            position_ids=position_ids,  # (3, B, S)
-            shift_labels=label_ids[chosen][None],
+            input_ids=ids,
+            attention_mask=make_attention_mask(segments, backbone),
+            position_ids=positions.permute(2, 0, 1),  # (3, B, S)
+            shift_labels=labels[chosen][None],
             fused_lm_head=True,
             **make_vision_inputs(backbone, images, vision),
         )
     lengths = [len(reply) for _, replies in groups for reply in replies]
-    if outputs.entropy is None:
-        return outputs.log_probs[0].split(lengths), ()
-    return outputs.log_probs[0].split(lengths), outputs.entropy[0].split(lengths)
+    values = (outputs.log_probs, outputs.entropy)
+    parts = [x[0].split(lengths) for x in values if x is not None]
+    return list(zip(*parts, strict=True))

@@ -10,7 +10,7 @@ the prompt (M-RoPE), exactly as if it stood alone. This works for models with th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature
 
 from univg_nb.data.images import open_image
+from univg_nb.fast.vision_features import EncodedImage
 
 
 @dataclass
@@ -30,21 +30,13 @@ class Prompt:
     Attributes:
         ids: (P,) token ids.
         token_types: (P,) 0 for text, 1 for an image.
-        pixel_values: (patches, patch_dim) of all images, or None.
-        grid: (images, 3) patches in time, height and width, or None.
+        images: (pixel_values (patches, patch_dim), grid (1, 3)) of each image; the grid
+            counts its patches in time, height and width.
     """
 
     ids: Tensor
     token_types: Tensor
-    pixel_values: Tensor | None = None
-    grid: Tensor | None = None
-
-    @property
-    def images(self) -> list[tuple[Tensor, Tensor]]:
-        """[(pixel_values, grid)], or [] without images."""
-        if self.pixel_values is None or self.grid is None:
-            return []
-        return [(self.pixel_values, self.grid)]
+    images: list[EncodedImage] = field(default_factory=list)
 
 
 def split_rows(
@@ -72,9 +64,11 @@ def split_rows(
     Returns:
         (prompt, numbers of its rows) for every group, in the order of the rows.
     """
-    grids = image_grid_thw
-    image_ends = [0, *accumulate(num_images or [0] * len(groups))]
-    patch_ends = [0] if grids is None else [0, *accumulate(grids.prod(-1).tolist())]
+    images: list[EncodedImage] = []
+    if pixel_values is not None and image_grid_thw is not None:
+        parts = pixel_values.split(image_grid_thw.prod(-1).tolist())
+        images = list(zip(parts, image_grid_thw.split(1), strict=True))
+    ends = [0, *accumulate(num_images or [0] * len(groups))]
     found: dict[int, tuple[Prompt, list[int]]] = {}
     for row, group in enumerate(groups):
         if group not in found:
@@ -82,24 +76,20 @@ def split_rows(
             types = torch.zeros_like(ids)
             if mm_token_type_ids is not None:
                 types = mm_token_type_ids[row][: len(ids)]
-            prompt = Prompt(ids[real], types[real])
-            first, last = image_ends[row], image_ends[row + 1]
-            if grids is not None and pixel_values is not None and last > first:
-                prompt.grid = grids[first:last]
-                prompt.pixel_values = pixel_values[patch_ends[first] : patch_ends[last]]
-            found[group] = (prompt, [])
+            own = images[ends[row] : ends[row + 1]]
+            found[group] = (Prompt(ids[real], types[real], own), [])
         found[group][1].append(row)
     return list(found.values())
 
 
 def compute_positions(backbone: Module, prompt: Prompt) -> Tensor:
     """Compute M-RoPE positions of a prompt, (3, P); replies continue at maximum + 1."""
-    if prompt.grid is None:
+    if not prompt.images:
         return torch.arange(len(prompt.ids), device=prompt.ids.device).expand(3, -1)
     positions, _ = backbone.get_rope_index(
         prompt.ids[None],
         mm_token_type_ids=prompt.token_types[None],
-        image_grid_thw=prompt.grid,
+        image_grid_thw=torch.cat([grid for _, grid in prompt.images]),
     )
     return positions[:, 0]  # (3, 1, P) -> (3, P)
 
@@ -121,15 +111,16 @@ def make_prompts(
 ) -> list[Prompt]:
     """Make prompts of what TRL's `_tokenize_prompts` returns."""
     rows = [torch.tensor(row, device=device) for row in ids]
-    types = fields.get("mm_token_type_ids") or [[0] * len(row) for row in ids]
     names = [name for name in ("pixel_values", "image_grid_thw") if name in fields]
+    given = {name: torch.as_tensor(fields[name]).to(device) for name in names}
+    types = fields.get("mm_token_type_ids")
     found = split_rows(
         rows,
         [torch.ones_like(row) for row in rows],
         range(len(rows)),
-        mm_token_type_ids=[torch.tensor(row, device=device) for row in types],
+        mm_token_type_ids=types and [torch.tensor(row, device=device) for row in types],
         num_images=images and [len(some or ()) for some in images],
-        **{name: torch.as_tensor(fields[name]).to(device) for name in names},
+        **given,
     )
     return [prompt for prompt, _ in found]
 
@@ -139,8 +130,8 @@ def make_fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     images = [image for prompt in prompts for image in prompt.images]
     if images:
-        pixels, grids = zip(*images, strict=True)
-        fields = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+        pixels, grids = map(torch.cat, zip(*images, strict=True))
+        fields = {"pixel_values": pixels, "image_grid_thw": grids}
     return fields | {"mm_token_type_ids": [p.token_types.tolist() for p in prompts]}
 
 
@@ -157,8 +148,8 @@ class ReusedEncoding:
         """Return no text, as none is used."""
         return ""
 
-    def __call__(self, **_: Any) -> BatchFeature:
+    def __call__(self, **_: Any) -> dict[str, Any]:
         """Return the fields as model inputs, padded on the left."""
         types = [torch.tensor(row) for row in self._fields["mm_token_type_ids"]]
         padded = pad_sequence(types, batch_first=True, padding_side="left")
-        return BatchFeature({**self._fields, "mm_token_type_ids": padded})
+        return {**self._fields, "mm_token_type_ids": padded}

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, LogitsProcessorList
-from transformers.generation import logits_process
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from trl import GRPOConfig
 
 from univg_nb import models
@@ -45,10 +44,8 @@ def get_vision_token_ids(tokenizer: Any) -> list[int]:
 
 def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
     """Ban vision tokens in `args`, for TRL's own sampling; return all banned ids."""
-    banned, options = (
-        get_vision_token_ids(tokenizer),
-        dict(args.generation_kwargs or {}),
-    )
+    banned = get_vision_token_ids(tokenizer)
+    options = dict(args.generation_kwargs or {})
     if args.use_vllm:
         bias = dict.fromkeys(banned, -100.0)
         options["logit_bias"] = {**options.get("logit_bias", {}), **bias}
@@ -70,33 +67,18 @@ def can_share_rollout(args: GRPOConfig) -> bool:
 
 
 def make_warpers(
-    banned: Sequence[int],
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float | None = None,
+    model: Module, banned: Sequence[int], **options: Any
 ) -> LogitsProcessorList:
-    """Return what turns logits into those sampled from, in transformers' order.
+    """Return what turns logits into those sampled from, as `model.generate` does it.
 
     Args:
+        model: a model of transformers, with or without an adapter.
         banned: ids of tokens that are never sampled.
-        temperature: above 0; greedy decoding takes the default.
-        top_k: most tokens kept; 0 keeps all.
-        top_p: least probability of the kept tokens together.
-        min_p: least probability of a kept token, as a share of the largest.
+        **options: temperature, top_k, top_p and min_p of a GenerationConfig. Without,
+            and for greedy decoding, nothing but the ban changes.
     """
-    warpers = LogitsProcessorList(
-        [logits_process.SuppressTokensLogitsProcessor(list(banned))]
-    )
-    if temperature != 1.0:
-        warpers.append(logits_process.TemperatureLogitsWarper(temperature))
-    if top_k:
-        warpers.append(logits_process.TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        warpers.append(logits_process.TopPLogitsWarper(top_p))
-    if min_p is not None:
-        warpers.append(logits_process.MinPLogitsWarper(min_p))
-    return warpers
+    config = GenerationConfig(do_sample=True, suppress_tokens=list(banned), **options)
+    return models.get_base_model(model)._get_logits_processor(config)
 
 
 def noise_seed(*numbers: int) -> int:
@@ -134,7 +116,7 @@ def sample_replies(
         model: a model with Qwen2-VL's positions, in eval mode.
         prompts: the prompts, on the model's device.
         num_replies: replies to each prompt, G. Several need an attention
-            implementation of `attention.ATTENTION`.
+            implementation that takes a mask of our own.
         max_new_tokens: most tokens of a reply.
         eos_token_ids: tokens that end a reply.
         warpers: turn logits (N, V) into those sampled from, see `make_warpers`.

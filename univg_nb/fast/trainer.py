@@ -12,13 +12,11 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
@@ -51,15 +49,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         model: as for GRPOTrainer, as are `others`.
         args: GRPOConfig; its generation_kwargs get the banned tokens.
         processing_class: the model's processor.
-        shared_prefix: "auto" computes one group both ways at first use, and takes TRL's
-            own passes where log-probs differ (`check`) or for `check.find_obstacle`.
-            "on" shares unchecked and refuses an obstacle; "off" does not share. The
-            booleans, which YAML makes of bare on and off, mean the same.
+        shared_prefix: False takes TRL's own passes. True computes one group both ways
+            at first use, and falls back to them where log-probs differ (`check`), or
+            for a `check.find_obstacle`.
         row_tokens: most tokens in a pass of the model, in whole groups.
         **others: further arguments.
 
     Raises:
-        ValueError: for an option out of range, and for "on" with an obstacle.
+        ValueError: for an option out of range or not supported.
     """
 
     processing_class: Any
@@ -71,35 +68,29 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         args: Any,
         *,
         processing_class: Any,
-        shared_prefix: str | bool = "auto",
+        shared_prefix: bool = True,
         row_tokens: int = 8192,
         **others: Any,
     ) -> None:
-        if shared_prefix not in ("auto", "on", "off", True, False):
-            raise ValueError(
-                f"shared_prefix = {shared_prefix!r}: write auto, on or off"
-            )
         if row_tokens < 1:
             raise ValueError(f"row_tokens = {row_tokens}: must be at least 1")
         if refused := {"tools", "rollout_func", "environment_factory"} & others.keys():
             raise ValueError(f"{', '.join(refused)}: not supported with shared prompts")
         self.row_tokens = row_tokens
-        tokenizer = processing_class.tokenizer
-        self.banned_tokens = sampling.ban_vision_tokens(args, tokenizer)
+        self.banned_tokens = sampling.ban_vision_tokens(
+            args, processing_class.tokenizer
+        )
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )
         if self.ref_model is not None:  # its tower is as fixed as the policy's
             self.ref_model.requires_grad_(False)
         base = models.get_base_model(self.model)
-        reason = check.find_obstacle(base, self.is_fsdp_enabled)
-        if reason and shared_prefix in ("on", True):
-            raise ValueError(f"shared_prefix = on, but {reason}; set it to auto or off")
-        self.shared_forward = shared_prefix not in ("off", False) and not reason
+        obstacle = check.find_obstacle(base, self.is_fsdp_enabled)
+        if shared_prefix and obstacle:
+            logger.warning("%s: shared_prefix falls back to TRL's own passes", obstacle)
+        self.shared_forward = self.unchecked = shared_prefix and not obstacle
         self.shared_rollout = self.shared_forward and sampling.can_share_rollout(args)
-        self.unchecked = self.shared_forward and shared_prefix == "auto"
-        if self.shared_forward and not self.unchecked:
-            self._set_attention(check.choose_unchecked(base.model))
         # With sharded weights all processes must call the tower equally often.
         cached = self.shared_forward and not is_deepspeed_zero3_enabled()
         self.vision = VisionCache() if cached and not tower_trains(base.model) else None
@@ -179,14 +170,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 count,
                 max_new_tokens=self.max_completion_length,
                 eos_token_ids=self.eos_token_ids,
-                warpers=self._make_warpers(),
+                warpers=self._make_warpers(model),
                 seeds=seeds,
                 vision=self.vision,
             )
 
-    def _make_warpers(self) -> LogitsProcessorList:
-        options = (getattr(self.args, name) for name in ("top_k", "top_p", "min_p"))
-        return sampling.make_warpers(self.banned_tokens, self.temperature, *options)
+    def _make_warpers(self, model: Any) -> LogitsProcessorList:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        options = {name: getattr(self.args, name) for name in names}
+        return sampling.make_warpers(model, self.banned_tokens, **options)
 
     def _unwrap_for_generation(self) -> AbstractContextManager[Any]:
         """Return TRL's bare model: sharded weights gathered, no checkpointing."""
@@ -203,10 +195,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         with self._unwrap_for_generation() as model, self.accelerator.autocast():
             backbone = models.get_base_model(model).model
             before, allowed = get_attention(backbone), check.get_tolerance(backbone)
+            warpers = self._make_warpers(model)
             for name in check.list_attention(backbone):
                 self._set_attention(name)
                 found = check.compare_log_probs(
-                    model, prompt, self._make_warpers(), self.temperature, self.vision
+                    model, prompt, warpers, self.temperature, self.vision
                 )
                 everywhere = torch.tensor([found], device=self.accelerator.device)
                 worst = self.accelerator.gather(everywhere).max().item()  # one answer
@@ -217,7 +210,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                     "whole rows (allowed: %.2g)", name, worst, allowed,
                 )  # fmt: skip
             self._set_attention(before)
-        logger.warning("shared_prefix: auto falls back to TRL's own passes")
+        logger.warning("shared_prefix falls back to TRL's own passes")
         self.shared_forward = self.shared_rollout = False
         self.vision = None
 
@@ -306,27 +299,22 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         talks = sharded or (training and self.accelerator.num_processes > 1)
         budget = packed_rows.UNLIMITED if talks else self.row_tokens
         called = model if talks or training else unwrapped
-        order: list[int] = []  # the row of every value below
-        log_probs: list[Tensor] = []
-        entropies: list[Tensor] = []
+        found: dict[int, tuple[Tensor, ...]] = {}  # by row
         for chunk in packed_rows.split_chunks(groups, [*map(len, replies)], budget):
             packed = [
                 (prompt, [replies[row] for row in rows]) for prompt, rows in chunk
             ]
             with self.accelerator.autocast(), fold_adapter(unwrapped):
-                parts = packed_rows.compute_log_probs(
+                values = packed_rows.compute_log_probs(
                     called, backbone, packed, self.vision
                 )
-            order += [row for _, rows in chunk for row in rows]
-            log_probs += parts[0]
-            entropies += parts[1]
-
-        def stack(values: list[Tensor]) -> Tensor:
-            pairs = sorted(zip(order, values, strict=True), key=itemgetter(0))
-            stacked = pad_sequence([value for _, value in pairs], batch_first=True)
-            return pad(stacked, (0, length - stacked.size(1)))
-
-        return stack(log_probs), stack(entropies) if entropies else None, None
+            order = [row for _, rows in chunk for row in rows]
+            found |= zip(order, values, strict=True)
+        log_probs, *entropies = (
+            torch.stack([pad(part, (0, length - len(part))) for part in parts])
+            for parts in zip(*(found[row] for row in range(len(replies))), strict=True)
+        )
+        return log_probs, entropies[0] if entropies else None, None
 
     def _record_seconds(self, part: str, began: float) -> None:
         mode = "train" if self.model.training else "eval"

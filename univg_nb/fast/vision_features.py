@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 from tqdm.auto import tqdm
@@ -37,14 +36,6 @@ def tower_trains(backbone: Module) -> bool:
     return any(p.requires_grad for p in backbone.visual.parameters())
 
 
-def _hash_image(pixels: Tensor, grid: Tensor) -> bytes:
-    """Identify an image by what the processor made of it: other settings, other key."""
-    what = repr((pixels.dtype, tuple(pixels.shape), grid.tolist()))
-    digest = hashlib.blake2b(what.encode(), digest_size=16)
-    digest.update(pixels.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.digest()
-
-
 class VisionCache:
     """Features of the images seen last, at most `limit_bytes` of them.
 
@@ -60,34 +51,23 @@ class VisionCache:
         self.reused = 0
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
-    def get_features(
-        self, backbone: Module, pixels: Tensor, grid: Tensor
-    ) -> BaseModelOutputWithPooling:
-        """Return what `backbone.get_image_features` returns, computed once.
-
-        pixels: (patches of all images, patch_dim); grid: (images, 3). ValueError if the
-        tower trains: its features change with every update, and kept ones would cut it
-        off from its gradient.
-        """
-        if tower_trains(backbone):
-            raise ValueError(
-                "the vision tower trains, so its features cannot be kept; set "
-                "grpo.freeze_vision: true, or train without a VisionCache"
-            )
-        parts = pixels.split(grid.prod(-1).tolist())
-        found = [self._get(backbone, *image) for image in zip(parts, grid, strict=True)]
-        return BaseModelOutputWithPooling(pooler_output=tuple(found))
-
     @torch.no_grad()
-    def _get(self, backbone: Module, pixels: Tensor, grid: Tensor) -> Tensor:
-        """Return the features of one image, (tokens, hidden size)."""
-        key = _hash_image(pixels, grid)
+    def get_features(self, backbone: Module, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Return the features (tokens, hidden size) of an image, computed once.
+
+        pixels: (patches, patch_dim); grid: (1, 3).
+        """
+        # What the processor made of the image: with other settings another key.
+        what = repr((pixels.dtype, tuple(pixels.shape), grid.tolist()))
+        digest = hashlib.blake2b(what.encode(), digest_size=16)
+        digest.update(pixels.cpu().contiguous().view(torch.uint8).numpy())
+        key = digest.digest()
         if key in self._kept:
             self.reused += 1
             self._kept.move_to_end(key)
             return self._kept[key]
         self.computed += 1
-        output = backbone.get_image_features(pixels, grid[None], return_dict=True)
+        output = backbone.get_image_features(pixels, grid, return_dict=True)
         value = output.pooler_output[0].clone()
         self._kept[key] = value
         self.used_bytes += value.nbytes
@@ -98,17 +78,26 @@ class VisionCache:
 
 
 def make_vision_inputs(
-    backbone: Module,
-    images: Sequence[tuple[Tensor, Tensor]],
-    cache: VisionCache | None = None,
+    backbone: Module, images: Sequence[EncodedImage], cache: VisionCache | None = None
 ) -> dict[str, object]:
-    """Return model inputs for images (pixel_values, grid): features with a cache."""
+    """Return model inputs for images (pixel_values, grid): features with a cache.
+
+    ValueError if the tower trains: its features change with every update, and kept ones
+    would cut it off from its gradient.
+    """
     if not images:
         return {}
-    pixels, grid = (torch.cat(parts) for parts in zip(*images, strict=True))
     if cache is None:
-        return {"pixel_values": pixels, "image_grid_thw": grid}
-    return {"mm_encoder_outputs": {"image": cache.get_features(backbone, pixels, grid)}}
+        pixels, grids = map(torch.cat, zip(*images, strict=True))
+        return {"pixel_values": pixels, "image_grid_thw": grids}
+    if tower_trains(backbone):
+        raise ValueError(
+            "the vision tower trains, so its features cannot be kept; set "
+            "grpo.freeze_vision: true, or train without a VisionCache"
+        )
+    features = tuple(cache.get_features(backbone, *image) for image in images)
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    return {"mm_encoder_outputs": {"image": output}}
 
 
 def preprocess_images(
@@ -124,11 +113,12 @@ def preprocess_images(
     return out["pixel_values"], out["image_grid_thw"]
 
 
+@torch.no_grad()
 def vision_features(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     paths: Iterable[str],
-    keep: Path | None = None,
+    keep: Path,
     progress: bool = True,
 ) -> dict[str, EncodedImage]:
     """Compute what the vision tower makes of each distinct image.
@@ -145,8 +135,6 @@ def vision_features(
         {path: (features (tokens, hidden size), grid (1, 3))}.
     """
     distinct = list(dict.fromkeys(paths))
-    if keep is None:
-        return _compute_features(model, processor, distinct, progress)
     stats = [(path, Path(path).stat()) for path in distinct]
     name = io.config_hash(
         [
@@ -155,43 +143,25 @@ def vision_features(
             [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
         ]
     )
-    file = keep / f"{name}.safetensors"
-    if not file.is_file():
-        encoded = _compute_features(model, processor, distinct, progress)
-        features, grids = zip(*encoded.values(), strict=True)
-        tensors = {"features": torch.cat(features), "grids": torch.cat(grids)}
-        with io.open_atomically(file, "wb") as handle:
-            save_file(tensors, handle.name)
-        return encoded
-    tensors = load_file(file)
-    patches = tensors["grids"].prod(-1)  # a fixed number of patches makes a token
-    tokens = len(tensors["features"]) * patches // patches.sum()
-    parts = tensors["features"].split(tokens.tolist())
-    pairs = zip(parts, tensors["grids"].split(1), strict=True)
-    return dict(zip(distinct, pairs, strict=True))
-
-
-def _compute_features(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    paths: Sequence[str],
-    progress: bool,
-) -> dict[str, EncodedImage]:
-    encoded: dict[str, EncodedImage] = {}
-    training = model.training
-    model.eval()
-    starts = range(0, len(paths), IMAGES_AT_ONCE)
-    for start in tqdm(starts, desc="images", disable=not progress, leave=False):
-        chunk = paths[start : start + IMAGES_AT_ONCE]
-        pixels, grids = preprocess_images(processor, chunk)
-        with torch.no_grad():
-            features = model.get_image_features(
-                pixels.to(model.device), grids.to(model.device)
+    file = keep / f"{name}.pt"
+    if file.is_file():
+        tokens, features, grids = torch.load(file)
+    else:
+        made: list[tuple[Tensor, ...]] = []
+        starts = range(0, len(distinct), IMAGES_AT_ONCE)
+        for start in tqdm(starts, desc="images", disable=not progress, leave=False):
+            chunk = distinct[start : start + IMAGES_AT_ONCE]
+            pixels, grid = preprocess_images(processor, chunk)
+            found = model.get_image_features(
+                pixels.to(model.device), grid.to(model.device)
             ).pooler_output
-        for path, feature, grid in zip(chunk, features, grids, strict=True):
-            encoded[path] = (feature.cpu().clone(), grid[None])
-    model.train(training)
-    return encoded
+            sizes = torch.tensor([len(one) for one in found])
+            made.append((sizes, torch.cat(found).cpu(), grid))
+        tokens, features, grids = map(torch.cat, zip(*made, strict=True))
+        with io.open_atomically(file, "wb") as handle:
+            torch.save((tokens, features, grids), handle)
+    parts = zip(features.split(tokens.tolist()), grids.split(1), strict=True)
+    return dict(zip(distinct, parts, strict=True))
 
 
 def features_fit(dataset: Dataset, hidden: int) -> bool:
