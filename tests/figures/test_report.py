@@ -193,6 +193,16 @@ def test_command_line_with_missing_parts(bench, capsys):
     assert "no picture" in text and "does not exist" in text
 
 
+def test_models_without_a_common_item_are_refused(bench):
+    folder, a, b = bench
+    first, *others = a.read_text().splitlines(keepends=True)
+    a.write_text(first)
+    b.write_text("".join(others))
+    arguments = [str(a), str(b), "--records", str(folder / "bench.json")]
+    with pytest.raises(ValueError, match="nothing to report"):
+        report.main([*arguments, "--out", str(folder / "r.html"), "--allow-missing"])
+
+
 def test_wins_and_losses_are_shown_as_pictures(bench):
     folder, a, b = bench
     arguments = [f"old={a}", str(b), "--records", str(folder / "bench.json")]

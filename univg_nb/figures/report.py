@@ -53,6 +53,8 @@ def write_report(
     indices = None
     if options.allow_missing:
         indices = sorted(set.intersection(*map(set, replies.values())))
+        if not indices:
+            raise ValueError("nothing to report: no item has a reply of every model")
     scores = {
         name: score.score(bench, path, options, indices) for name, path in files.items()
     }
