@@ -19,7 +19,8 @@ from univg_nb.launch import launcher
 ROOT = Path(launcher.__file__).parents[2]
 
 CALL = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 from univg_nb.launch import launcher, worker
 job = json.load(open(sys.argv[1]))
 rows = worker.rows_of(job["rows"])

@@ -21,10 +21,7 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     The content goes to a temporary file in the same folder, which is renamed to `path`
     at the end of the `with` block and deleted if the block raises. So `path` holds
     either the old or the whole new content at any time. Missing folders are created.
-
-    Args:
-        path: the file to write.
-        mode: "w" for text in UTF-8 or "wb" for bytes.
+    The mode is "w" for text in UTF-8 or "wb" for bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,11 +93,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_asset(name: str) -> Any:
-    """Return the content of a YAML file in the package's folder `assets`.
-
-    Args:
-        name: path of the file in that folder; its lists become tuples.
-    """
+    """Return the content of a YAML file in `assets`; its lists become tuples."""
     return _freeze(yaml.safe_load((ASSETS / name).read_text(encoding="utf-8")))
 
 
@@ -128,13 +121,16 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextmanager
-def locked(path: str | Path, message: str) -> Iterator[None]:
-    """Hold a lock file; raise ValueError with `message` if another process holds it."""
+def locked(path: str | Path, message: str) -> Iterator[IO[str]]:
+    """Hold a lock file, open for appending; a child that inherits it holds it too.
+
+    Raises ValueError with `message` if another process holds it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
+    with path.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(message) from error
-        yield
+        yield handle

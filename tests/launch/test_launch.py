@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from launched import ROOT, losses, make_rows, scale
 
@@ -93,12 +94,11 @@ def test_what_is_said_when_the_number_of_processes_changes():
         launcher.resume_statement(8, 4, "zero3")
 
 
-def test_a_wrong_world_size_is_an_error_before_the_weights(tmp_path):
-    request = {"processes": 2, "strategy": "ddp"}
+def test_a_wrong_world_size_is_an_error_before_the_first_update(tmp_path):
+    Accelerator()
+    supervisor = worker.Supervisor(tmp_path, "ddp", 2)
     with pytest.raises(ValueError, match="2 processes were asked for, 1 train"):
-        worker.run(request, tmp_path)
-    with pytest.raises(ValueError, match=r"fsdp2 was asked for, .* runs MULTI_CPU"):
-        worker.check_processes("fsdp2", 2, 2, "MULTI_CPU")
+        supervisor.on_train_begin(None, None, None)
 
 
 def test_a_missing_gpu_package_is_named_before_anything_starts(

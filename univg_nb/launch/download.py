@@ -23,22 +23,6 @@ COCO = LISTED["coco"]
 IGNORED = list(LISTED["ignored"])
 
 
-def list_sources(model: str, to: Path) -> list[dict[str, Any]]:
-    """Return the repositories to fetch, as arguments of huggingface_hub.
-
-    The weights of `model` go to the hub's own cache, where `from_pretrained` looks.
-    """
-    datasets = [
-        {
-            "repo_id": one["repo"],
-            "repo_type": "dataset",
-            "local_dir": to / one["folder"],
-        }
-        for one in LISTED["datasets"]
-    ]
-    return [*datasets, {"repo_id": model, "repo_type": "model"}]
-
-
 def fetch(source: Mapping[str, Any], to: Path, commit: str) -> None:
     """Fetch a repository and check it, unless that was done for this commit.
 
@@ -80,29 +64,23 @@ def url_size(url: str) -> int:
         return int(reply.headers["Content-Length"])
 
 
-def download(model: str, to: Path, confirmed: bool, only_list: bool) -> int:
-    """Show the sizes, ask, fetch; list at the end what is left to do by hand.
+def download(model: str, to: Path, confirmed: bool) -> int:
+    """Show the sizes, ask unless `confirmed`, fetch; list what is to be done by hand.
 
-    Args:
-        model: name of the weights on the hub.
-        to: folder of the data.
-        confirmed: do not ask.
-        only_list: show the sizes and fetch nothing.
-
-    Returns:
-        0, or 1 if the user declined.
-
-    Raises:
-        OSError: if there is too little room or a file could not be fetched.
+    The weights of `model` go to the hub's own cache, where `from_pretrained` looks.
+    Returns 0, or 1 if the user declined. Raises OSError if there is too little room or
+    a file could not be fetched.
     """
     coco = url_size(COCO)
-    what = [one["what"] for one in LISTED["datasets"]]
-    print(f"{'source':<56}{'files':>7}{'GB':>10}")
     planned, needed = [], coco
-    for source, kind in zip(list_sources(model, to), [*what, "weights"], strict=True):
+    print(f"{'source':<56}{'files':>7}{'GB':>10}")
+    for one in (*LISTED["datasets"], {"repo": model, "what": "weights"}):
+        source = {"repo_id": one["repo"], "repo_type": "model"}
+        if "folder" in one:
+            source |= {"repo_type": "dataset", "local_dir": to / one["folder"]}
         found = snapshot_download(**source, ignore_patterns=IGNORED, dry_run=True)
         size = sum(file.file_size or 0 for file in found)
-        name = f"{source['repo_id']} ({kind})"
+        name = f"{one['repo']} ({one['what']})"
         print(f"{name:<56}{len(found):>7}{size / 1e9:>10.2f}")
         planned.append((source, found[0].commit_hash))
         needed += sum(file.file_size or 0 for file in found if file.will_download)
@@ -110,8 +88,6 @@ def download(model: str, to: Path, confirmed: bool, only_list: bool) -> int:
     place = to.absolute() if to.exists() else Path.cwd()
     free = shutil.disk_usage(place).free
     print(f"{needed / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free at {place}")
-    if only_list:
-        return 0
     if free < needed:
         raise OSError("not enough room; free some, or choose another disk (DATA=)")
     if not confirmed and input("fetch all this? [y/N] ").strip().lower() != "y":
@@ -128,18 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb download",
         description="Fetch the released data and a scale's weights.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m univg_nb download full --to data --list",
+        epilog="example: python -m univg_nb download full --to data",
     )
     add_scale_arguments(parser)
     parser.add_argument("--to", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--list", action="store_true", help="show the sizes only")
     options = parser.parse_args(arguments)
     config = load_config(options)
     if config["data"].get("source") != "released":
         raise ValueError(
             f"scale {options.scale} needs no download; SCALE=small or SCALE=full"
         )
-    model = config["model"]["name_or_path"]
-    return download(model, options.to, options.yes, options.list)
+    return download(config["model"]["name_or_path"], options.to, options.yes)

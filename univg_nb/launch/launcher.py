@@ -29,23 +29,14 @@ from univg_nb.config import SCALES, spread
 from univg_nb.data.sample import GroundingSample
 from univg_nb.io import locked, read_json, read_jsonl, write_json
 from univg_nb.launch import plan
-from univg_nb.launch.memory import Stage
-from univg_nb.launch.worker import LOCK, STOP
-from univg_nb.train import grpo, sft
+from univg_nb.launch.memory import Stage, choose_strategy
+from univg_nb.launch.worker import STOP, TRAIN
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
-CHECKPOINT = 900.0  # seconds in which the processes must end after a signal
+LOG = "console.log"  # file in the launch folder
 
 
 # ---------------------------------------------------------------- what to start
-
-
-def choose_strategy(launch: Mapping[str, Any]) -> str:
-    """Return launch.strategy: "single" for one process, "ddp" where nothing is said."""
-    if launch.get("processes", 1) == 1:
-        return "single"
-    strategy = launch.get("strategy", "ddp")
-    return "ddp" if strategy == "single" else strategy
 
 
 def command(
@@ -78,26 +69,24 @@ def command(
             "several nodes need MASTER_ADDR (the first node's name) and launch.port; "
             "univg_nb/scales/slurm.sh sets both"
         )
+    job = os.environ.get("SLURM_JOB_ID", "")
     if configured:
-        file = SCALES / "accelerate" / f"{choose_strategy(launch)}.yaml"
-        agent = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        strategy = choose_strategy(processes, launch.get("strategy"))
+        file = SCALES / "accelerate" / f"{strategy}.yaml"
+        agent = ["accelerate.commands.launch", "--config_file", str(file)]
         agent += ["--num_processes", str(processes), "--num_machines", str(nodes)]
         agent += ["--main_process_port", str(port)]
-        if nodes > 1:  # c10d numbers the nodes as they arrive
-            agent += ["--main_process_ip", address, "--rdzv_backend", "c10d"]
-            agent += ["--machine_rank", os.environ.get("SLURM_NODEID", "0")]
+        meeting = ["--main_process_ip", address]
+        meeting += ["--machine_rank", os.environ.get("SLURM_NODEID", "0")]
     else:
-        agent = ["-m", "torch.distributed.run"]
-        agent += ["--nproc_per_node", str(processes // nodes)]
+        agent = ["torch.distributed.run", "--nproc_per_node", str(processes // nodes)]
         agent += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
-        if nodes > 1:
-            agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{address}:{port}"]
-            agent += ["--rdzv_id", os.environ.get("SLURM_JOB_ID", "univg")]
-    slurm = []
-    if nodes > 1 and "SLURM_JOB_ID" in os.environ:
-        slurm = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}"]
-        slurm += ["--kill-on-bad-exit=1"]
-    return [*slurm, sys.executable, *agent, *worker]
+        meeting = ["--rdzv_endpoint", f"{address}:{port}", "--rdzv_id", job or "univg"]
+    if nodes > 1:  # c10d numbers the nodes as they arrive
+        agent += ["--rdzv_backend", "c10d", *meeting]
+    slurm = ["srun", "--ntasks-per-node=1", f"--nodes={nodes}", "--kill-on-bad-exit=1"]
+    started_by = slurm if nodes > 1 and job else []
+    return [*started_by, sys.executable, "-m", *agent, *worker]
 
 
 def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -> str:
@@ -153,35 +142,35 @@ def train(
 
     Raises:
         RuntimeError: if a process failed, with its rank and error.
-        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the processes have
-            ended with a checkpoint.
+        KeyboardInterrupt, SystemExit: as it was raised here, or SystemExit if a process
+            got SIGTERM; the processes have ended with a checkpoint.
         ValueError: before anything starts, for a layout that is not possible, a missing
             package, or a folder in which an earlier call still trains.
     """
     if "launch" not in config:
-        here = sft.train if stage == "sft" else grpo.train
-        return here(config, out, rows, **options)
+        return TRAIN[stage](config, out, rows, **options)
     gpu, config = torch.cuda.is_available(), spread(config, stage)
-    out, processes = Path(out).absolute(), config["launch"].get("processes", 1)
-    strategy = choose_strategy(config["launch"])
+    out, launch = Path(out).absolute(), config["launch"]
+    processes = launch.get("processes", 1)
+    strategy = choose_strategy(processes, launch.get("strategy"))
     missing = [c for c in plan.check_packages(config, strategy) if not c.ok]
     if missing:
         raise ValueError("; ".join(f"{c.name} {c.detail}" for c in missing))
-    folder = out / "launch"
-    path = folder / "request.json"
+    folder, path = out / "launch", out / "launch" / "request.json"
     worker = ["-m", "univg_nb.launch.worker", str(path)]
-    arguments = command(config["launch"], gpu or strategy in ZERO, worker)
+    arguments = command(launch, gpu or strategy in ZERO, worker)
     busy = (
         f"{out}: an earlier call still trains there; call again when it has ended with "
         "its checkpoint"
     )
-    with locked(folder / "launcher.lock", busy):
-        with locked(folder / LOCK, busy):  # what a killed caller left behind
+    # The processes inherit the log and with it the lock, should they outlive this one.
+    with locked(folder / LOG, busy) as console:
+        console.truncate(0)
+        if path.is_file() and any(out.glob("checkpoints/checkpoint-*")):
             vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
-            if path.is_file() and any(out.glob("checkpoints/checkpoint-*")):
-                before = read_json(path)["processes"]
-                statement = resume_statement(before, processes, strategy, vllm)
-                print(f"{out.name} {statement}")
+            before = read_json(path)["processes"]
+            statement = resume_statement(before, processes, strategy, vllm)
+            print(f"{out.name} {statement}")
         for old in (*folder.glob("rank-*"), folder / STOP, out / "summary.json"):
             old.unlink(missing_ok=True)
         request = {
@@ -198,53 +187,41 @@ def train(
             gc.collect()
             torch.cuda.empty_cache()
         extra = {"DS_ACCELERATOR": "cpu"} if strategy in ZERO and not gpu else {}
-        _run(arguments, {**os.environ, **extra}, out)
-    return read_json(out / "summary.json")
-
-
-def _run(arguments: list[str], environment: dict[str, str], out: Path) -> None:
-    """Start the processes and wait until they end, on request with a checkpoint."""
-    folder, log = out / "launch", out / "launch" / "console.log"
-    with log.open("wb") as console:
         agent = subprocess.Popen(
             arguments,
-            env=environment,
+            env={**os.environ, **extra},
             stdin=subprocess.PIPE,  # closed with this process: the sign to end
             stdout=console,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us
         )
-    signals: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+        _wait(agent, out)
+    return read_json(out / "summary.json")
+
+
+def _wait(agent: subprocess.Popen, out: Path) -> None:
+    """Wait until the processes end, on request early; raise if one failed."""
+    folder, interrupt = out / "launch", None
     pipe, bar = cast(IO[bytes], agent.stdin), tqdm(desc=out.name)
     try:
-        while agent.poll() is None and not signals:
+        while agent.poll() is None:
             time.sleep(0.3)
             _show_progress(bar, out)
-        if signals:
-            print("stopping after this update, with a checkpoint", flush=True)
-            (folder / STOP).touch()
+    except (KeyboardInterrupt, SystemExit) as raised:
+        interrupt = raised
+        print("stopping after this update, with a checkpoint", flush=True)
+        (folder / STOP).touch()
     finally:
         pipe.close()
-        try:
-            agent.wait(CHECKPOINT)
-        except subprocess.TimeoutExpired:
-            agent.terminate()
-            agent.wait()
+        agent.wait()
         bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     interrupted = any(one["state"] == "interrupted" for one in states_in(folder))
     failed = agent.returncode or not (out / "summary.json").is_file()
     if failed and not interrupted:
-        raise RuntimeError(f"training stopped: {_describe_failure(agent, log)}")
-    if signal.SIGINT in signals:
-        raise KeyboardInterrupt
-    if signals or interrupted:  # the latter: someone else sent SIGTERM to a process
-        raise SystemExit(128 + signal.SIGTERM)
+        reason = _describe_failure(agent, folder / LOG)
+        raise RuntimeError(f"training stopped: {reason}")
+    if interrupt or interrupted:  # the latter: someone else sent SIGTERM to a process
+        raise interrupt or SystemExit(128 + signal.SIGTERM)
 
 
 def _show_progress(bar: tqdm, out: Path) -> None:

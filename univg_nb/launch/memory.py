@@ -6,7 +6,6 @@ backward pass is counted by sending meta tensors through one decoder layer. Byte
 those of one process, which has one GPU.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from univg_nb import models
 from univg_nb.config import SCALES, suggestion
+from univg_nb.io import read_json
 
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -52,11 +52,6 @@ class Layout:
         if self.strategy not in STRATEGIES:
             hint = suggestion(self.strategy, STRATEGIES)
             raise ValueError(f"unknown strategy {self.strategy!r}{hint}")
-        if (self.strategy == "single") != (self.processes == 1):
-            raise ValueError(
-                f"launch.strategy = {self.strategy} with {self.processes} processes; "
-                "one process is single, several are ddp, zero2, zero3 or fsdp2"
-            )
 
     @property
     def weight_shards(self) -> int:
@@ -69,7 +64,11 @@ class Layout:
         return 1 if self.strategy in ("single", "ddp") else self.processes
 
 
-# ---------------------------------------------------------------- the model, in shapes
+def choose_strategy(processes: int, strategy: str | None) -> str:
+    """Return "single" for one process, "ddp" for several where nothing else is said."""
+    if processes == 1:
+        return "single"
+    return "ddp" if strategy in (None, "single") else strategy
 
 
 def load_architecture(name_or_path: str) -> Any:
@@ -78,23 +77,8 @@ def load_architecture(name_or_path: str) -> Any:
     shipped = SCALES / "models" / f"{path.name}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
         return AutoConfig.from_pretrained(path if path.is_dir() else name_or_path)
-    fields = json.loads(shipped.read_text(encoding="utf-8"))
+    fields = read_json(shipped)
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
-
-
-def build_shapes(config: Mapping[str, Any], stage: Stage) -> torch.nn.Module:
-    """Build the scale's model on the meta device, with what `stage` trains marked."""
-    section, sft = config[stage], config["sft"]
-    dtype = getattr(torch, config["model"].get("dtype", "float32"))
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            load_architecture(config["model"]["name_or_path"]), dtype=dtype
-        )
-        if section.get("freeze_vision", True):
-            models.freeze_vision(model)
-        if sft.get("adapter", "lora") != "none":
-            model = models.add_lora(model, sft.get("lora"))
-    return model
 
 
 class _Attention(torch.autograd.Function):
@@ -118,149 +102,153 @@ def _count_bytes(parameters: Any) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _kept_per_layer(base: Any, rows: int, tokens: int) -> int:
-    """Return the bytes that autograd keeps for the backward pass of a decoder layer."""
-    layer = base.model.language_model.layers[0]
-    text = base.config.get_text_config()
-    width = text.hidden_size // text.num_attention_heads
-    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+class Training:
+    """A stage of a scale, with its model in shapes.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = tensor
-        return tensor
+    Attributes:
+        model: on the meta device, with what the stage trains marked; `base` is it
+            without adapters.
+        rows: of a pass of one process; for GRPO these are replies.
+        steps: passes of an update.
+        group: replies to a prompt; 1 in stage 1.
+    """
 
-    shape = (rows, tokens, text.hidden_size)
-    options = {"dtype": layer.input_layernorm.weight.dtype, "device": "meta"}
-    hidden = torch.empty(shape, requires_grad=True, **options)
-    rotary = torch.empty((rows, tokens, width), **options)
-    before, text._attn_implementation = text._attn_implementation, "account"
-    try:
+    def __init__(self, config: Mapping[str, Any], stage: Stage, layout: Layout) -> None:
+        self.config, self.stage, self.layout = config, stage, layout
+        self.section = section = config[stage]
+        self.rows = section.get("per_device_train_batch_size", 8)
+        self.steps = section.get("gradient_accumulation_steps", 1)
+        self.group = section.get("num_generations", 8) if stage == "grpo" else 1
+        self.adapter = config["sft"].get("adapter", "lora")
+        with torch.device("meta"):
+            self.model = AutoModelForImageTextToText.from_config(
+                load_architecture(config["model"]["name_or_path"]),
+                dtype=getattr(torch, config["model"].get("dtype", "float32")),
+                attn_implementation="account",
+            )
+            if section.get("freeze_vision", True):
+                models.freeze_vision(self.model)
+            if self.adapter != "none":
+                self.model = models.add_lora(self.model, config["sft"].get("lora"))
+        self.base = models.get_base_model(self.model)
+        self.text = self.base.config.get_text_config()
+        self.vision = self.base.config.vision_config
+
+    def compute_static_memory(self) -> dict[str, float]:
+        """Return what lies in memory all the time, in bytes per process by component.
+
+        AdamW holds two numbers per trained one, in the dtype of the parameter; under
+        bf16 mixed precision ZeRO and FSDP train fp32 weights and hold all three in
+        fp32.
+        """
+        layout, parameters = self.layout, list(self.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        count, size = sum(p.numel() for p in trained), _count_bytes(trained)
+        frozen = float(_count_bytes(parameters) - size)
+        if self.adapter == "qlora":
+            linears = set(models.find_language_linears(self.base))
+            for name, weight in self.base.named_parameters():
+                if name.removesuffix(".weight") in linears and "lora_" not in name:
+                    frozen += weight.numel() * (NF4_BYTES - weight.element_size())
+        gradients, optimizer = size, 2 * size
+        if self.section.get("bf16", False):
+            if layout.strategy in ("zero2", "zero3"):
+                optimizer = 12 * count
+            elif layout.strategy == "fsdp2":  # the trained weights become fp32
+                gradients, optimizer = 4 * count, 12 * count - size
+        weights, reference = (frozen + size) / layout.weight_shards, 0.0
+        if self.stage == "grpo" and self.section.get("beta", 0.04):
+            reference = weights if self.adapter == "none" else size
+        return {
+            "weights": weights,
+            "gradients": gradients / layout.state_shards,
+            "optimiser": optimizer / layout.state_shards,
+            "reference": float(reference),
+            "buffers": float(self._count_buffers(size)),
+        }
+
+    def _count_buffers(self, size: int) -> float:
+        """Return the bytes of communication buffers.
+
+        DDP: a bucketed copy of the gradients. ZeRO-2: two buckets of 2e8 numbers.
+        ZeRO-3, FSDP: two decoder layers (one at work, one fetched ahead), or the
+        embedding and the head, gathered whole.
+        """
+        if self.layout.strategy == "ddp":
+            return size
+        if self.layout.strategy == "zero2":
+            return 2 * 2e8 * 2
+        if self.layout.weight_shards == 1:
+            return 0.0
+        layer = self.base.model.language_model.layers[0]
+        ends = {self.base.lm_head.weight, self.base.get_input_embeddings().weight}
+        return max(2 * _count_bytes(layer.parameters()), _count_bytes(ends))
+
+    def compute_training_memory(self, on_gpu: bool) -> dict[str, float]:
+        """Return what comes and goes, at its largest, in bytes per process.
+
+        `on_gpu`: TRL's Triton kernel scores the tokens.
+        """
+        layout, section, text = self.layout, self.section, self.text
+        tokens, packed, prompts = layout.tokens, self.rows, self.rows // self.group
+        if self.stage == "grpo":  # prompt once, replies behind it: one row per group
+            tokens += (self.group - 1) * layout.reply
+            packed = max(1, prompts)
+        size, layers = self.base.lm_head.weight.element_size(), text.num_hidden_layers
+        kept = self._count_kept(packed, tokens)
+        if section.get(
+            "activation_checkpointing", section.get("gradient_checkpointing", True)
+        ):
+            kept += layers * packed * tokens * text.hidden_size * size
+        else:
+            kept *= layers
+        width = text.hidden_size // text.num_attention_heads
+        per_token = 2 * layers * text.num_key_value_heads * width * size
+        cached = self.stage == "grpo" and not section.get("use_vllm")
+        patches = prompts * layout.images * self.vision.spatial_merge_size**2
+        return {
+            "activations": float(kept),
+            "logits": self._count_logits(on_gpu),
+            "KV cache": float(
+                cached * self.rows * self.steps * layout.tokens * per_token
+            ),
+            "vision": float(patches * self.vision.embed_dim * 10 * size),
+        }
+
+    def _count_kept(self, rows: int, tokens: int) -> int:
+        """Return the bytes that autograd keeps of a decoder layer's forward pass."""
+        layer = self.base.model.language_model.layers[0]
+        weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = tensor
+            return tensor
+
+        width = self.text.hidden_size
+        options = {"dtype": layer.input_layernorm.weight.dtype, "device": "meta"}
+        hidden = torch.empty((rows, tokens, width), requires_grad=True, **options)
+        width //= self.text.num_attention_heads
+        rotary = torch.empty((rows, tokens, width), **options)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(hidden, attention_mask=None, position_embeddings=(rotary, rotary))
-    finally:
-        text._attn_implementation = before
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
+    def _count_logits(self, on_gpu: bool) -> float:
+        """Return the bytes from the last hidden states to the loss and back.
 
-# ---------------------------------------------------------------- memory
-
-
-def compute_static_memory(
-    model: torch.nn.Module, config: Mapping[str, Any], stage: Stage, layout: Layout
-) -> dict[str, float]:
-    """Return what lies in memory all the time, in bytes per process by component.
-
-    AdamW holds two numbers per trained one, in the dtype of the parameter; under bf16
-    mixed precision ZeRO and FSDP train fp32 weights and hold all three in fp32. `model`
-    comes from `build_shapes`.
-    """
-    adapter = config["sft"].get("adapter", "lora")
-    base = models.get_base_model(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count, size = sum(p.numel() for p in trained), _count_bytes(trained)
-    frozen = float(_count_bytes(model.parameters()) - size)
-    if adapter == "qlora":
-        linears = set(models.find_language_linears(base))
-        for name, weight in base.named_parameters():
-            if name.removesuffix(".weight") in linears and "lora_" not in name:
-                frozen += weight.numel() * (NF4_BYTES - weight.element_size())
-    gradients, states, master = size, 2 * size, 0
-    mixed = config[stage].get("bf16", False)
-    if layout.strategy in ("zero2", "zero3") and mixed:
-        states, master = 8 * count, 4 * count
-    elif layout.strategy == "fsdp2" and mixed:  # the trained weights become fp32
-        gradients, states, master = 4 * count, 8 * count, 4 * count - size
-    reference = 0.0
-    if stage == "grpo" and config["grpo"].get("beta", 0.04):
-        whole = (size + frozen) / layout.weight_shards
-        reference = size if adapter != "none" else whole
-    account = {
-        "weights": (frozen + size) / layout.weight_shards,
-        "gradients": gradients / layout.state_shards,
-        "optimiser": (states + master) / layout.state_shards,
-        "reference": reference,
-        "buffers": _count_buffers(base, layout, size),
-    }
-    return {name: float(number) for name, number in account.items()}
-
-
-def _count_buffers(base: Any, layout: Layout, size: int) -> float:
-    """Return the bytes of communication buffers.
-
-    DDP: a bucketed copy of the gradients. ZeRO-2: two buckets of 2e8 numbers. ZeRO-3,
-    FSDP: two decoder layers (one at work, one fetched ahead), or the embedding and the
-    head, gathered whole.
-    """
-    if layout.strategy == "ddp":
-        return size
-    if layout.strategy == "zero2":
-        return 2 * 2e8 * 2
-    if layout.weight_shards == 1:
-        return 0.0
-    layer = base.model.language_model.layers[0]
-    ends = {base.lm_head.weight, base.get_input_embeddings().weight}
-    return max(2 * _count_bytes(layer.parameters()), _count_bytes(ends))
-
-
-def compute_training_memory(
-    model: torch.nn.Module,
-    config: Mapping[str, Any],
-    stage: Stage,
-    layout: Layout,
-    on_gpu: bool,
-) -> dict[str, float]:
-    """Return what comes and goes, at its largest, in bytes per process by component.
-
-    `model` comes from `build_shapes`; on a GPU TRL's Triton kernel scores the tokens.
-    """
-    section = config[stage]
-    base = models.get_base_model(model)
-    text, vision = base.config.get_text_config(), base.config.vision_config
-    size = base.lm_head.weight.element_size()
-    rows = section.get("per_device_train_batch_size", 8)
-    group = section.get("num_generations", 8) if stage == "grpo" else 1
-    tokens, packed = layout.tokens, rows
-    if stage == "grpo":  # prompt once, replies behind it: one packed row per group
-        tokens = layout.tokens + (group - 1) * layout.reply
-        packed = max(1, rows // group)
-    layers = text.num_hidden_layers
-    one = _kept_per_layer(base, packed, tokens)
-    carried = packed * tokens * text.hidden_size * size
-    checkpointing = section.get(
-        "activation_checkpointing", section.get("gradient_checkpointing", True)
-    )
-    kept = layers * carried + one if checkpointing else layers * one
-    width = text.hidden_size // text.num_attention_heads
-    per_token = 2 * layers * text.num_key_value_heads * width * size
-    generated = rows * section.get("gradient_accumulation_steps", 1)
-    cached = stage == "grpo" and not section.get("use_vllm")
-    patches = (rows // group) * layout.images * vision.spatial_merge_size**2
-    return {
-        "activations": float(kept),
-        "logits": _count_logits(base, stage, rows, layout, on_gpu),
-        "KV cache": float(cached * generated * layout.tokens * per_token),
-        "vision": float(patches * vision.embed_dim * 10 * size),
-    }
-
-
-def _count_logits(
-    base: Any, stage: Stage, rows: int, layout: Layout, on_gpu: bool
-) -> float:
-    """Return the bytes from the last hidden states to the loss and back.
-
-    TRL goes over tiles of tokens and words (its ChunkedLogProbFunction), whose buffer
-    is TILE words wide whatever the vocabulary, and sums the gradients of hidden states
-    and of a trained head in fp32. On a GPU a Triton kernel does it without temporaries.
-    GRPO, and SFT on a GPU, score the replies alone.
-    """
-    head = base.lm_head.weight
-    words, hidden = head.shape
-    replies_only = on_gpu or stage == "grpo"
-    tokens = rows * (layout.reply if replies_only else layout.tokens)
-    part = min(tokens, TOKEN_CHUNK_SIZE)
-    tile = part * TILE * head.element_size()
-    tile += (0 if on_gpu else TILE_COPIES) * part * min(words, TILE) * 4
-    return float(tile + 4 * tokens * hidden + 4 * head.numel() * head.requires_grad)
+        TRL goes over tiles of tokens and words (its ChunkedLogProbFunction), whose
+        buffer is TILE words wide whatever the vocabulary, and sums the gradients of
+        hidden states and of a trained head in fp32. On a GPU a Triton kernel does it
+        without temporaries. GRPO, and SFT on a GPU, score the replies alone.
+        """
+        head = self.base.lm_head.weight
+        words, hidden = head.shape
+        replies_only = on_gpu or self.stage == "grpo"
+        tokens = self.rows * (self.layout.reply if replies_only else self.layout.tokens)
+        part = min(tokens, TOKEN_CHUNK_SIZE)
+        tile = part * TILE * head.element_size()
+        tile += (0 if on_gpu else TILE_COPIES) * part * min(words, TILE) * 4
+        return float(tile + 4 * tokens * hidden + 4 * head.numel() * head.requires_grad)

@@ -8,8 +8,6 @@ copying the outputs of an executed copy back into the committed notebook.
 import ast
 import base64
 import io
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import nbformat
 from nbformat import NotebookNode
 from PIL import Image
 
-from univg_nb.config import parse_value, suggestion
+from univg_nb.config import parse_value
 from univg_nb.io import hash_text, write_text
 from univg_nb.runs import repo_root
 
@@ -53,14 +51,9 @@ def code_sha256(notebook: NotebookNode) -> str:
 def read_parameters(notebook: NotebookNode, where: str) -> dict[str, Any]:
     """Return names and default values of the parameters cell; {} without such a cell.
 
-    Args:
-        notebook: the notebook.
-        where: its name, for messages.
-
-    Raises:
-        ValueError: when there are several such cells or a line is not `NAME = literal`:
-            a derived value would keep its old value there, because papermill puts its
-            own cell behind this one.
+    Raises ValueError, naming `where`, when there are several such cells or a line is
+    not `NAME = literal`: a derived value would keep its old value there, because
+    papermill puts its own cell behind this one.
     """
     cells = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     if len(cells) > 1:
@@ -96,35 +89,6 @@ def parse_parameter(name: str, text: str, default: Any, where: str) -> Any:
             f"as in the notebook's {name} = {default!r}"
         )
     return value
-
-
-def check_parameters(
-    given: Mapping[str, str], notebooks: Mapping[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return the typed values of `given` for each notebook that has the name.
-
-    Args:
-        given: name -> text.
-        notebooks: notebook name -> its parameters.
-
-    Raises:
-        ValueError: for a name that no notebook has, or a text of another type.
-    """
-    everywhere = {name for parameters in notebooks.values() for name in parameters}
-    for name in given:
-        if name not in everywhere:
-            raise ValueError(
-                f"-p {name}: no such parameter in {', '.join(notebooks)}"
-                f"{suggestion(name, everywhere)}"
-            )
-    return {
-        notebook: {
-            name: parse_parameter(name, text, parameters[name], notebook)
-            for name, text in given.items()
-            if name in parameters
-        }
-        for notebook, parameters in notebooks.items()
-    }
 
 
 # ---------------------------------------------------------------- outputs
@@ -163,19 +127,11 @@ def _compress(png: str) -> str:
 
 
 def record(source: Path, executed: Path) -> int:
-    """Copy the outputs of an executed copy into a notebook and stamp it.
+    """Copy the outputs of an executed copy into the committed notebook `source`.
 
-    The stamp is the hash of the notebook's code cells.
-
-    Args:
-        source: the committed notebook, which is changed.
-        executed: the executed copy.
-
-    Returns:
-        The new size in bytes.
-
-    Raises:
-        ValueError: if the copy was made from other code or did not run to its end.
+    The notebook gets the hash of its code cells as a stamp. Returns its new size in
+    bytes. Raises ValueError if the copy was made from other code or did not run to its
+    end.
     """
     notebook, copy = read_notebook(source), read_notebook(executed)
     if code_sha256(notebook) != code_sha256(copy):
@@ -203,14 +159,5 @@ def ran_to_end(notebook: NotebookNode) -> bool:
     """Return whether every code cell was executed and none ended in an error."""
     cells = [cell for cell in code_cells(notebook) if cell.source.strip()]
     executed = all(cell.execution_count is not None for cell in cells)
-    return executed and not error_text(notebook)
-
-
-def error_text(notebook: NotebookNode) -> str:
-    """Return the traceback of the first failed cell without colors; "" if none."""
-    for cell in code_cells(notebook):
-        for output in cell.outputs:
-            if output.output_type == "error":
-                text = "\n".join(output.traceback) or output.ename
-                return re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return ""
+    kinds = {output.output_type for cell in cells for output in cell.outputs}
+    return executed and "error" not in kinds

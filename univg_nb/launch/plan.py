@@ -24,7 +24,12 @@ from univg_nb.fast import vllm
 from univg_nb.io import read_json
 from univg_nb.launch import cost
 from univg_nb.launch.cost import Plan
-from univg_nb.launch.memory import STRATEGIES, Layout, Stage, load_architecture
+from univg_nb.launch.memory import (
+    Layout,
+    Stage,
+    choose_strategy,
+    load_architecture,
+)
 
 IMAGES = 4  # images of a prompt, where the data are not at hand: an assumption
 TEXT = 150  # tokens of a prompt besides its images: an assumption
@@ -54,6 +59,7 @@ def choose_layout(
     strategy: str | None = None,
     processes: int | None = None,
     report: Mapping[str, Any] | None = None,
+    longest: int | None = None,
 ) -> Layout:
     """Return where and on what a stage trains.
 
@@ -65,36 +71,27 @@ def choose_layout(
         report: the audit of the stage's data, which knows the prompts' lengths. Without
             it a prompt is IMAGES of full size and TEXT, a usual row half of that, and
             the longest row the cut-off where the scale has one.
+        longest: tokens of the longest row, if a training has shown it.
     """
-    launch = config.get("launch", {})
+    launch, model, section = config.get("launch", {}), config["model"], config[stage]
     processes = processes or launch.get("processes", 1)
-    strategy = strategy or launch.get("strategy", "ddp")
-    if processes == 1:
-        strategy = "single"
-    elif strategy == "single":
-        strategy = "zero3" if config["sft"].get("adapter") == "none" else "ddp"
-    model, section = config["model"], config[stage]
+    strategy = choose_strategy(processes, strategy or launch.get("strategy"))
     vision = load_architecture(model["name_or_path"]).vision_config
     side = vision.patch_size * vision.spatial_merge_size
     images = IMAGES * (model.get("max_pixels", 12_845_056) // side**2)
     reply = section.get("max_completion_length", 256)
     limit = section.get("max_length") or 0
     if report and report["samples"]:
-        longest = report["prompt_tokens"]["max"] + reply
+        tokens = report["prompt_tokens"]["max"] + reply
         typical = int(report["prompt_tokens"]["median"]) + reply
-        images = min(images, longest - reply)
+        images = min(images, tokens - reply)
     else:
         guess = images + TEXT + reply
-        longest, typical = limit or guess, guess // 2
-    longest = min(longest, limit or longest)
-    return Layout(strategy, processes, longest, reply, images, typical)
-
-
-def with_longest_row(layout: Layout, longest: int) -> Layout:
-    """Return the layout with the longest row that a training had, in tokens."""
-    images, reply = min(layout.images, longest), min(layout.reply, longest)
-    typical = min(layout.typical, longest)
-    return Layout(layout.strategy, layout.processes, longest, reply, images, typical)
+        tokens, typical = limit or guess, guess // 2
+    tokens = longest or min(tokens, limit or tokens)
+    if longest:
+        reply, images, typical = (min(n, longest) for n in (reply, images, typical))
+    return Layout(strategy, processes, tokens, reply, images, typical)
 
 
 # ---------------------------------------------------------------- as text
@@ -144,13 +141,13 @@ def read_measured(stage: str | Path) -> dict[str, Any]:
 
     Returns:
         peak_bytes of the process that needed most, seconds_per_update of the last call,
-        and, of stage 1, longest_row in tokens.
+        and longest_row in tokens (of stage 2 None).
 
     Raises:
         ValueError: if there is no such training.
     """
     folder = Path(stage)
-    states = [read_json(path) for path in (folder / "launch").glob("rank-*.json")]
+    states = [read_json(path) for path in folder.glob("launch/rank-*.json")]
     if not states or not (folder / "summary.json").is_file():
         raise ValueError(
             f"{stage}: no launched training was finished there (no launch/rank-0.json "
@@ -158,12 +155,12 @@ def read_measured(stage: str | Path) -> dict[str, Any]:
         )
     summary = read_json(folder / "summary.json")
     updates = summary["steps"] - states[0].get("first_step", 0)
-    took = {
+    rows = [state["longest_row"] for state in states if "longest_row" in state]
+    return {
         "peak_bytes": max(state["peak_bytes"] for state in states),
         "seconds_per_update": summary["seconds"] / max(1, updates),
+        "longest_row": max(rows, default=None),
     }
-    rows = [state["longest_row"] for state in states if "longest_row" in state]
-    return took | ({"longest_row": max(rows)} if rows else {})
 
 
 def compare(plan: Plan, measured: Mapping[str, Any]) -> str:
@@ -212,11 +209,10 @@ def check_packages(config: Mapping[str, Any], strategy: str) -> list[Check]:
     return made
 
 
-def check_disk(folder: str | Path, needed: int) -> Check:
+def check_disk(folder: str | Path, needed: float) -> Check:
     """Check for room for `needed` bytes where `folder` is or will be."""
     place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
+    place = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(place).free
     detail = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free at {place}"
     if free < needed:
@@ -229,18 +225,18 @@ def check_port(port: int, what: str, taken: bool = False) -> Check:
     with socket.socket() as probe:
         probe.settimeout(1)
         answers = probe.connect_ex(("127.0.0.1", port)) == 0
-    state = "answers" if answers else "is free"
-    remedy = "set launch.port to another"
-    if taken:
-        remedy = "start the server first: trl vllm-serve --model NAME"
-    detail = f"{port} {state}" + ("" if answers == taken else f"; {remedy}")
+    detail = f"{port} answers" if answers else f"{port} is free"
+    if answers and not taken:
+        detail += "; set launch.port to another"
+    if taken and not answers:
+        detail += "; start the server first: trl vllm-serve --model NAME"
     return Check(what, answers == taken, detail)
 
 
 def check_data(
-    config: Mapping[str, Any], stage: Stage, images: bool
+    config: Mapping[str, Any], stage: Stage
 ) -> tuple[Check, dict[str, Any] | None]:
-    """Audit the stage's file, with every image if `images`; return the report too."""
+    """Audit the stage's file without opening images; return the report too."""
     name, data = f"data {stage}", config["data"]
     file, root = data.get(DATA[stage][0]), data.get("image_root")
     if not file:
@@ -248,8 +244,7 @@ def check_data(
     for path, what in ((file, ""), (root, "image root ")):
         if path and not Path(path).exists():
             return Check(name, False, f"{what}{path} is missing; make data"), None
-    pixels = config["model"].get("max_pixels", 401_408)
-    report = audit(file, image_root=root if images else None, max_pixels=pixels)
+    report = audit(file, max_pixels=config["model"].get("max_pixels", 401_408))
     found = ", ".join(f"{kind} {n}" for kind, n in report["counts"].items())
     detail = f"{report['samples']} samples; {found or 'no problem'}"
     if report["breaks_training"]:
@@ -278,10 +273,9 @@ def check_machine(config: Mapping[str, Any], layout: Layout) -> list[Check]:
 
 def count_disk_bytes(plan: Plan) -> int:
     """Return the bytes that a stage writes: checkpoints with optimizer, and result."""
-    total, trained = plan.parameters["total"], plan.parameters["total"]["trainable"]
-    adapter = plan.parameters["adapter"]["parameters"]
-    weights = 2 * total["parameters"] if not adapter else 4 * adapter
-    return int(CHECKPOINTS * (weights + 12 * trained) + weights)
+    total, adapter = (plan.parameters[part] for part in ("total", "adapter"))
+    weights = 4 * adapter["parameters"] or 2 * total["parameters"]
+    return CHECKPOINTS * (weights + 12 * total["trainable"]) + weights
 
 
 # ---------------------------------------------------------------- command line
@@ -292,13 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb plan",
         description="Memory, time and price of a training, and what is missing here.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m univg_nb plan full --gpu H100-80G --gpus 8",
     )
     add_scale_arguments(parser)
     parser.add_argument("--gpu", default="H100-80G", help=", ".join(cost.GPUS))
     parser.add_argument("--gpus", type=int, help="default: the scale's")
-    parser.add_argument("--strategy", choices=STRATEGIES)
     parser.add_argument("--stage", choices=tuple(DATA), help="default: both")
     parser.add_argument("--mfu", type=float, default=0.35, help="assumed, 0..1")
     parser.add_argument("--price", type=float, help="of one GPU hour, any currency")
@@ -309,7 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="set what that training took beside the plan (with --stage, and as "
         "scale the scale.yaml of that run)",
     )
-    parser.add_argument("--images", action="store_true", help="open every image too")
     parser.add_argument(
         "--account-only", action="store_true", help="do not check this machine"
     )
@@ -317,33 +308,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.measured and not options.stage:
         raise ValueError("--measured is of one stage: add --stage sft or --stage grpo")
     config, gpu = load_config(options), cost.find_gpu(options.gpu)
-    checks, good, needed = [], True, 0
-    for stage, (_, key, released) in DATA.items():
-        if options.stage not in (None, stage):
-            continue
+    took = read_measured(options.measured) if options.measured else {}
+    longest = took.get("longest_row")
+    checks, plans = [], []
+    for stage in [options.stage] if options.stage else DATA:
         report = None
         if not options.account_only:
-            check, report = check_data(config, stage, options.images)
+            check, report = check_data(config, stage)
             checks.append(check)
-        layout = choose_layout(config, stage, options.strategy, options.gpus, report)
-        took = read_measured(options.measured) if options.measured else {}
-        if "longest_row" in took:
-            layout = with_longest_row(layout, took["longest_row"])
-        rows = config["data"].get(key) or released
+        layout = choose_layout(config, stage, None, options.gpus, report, longest)
+        _, key, released = DATA[stage]
+        samples = config["data"].get(key) or released
         whole = spread(config, stage, layout.processes)
-        plan = cost.compute_plan(whole, stage, layout, gpu, rows, options.mfu)
+        plan = Plan(whole, stage, layout, gpu, samples, options.mfu)
+        plans.append(plan)
         print(format_plan(plan, options.gpu, options.price))
         if not plan.fits:
-            better = cost.rank_variants(whole, plan, rows, options.mfu)
-            print(format_variants(plan, better))
+            print(format_variants(plan, cost.rank_variants(plan)))
         if took:
             print(compare(plan, took))
         print()
-        good, needed = good and plan.fits, needed + count_disk_bytes(plan)
     print(f"assumed: MFU {options.mfu:g}; hours are a model, not a measurement")
     if not options.account_only:
+        needed = sum(map(count_disk_bytes, plans))
         checks += [*check_machine(config, layout), check_disk(options.out, needed)]
-        for check in checks:
-            mark = "ok" if check.ok else "NO"
-            print(f"  {mark:<3} {check.name:<24} {check.detail}")
-    return int(not good or not all(check.ok for check in checks))
+    for check in checks:
+        mark = "ok" if check.ok else "NO"
+        print(f"  {mark:<3} {check.name:<24} {check.detail}")
+    good = all(plan.fits for plan in plans) and all(check.ok for check in checks)
+    return int(not good)

@@ -1,17 +1,17 @@
 """Sweeps: which jobs a command line means, and a queue that runs them over GPUs.
 
 A job is a child process `python -m univg_nb run` with one value for each parameter, its
-own run folder, a log, and its state in job.json: running, done, failed or interrupted.
-The next call of the same command runs what is not done.
+own run folder, a log, and job.json: its command and its state (done, failed or
+interrupted). The next call of the same command runs what is not done.
 """
 
 import itertools
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,39 +75,33 @@ def run_jobs(
     command: list[str],
     slots: Sequence[str | None],
     fresh: bool,
-) -> int:
-    """Run the jobs that are not done, each in its own folder of run_dir.
+) -> bool:
+    """Run the jobs that are not done; return whether all are done then.
+
+    An exception, as after Ctrl-C or SIGTERM, ends the jobs as SIGTERM does.
 
     Args:
-        run_dir: the run folder; a job starts with the stages that are finished in it.
+        run_dir: holds the folders of the jobs; a job starts with the stages that are
+            finished in it.
         jobs: from `list_jobs`.
         command: what all jobs run.
         slots: for each job that may run at once, its CUDA_VISIBLE_DEVICES or None.
         fresh: run the done ones again.
-
-    Returns:
-        0 if all are done, 1 if one failed, 128 + n after signal n.
     """
-    free, signals = list(slots), list[int]()
+    free, stopping = list(slots), threading.Event()
     running: list[subprocess.Popen] = []
-
-    def stop(number: int, _: Any = None) -> None:
-        signals.append(number)
-        for process in running:
-            process.terminate()
 
     def work(name: str) -> bool:
         folder, note = run_dir / name, run_dir / name / "job.json"
         options = [part for pair in jobs[name].items() for part in ("-p", *pair)]
         arguments = [*command, "--run-dir", str(folder), *options]
-        old = read_json(note) if note.is_file() and not fresh else {}
-        if old.get("command") == arguments and old["state"] == "done":
+        done = {"command": arguments, "state": "done"}
+        if note.is_file() and read_json(note) == done and not fresh:
             return True
-        if signals:
+        if stopping.is_set():
             return False
         share_stages(run_dir, folder)
-        gpus, log = free.pop(), folder / "run.log"
-        facts: dict[str, Any] = {"command": arguments, "gpus": gpus, "log": str(log)}
+        gpus, log, began = free.pop(), folder / "run.log", time.monotonic()
         with log.open("ab") as output:
             process = subprocess.Popen(
                 arguments,
@@ -117,31 +111,27 @@ def run_jobs(
                 start_new_session=True,  # Ctrl-C reaches it through us, once
             )
         running.append(process)
-        if signals:  # it came while the job was started
+        if stopping.is_set():  # since the job was started
             process.terminate()
-        began = time.monotonic()
-        write_json(note, facts | {"state": "running"})
-        code = process.wait()
+        failed = process.wait() != 0
         free.append(gpus)
-        state = "done" if code == 0 else "interrupted" if signals else "failed"
-        seconds = round(time.monotonic() - began, 1)
-        write_json(
-            note, facts | {"state": state, "exit_code": code, "seconds": seconds}
-        )
-        print(f"{name:<32} {state:<11} {seconds:8.1f} s", flush=True)
+        ended = "interrupted" if stopping.is_set() else "failed"
+        state = ended if failed else "done"
+        write_json(note, done | {"state": state})
+        print(f"{name:<32} {state:<11} {time.monotonic() - began:8.1f} s", flush=True)
         if state == "failed":
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-15:]), f"\nlog: {log}", file=sys.stderr)
-        return code == 0
+        return not failed
 
     busy = f"{run_dir}: another call works on this queue; wait for it to end"
     with locked(run_dir / ".queue.lock", busy), ThreadPoolExecutor(len(free)) as pool:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        handlers = {number: signal.signal(number, stop) for number in numbers}
-        done = list(pool.map(work, jobs))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 128 + signals[0] if signals else int(not all(done))
+        try:
+            return all(list(pool.map(work, jobs)))
+        finally:
+            stopping.set()
+            for process in running:
+                process.terminate()
 
 
 def share_stages(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ nine jobs, each in its own folder of RUN_DIR (see `launch.queue`).
 """
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -21,15 +20,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import papermill
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from univg_nb.config import add_scale_arguments, dump, load_config, scale_path
+from univg_nb.config import (
+    add_scale_arguments,
+    dump,
+    load_config,
+    scale_path,
+    suggestion,
+)
 from univg_nb.io import write_text
 from univg_nb.launch.notebooks import (
-    check_parameters,
-    error_text,
+    parse_parameter,
     ran_to_end,
     read_notebook,
     read_parameters,
@@ -56,8 +62,9 @@ ENVIRONMENT = {
 
 
 class Kernel(AsyncKernelManager):
-    """The kernel at work, which signals to the runner are passed on to."""
+    """The kernel at work, of this Python; signals to the runner are passed on to it."""
 
+    kernel_spec = KernelSpec(**get_kernel_dict())
     running: ClassVar["Kernel | None"] = None
     signals: ClassVar[list[int]] = []  # received so far
 
@@ -81,11 +88,9 @@ def find_notebooks(names: Sequence[str], folder: Path) -> list[Path]:
     """
     paths: list[Path] = []
     for name in names or [COURSE]:
-        if name.endswith(".ipynb") and Path(name).is_file():
-            paths.append(Path(name))
-            continue
         pattern = f"{name.removesuffix('.ipynb')}*.ipynb" if names else COURSE
-        found = sorted(folder.glob(pattern))
+        whole = name.endswith(".ipynb") and Path(name).is_file()
+        found = [Path(name)] if whole else sorted(folder.glob(pattern))
         if not found:
             known = ", ".join(path.stem for path in sorted(folder.glob("*.ipynb")))
             raise ValueError(
@@ -121,12 +126,11 @@ def execute(
             progress_bar=sys.stderr.isatty() and bar,
         )
     except PapermillExecutionError as error:
-        failure = error_text(read_notebook(out)) or str(error)
+        failure = str(error)
     except DeadKernelError:
         failure = "the kernel died (out of memory?)"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            out.unlink(missing_ok=True)  # half a notebook
+    except OSError:  # the disk is full
+        out.unlink(missing_ok=True)  # half a notebook
         raise
     seconds = time.perf_counter() - began
     executed = read_notebook(out)
@@ -144,18 +148,15 @@ def execute(
     return done
 
 
-def run(paths: Sequence[Path], run_dir: Path, values: Sequence[dict[str, Any]]) -> int:
+def run(paths: Sequence[Path], run_dir: Path, values: Sequence[dict[str, Any]]) -> bool:
     """Execute notebooks in order with their parameters; stop at the first failure.
 
-    Returns 0, or 1 after a failure. Raises KeyboardInterrupt or SystemExit after SIGINT
-    or SIGTERM.
+    Returns whether all are done. Raises KeyboardInterrupt or SystemExit after SIGINT or
+    SIGTERM.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    kernels = Path(sys.prefix) / "share" / "jupyter"  # this venv's kernel comes first
-    others = os.environ.get("JUPYTER_PATH", "")
-    os.environ["JUPYTER_PATH"] = f"{kernels}{os.pathsep}{others}".rstrip(os.pathsep)
-    began, done = time.perf_counter(), True
+    done = True
     Kernel.signals.clear()
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, Kernel.pass_on) for number in numbers}
@@ -171,9 +172,7 @@ def run(paths: Sequence[Path], run_dir: Path, values: Sequence[dict[str, Any]]) 
         raise KeyboardInterrupt
     if Kernel.signals:
         raise SystemExit(128 + signal.SIGTERM)
-    if done:
-        report(run_dir, time.perf_counter() - began)
-    return int(not done)
+    return done
 
 
 def report(run_dir: Path, seconds: float) -> None:
@@ -192,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m univg_nb run",
         description="Execute notebooks of the course; finished stages are reused.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m univg_nb run 05 06 --scale tiny -p WEIGHT exp,power",
     )
     parser.add_argument("names", nargs="*", help="e.g. 03; none: the course")
@@ -208,10 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "several values, as a,b or 0:3, make a sweep",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="jobs of a sweep at once (without --gpus)"
-    )
-    parser.add_argument(
-        "--gpus", nargs="+", help="a sweep's GPUs, one job on each: 0 1, or 0,1 2,3"
+        "--gpus",
+        nargs="+",
+        default=[None],
+        help="a sweep's GPUs, one job on each: 0 1, or 0,1 2,3",
     )
     parser.add_argument("--run-dir", default="", help="default: runs/SCALE")
     parser.add_argument("--fresh", action="store_true", help="reuse no finished stage")
@@ -221,33 +219,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="copy executed outputs from there into notebooks/ and run nothing",
     )
     options = parser.parse_args(arguments)
-    folder = repo_root() / "notebooks"
+    paths = find_notebooks(options.names, repo_root() / "notebooks")
     if options.record:
         copies = resolve_run_dir(options.record) / "notebooks"
-        for path in find_notebooks(options.names, folder):
+        for path in paths:
             size = record(path, copies / path.name)
             print(f"{path.stem:<24} {size / 1000:7.0f} KB")
         return 0
-    scale, given = options.scale, dict(options.given)
+    scale, given, began = options.scale, dict(options.given), time.perf_counter()
     scale_path(scale)  # before anything is written
     target = resolve_run_dir(options.run_dir, scale)
-    paths = find_notebooks(options.names, folder)
-    own = {p.stem: read_parameters(read_notebook(p), p.name) for p in paths}
+    own = {path: read_parameters(read_notebook(path), path.stem) for path in paths}
     known = {name: value for values in own.values() for name, value in values.items()}
+    for name in given.keys() - known.keys():
+        notebooks = ", ".join(path.stem for path in paths)
+        hint = suggestion(name, known)
+        raise ValueError(f"-p {name}: no such parameter in {notebooks}{hint}")
     jobs = list_jobs(given, known)
     for job in jobs.values():
-        typed = check_parameters(job, own)
+        typed = [
+            {
+                name: parse_parameter(name, text, own[path][name], path.stem)
+                for name, text in job.items()
+                if name in own[path]
+            }
+            for path in paths
+        ]
     if options.set:  # every notebook reads the same changed scale
         scale = str(target / "scale.yaml")
         write_text(scale, dump(load_config(options)))
     if len(jobs) > 1:
         command = [sys.executable, "-m", "univg_nb", "run", *options.names]
         command += ["--scale", scale, *["--fresh"] * options.fresh]
-        slots = options.gpus or [None] * max(1, options.jobs)
-        return run_jobs(target, jobs, command, slots, options.fresh)
+        return int(not run_jobs(target, jobs, command, options.gpus, options.fresh))
     common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": options.fresh}
     values = [
-        {k: v for k, v in common.items() if k in own[path.stem]} | typed[path.stem]
-        for path in paths
+        {k: v for k, v in common.items() if k in own[path]} | given
+        for path, given in zip(paths, typed, strict=True)
     ]
-    return run(paths, target, values)
+    done = run(paths, target, values)
+    if done:
+        report(target, time.perf_counter() - began)
+    return int(not done)

@@ -7,8 +7,8 @@ current update when the file `STOP` appears in the launch folder, when it receiv
 SIGTERM, or when the launcher is gone.
 """
 
-import contextlib
 import os
+import re
 import select
 import signal
 import stat
@@ -24,12 +24,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback
 
 from univg_nb.data.sample import GroundingSample
-from univg_nb.io import locked, read_json, write_json
+from univg_nb.io import read_json, write_json
 from univg_nb.runs import peak_memory_mb
 from univg_nb.train import grpo, sft
 
+TRAIN = {"sft": sft.train, "grpo": grpo.train}
 STOP = "stop"  # file in the launch folder: end after the current update
-LOCK = "trainer.lock"  # held by rank 0 as long as it runs
 # strategy -> accelerate's DistributedType in force, on GPUs and on CPUs
 IN_FORCE = {
     "single": ("NO",),
@@ -47,39 +47,50 @@ class Interrupted(Exception):  # noqa: N818 (a request, not an error)
 class Supervisor(TrainerCallback):
     """Check the processes before the first update; end early, saved, when asked.
 
-    Attributes:
-        facts: what rank-N.json says of this process.
+    Args:
+        folder: the launch folder.
+        strategy: launch.strategy that was asked for.
+        processes: launch.processes that was asked for.
     """
 
-    def __init__(self, folder: Path, rank: int, strategy: str, processes: int) -> None:
-        self.folder = folder
-        self.strategy = strategy
-        self.processes = processes
-        self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid()}
+    def __init__(self, folder: Path, strategy: str, processes: int) -> None:
+        self.folder, self.strategy, self.processes = folder, strategy, processes
+        self.facts: dict[str, Any] = {
+            "rank": int(os.environ.get("RANK", 0)),
+            "pid": os.getpid(),
+        }
         self.signaled = self.stopping = False
-        signal.signal(signal.SIGTERM, self._note_signal)
 
     def write(self, state: str, **facts: Any) -> None:
         """Write the state (training, finished or interrupted) and what goes with it."""
         self.facts |= {"state": state, **facts}
         write_json(self.folder / f"rank-{self.facts['rank']}.json", self.facts)
 
-    def _note_signal(self, *_: Any) -> None:
+    def note_signal(self, *_: Any) -> None:
+        """Signal handler: end after the current update."""
         self.signaled = True
 
-    def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        train_dataloader: Any = None,
-        **_: Any,
-    ) -> None:
-        """Compare what accelerate set up with what was asked for."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Compare what accelerate set up with what was asked for.
+
+        accelerate does not check: on CPUs it turns FSDP into DDP, and may start
+        processes that do not know of each other.
+        """
         found = AcceleratorState()
         kind = found.distributed_type.value
-        check_processes(self.strategy, self.processes, found.num_processes, kind)
-        dataset = train_dataloader.dataset
+        if found.num_processes != self.processes:
+            raise ValueError(
+                f"{self.processes} processes were asked for, {found.num_processes} "
+                "train together; check launch.processes, the number of nodes, and who "
+                "started this process"
+            )
+        if kind not in IN_FORCE[self.strategy]:
+            raise ValueError(
+                f"launch.strategy = {self.strategy} was asked for, but accelerate runs "
+                f"{kind}; on CPUs only single and ddp work, and with deepspeed zero2 "
+                "and zero3"
+            )
+        dataset = more["train_dataloader"].dataset
         if "length" in dataset.column_names:  # rows tokenized before the training
             self.facts["longest_row"] = max(dataset["length"])
         self.write(
@@ -118,30 +129,6 @@ def is_launcher_gone() -> bool:
     return bool(select.select([0], [], [], 0)[0])
 
 
-def check_processes(strategy: str, asked: int, found: int, kind: str) -> None:
-    """Raise ValueError unless `found` processes train together as `strategy` says.
-
-    accelerate does not check: on CPUs it turns FSDP into DDP, and may start processes
-    that do not know of each other.
-
-    Args:
-        strategy: launch.strategy of the scale.
-        asked: launch.processes of the scale.
-        found: number of processes in the process group.
-        kind: accelerate's DistributedType in force.
-    """
-    if found != asked:
-        raise ValueError(
-            f"{asked} processes were asked for, {found} train together; check "
-            "launch.processes, the number of nodes, and who started this process"
-        )
-    if kind not in IN_FORCE[strategy]:
-        raise ValueError(
-            f"launch.strategy = {strategy} was asked for, but accelerate runs {kind}; "
-            "on CPUs only single and ddp work, and with deepspeed zero2 and zero3"
-        )
-
-
 def rows_of(found: list[dict[str, Any]]) -> list[GroundingSample]:
     """Return samples from their JSON form, in which tuples have become lists."""
     for row in found:
@@ -157,30 +144,22 @@ def _peak_bytes(before: int) -> int:
     status = Path("/proc/self/status")  # getrusage counts the parent's before the start
     if not status.is_file():
         return peak_memory_mb() * 2**20 - before
-    lines = (line.partition(":") for line in status.read_text().splitlines())
-    return int({name: rest for name, _, rest in lines}["VmHWM"].split()[0]) * 1024
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+    return int(peak[1]) * 1024 if peak else 0
 
 
 def run(request: Mapping[str, Any], folder: Path) -> None:
     """Train as the request says; write rank-N.json to the launch folder."""
-    rank, world = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    asked, strategy = request["processes"], request["strategy"]
-    if world != asked:  # before the weights are loaded
-        check_processes(strategy, asked, world, IN_FORCE[strategy][0])
-    supervisor = Supervisor(folder, rank, strategy, asked)
+    supervisor = Supervisor(folder, request["strategy"], request["processes"])
+    signal.signal(signal.SIGTERM, supervisor.note_signal)
     before, rows = psutil.Process().memory_info().rss, rows_of(request["rows"])
-    train = sft.train if request["stage"] == "sft" else grpo.train
     options = {**request["options"], "callbacks": [supervisor]}
-    lock = locked(folder / LOCK, f"{folder.parent}: another process trains there")
-    with lock if rank == 0 else contextlib.nullcontext():
-        try:
-            train(request["config"], request["out"], rows, **options)
-        except Interrupted:
-            supervisor.write("interrupted")
-        else:
-            supervisor.write("finished", peak_bytes=_peak_bytes(before))
+    try:
+        TRAIN[request["stage"]](request["config"], request["out"], rows, **options)
+    except Interrupted:
+        supervisor.write("interrupted")
+    else:
+        supervisor.write("finished", peak_bytes=_peak_bytes(before))
 
 
 @record
