@@ -84,38 +84,42 @@ def test_jsonl_with_a_bad_line_inside_is_refused(tmp_path):
 # ---------------------------------------------------------------- stages
 
 
+def open_stage(folder, *args, **options):
+    return runs.Run("tiny", folder, 0, {}).stage(*args, **options)
+
+
 def test_a_stage_is_reused_only_when_finished_and_equal(tmp_path):
-    first = runs.stage(tmp_path, "sft", {"lr": 1})
+    first = open_stage(tmp_path, "sft", {"lr": 1})
     assert not first.done
     (first.dir / "checkpoint").write_text("half")
-    resumed = runs.stage(tmp_path, "sft", {"lr": 1})
+    resumed = open_stage(tmp_path, "sft", {"lr": 1})
     assert not resumed.done and (resumed.dir / "checkpoint").exists()
     resumed.finish(loss=0.5)
-    again = runs.stage(tmp_path, "sft", {"lr": 1})
+    again = open_stage(tmp_path, "sft", {"lr": 1})
     assert again.done and again.results == {"loss": 0.5}
-    changed = runs.stage(tmp_path, "sft", {"lr": 2})
+    changed = open_stage(tmp_path, "sft", {"lr": 2})
     assert not changed.done and not (changed.dir / "checkpoint").exists()
     assert (tmp_path / "replaced" / "sft" / "checkpoint").read_text() == "half"
 
 
 def test_fresh_begins_again(tmp_path):
-    runs.stage(tmp_path, "eval/base/mig", {}).finish(n=1)
-    assert runs.stage(tmp_path, "eval/base/mig", {}).done
-    assert not runs.stage(tmp_path, "eval/base/mig", {}, fresh=True).done
+    open_stage(tmp_path, "eval/base/mig", {}).finish(n=1)
+    assert open_stage(tmp_path, "eval/base/mig", {}).done
+    assert not open_stage(tmp_path, "eval/base/mig", {}, fresh=True).done
 
 
 def test_a_stage_knows_what_it_was_made_from(tmp_path):
     with pytest.raises(ValueError, match="needs 'data', which is not finished"):
-        runs.stage(tmp_path, "sft", {}, needs=["data"])
-    runs.stage(tmp_path, "data", {"seed": 0}).finish()
-    runs.stage(tmp_path, "sft", {}, needs=["data"]).finish()
-    assert runs.stage(tmp_path, "sft", {}, needs=["data"]).done
-    runs.stage(tmp_path, "data", {"seed": 1}).finish()
-    assert not runs.stage(tmp_path, "sft", {}, needs=["data"]).done
+        open_stage(tmp_path, "sft", {}, needs=["data"])
+    open_stage(tmp_path, "data", {"seed": 0}).finish()
+    open_stage(tmp_path, "sft", {}, needs=["data"]).finish()
+    assert open_stage(tmp_path, "sft", {}, needs=["data"]).done
+    open_stage(tmp_path, "data", {"seed": 1}).finish()
+    assert not open_stage(tmp_path, "sft", {}, needs=["data"]).done
 
 
 def test_the_manifest_records_a_stage(tmp_path):
-    runs.stage(tmp_path, "data", {}).finish(n=3)
+    open_stage(tmp_path, "data", {}).finish(n=3)
     manifest = io.read_json(tmp_path / "manifest.json")
     assert manifest["stages"]["data"]["peak_memory_mb"] > 10
     assert manifest["stages"]["data"]["seconds"] >= 0
@@ -156,7 +160,7 @@ def test_relative_run_dirs_count_from_the_repository(tmp_path, monkeypatch):
 def test_shipped_scales_are_valid_and_survive_a_round_trip(name, tmp_path):
     scale = runs.load_scale(name)
     copy = tmp_path / "copy.yaml"
-    io.write_text(copy, runs.dump(scale))
+    io.write_text(copy, config.dump(scale))
     assert runs.load_scale(copy) == scale
 
 
@@ -279,7 +283,7 @@ def test_override_leaves_the_original_alone():
 def test_bad_scale_files_name_file_and_key(tmp_path):
     with pytest.raises(ValueError, match="unknown scale 'tny'; did you mean 'tiny'"):
         runs.load_scale("tny")
-    good = runs.dump(runs.load_scale("smoke"))
+    good = config.dump(runs.load_scale("smoke"))
     for text, message in (
         (good + "extra: {}\n", "unknown section 'extra'"),
         (good.replace("beta:", "betta:"), r"scale\.yaml: unknown key grpo\.betta"),

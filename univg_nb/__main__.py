@@ -44,7 +44,7 @@ MISTAKES = (  # what a user got wrong; everything else is a failure or a defect
 )
 FAILURES = (FloatingPointError, MemoryError, OSError)
 # A server or the network failed, or a GPU is full: by name, as these are not imported.
-NETWORK = ("httpx", "httpx2", "huggingface_hub", "openai")
+OUTSIDE = {"httpx", "httpx2", "huggingface_hub", "openai", "OutOfMemoryError"}
 COURSE = (
     "IPython",
     "ipywidgets",
@@ -58,9 +58,7 @@ COURSE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    Args:
-        arguments: the command's name and its arguments; default: those of the process,
-            for which SIGTERM then ends the command as Ctrl-C does, with 143.
+    By default it is the process's own, which SIGTERM ends as Ctrl-C does, with 143.
     """
     words = list(arguments or [])
     if arguments is None:
@@ -88,30 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _is_disk_full(error):
             where = getattr(error, "filename", None) or "the output"
-            return _say(
-                f"error: no space left on the disk of {where}; free some and call "
-                "again: finished stages are reused",
-                1,
-            )
-        kind = type(error)
-        if (
-            isinstance(error, FAILURES)
-            or kind.__module__.partition(".")[0] in NETWORK
-            or kind.__name__ == "OutOfMemoryError"
-        ):
+            remedy = "free some and call again: finished stages are reused"
+            return _say(f"error: no space left on the disk of {where}; {remedy}", 1)
+        names = {type(error).__module__.partition(".")[0], type(error).__name__}
+        if isinstance(error, FAILURES) or names & OUTSIDE:
             return _say(f"error: {error or 'out of memory'}", 1)
         raise
 
 
 def _run(words: list[str]) -> int:
-    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
-    usage = "\n".join(
-        [
-            "usage: python -m univg_nb COMMAND [OPTIONS]\n",
-            *lines,
-            "\npython -m univg_nb COMMAND --help shows the options and an example.",
-        ]
-    )
+    lines = ["usage: python -m univg_nb COMMAND [OPTIONS]\n"]
+    lines += [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines += ["\npython -m univg_nb COMMAND --help shows the options and an example."]
+    usage = "\n".join(lines)
     if words and words[0] in ("-h", "--help"):
         print(usage)
         return 0
@@ -129,13 +116,11 @@ def _say(text: str, code: int) -> int:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     """Return whether a full disk is behind an error or what it was raised from."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            return True
-        if "No space left on device" in str(error):  # of safetensors
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    if error is None:
+        return False
+    code, text = getattr(error, "errno", None), str(error)  # the latter of safetensors
+    full = code == errno.ENOSPC or "No space left on device" in text
+    return full or _is_disk_full(error.__cause__ or error.__context__)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Scale files: reading, checking against a typed schema, overriding.
 
-A scale is a mapping with the sections `model`, `data`, `sft`, `grpo`, `evaluate`, and
-`launch` where training runs in processes of its own. `OWN_SECTIONS` has our own keys;
-in `sft` and `grpo` every field of TRL's SFTConfig and GRPOConfig is allowed too, under
-the library's own name, and under `lora` every field of PEFT's LoraConfig. An unknown
-key or a wrong type is a ValueError that names file and key: a misspelt option must
-never train with a default.
+`OWN_SECTIONS` has the sections of a scale and our own keys; in `sft` and `grpo` every
+field of TRL's SFTConfig and GRPOConfig is allowed too, under the library's own name,
+and under `lora` every field of PEFT's LoraConfig. An unknown key or a wrong type is a
+ValueError that names file and key: a misspelt option must never train with a default.
 """
 
 import argparse
@@ -58,7 +56,7 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "unit_mean": bool,
         "rescale": Literal["none", "mad", "drop_silent"],
         "max_zero_updates": int,
-        "shared_prefix": Literal["auto", "on", "off", True, False],  # YAML: on is true
+        "shared_prefix": bool,
         "row_tokens": int,
         "norm_learning_rate": float | None,  # null: the last norm stays as it is
         "freeze_vision": bool,
@@ -72,7 +70,6 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "port": int,  # of the rendezvous; 0 takes a free one (one node only)
     },
 }
-OPTIONAL = ("launch",)
 # Options that transformers renamed in 5.23: a scale has the new name with any version.
 FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -167,10 +164,9 @@ def _fields(config_class: type) -> dict[str, Any]:
 
 @functools.cache
 def schema(section: str) -> dict[str, Any]:
-    """Return the allowed keys of a section and their types.
+    """Return the allowed keys of a section, or of "sft.lora", and their types.
 
-    "sft.lora" is PEFT's LoraConfig. TRL and PEFT are imported only for their sections,
-    because that takes seconds.
+    TRL and PEFT are imported only for their sections, because that takes seconds.
     """
     if section == "sft.lora":
         from peft import LoraConfig
@@ -215,7 +211,7 @@ def _check(config: Any, where: str) -> dict[str, Any]:
         if section not in OWN_SECTIONS:
             hint = suggestion(str(section), OWN_SECTIONS)
             raise ValueError(f"{where}: unknown section {section!r}{hint}")
-    missing = [name for name in OWN_SECTIONS if name not in (*config, *OPTIONAL)]
+    missing = [name for name in OWN_SECTIONS if name not in (*config, "launch")]
     if missing:
         raise ValueError(f"{where}: section missing: {', '.join(missing)}; add it")
     for section, values in config.items():
@@ -227,10 +223,7 @@ def _check(config: Any, where: str) -> dict[str, Any]:
 
 
 def scale_path(name_or_path: str | Path) -> Path:
-    """Return the file of a shipped scale, or the given .yaml file.
-
-    Raises ValueError if there is no such scale or file.
-    """
+    """Return the file of a shipped scale, or the given .yaml file; it must exist."""
     text = str(name_or_path)
     path = Path(text) if text.endswith((".yaml", ".yml")) else SCALES / f"{text}.yaml"
     if not path.is_file():
@@ -245,11 +238,7 @@ def scale_path(name_or_path: str | Path) -> Path:
 def load_scale(
     name_or_path: str | Path, overrides: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Read and check a scale file.
-
-    Args:
-        name_or_path: name of a shipped scale, or a .yaml file with the same sections.
-        overrides: options to set afterwards, each as "SECTION.KEY=VALUE".
+    """Read and check a scale file, and set options of it as `override` does.
 
     Raises:
         ValueError: for an unknown scale, unreadable YAML, unknown keys or wrong types.
@@ -270,18 +259,14 @@ def add_scale_arguments(
 ) -> None:
     """Add the scale and `--set` to a command's parser; `load_config` reads them.
 
-    Args:
-        parser: the parser of the command.
-        default: the scale of an optional `--scale`; None makes it a required positional
-            argument instead. Either way it is found as `options.scale`.
+    The scale is a required positional argument or, with a default, an option `--scale`.
     """
     shown = "name of a shipped scale or a .yaml file"
     if default is None:
         parser.add_argument("scale", help=shown)
     else:
-        parser.add_argument(
-            "--scale", default=default, help=f"{shown} (default: {default})"
-        )
+        shown += f" (default: {default})"
+        parser.add_argument("--scale", default=default, help=shown)
     parser.add_argument(
         "--set",
         action="append",
@@ -292,33 +277,23 @@ def add_scale_arguments(
 
 
 def load_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Load the scale that a command line names, with its `--set` options applied.
-
-    Raises:
-        ValueError: as `load_scale`.
-    """
+    """Load the scale that a command line names, with its `--set` options applied."""
     return load_scale(options.scale, options.set)
 
 
 def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """Return a checked copy of a scale with one option set.
+    """Return a checked copy of a whole scale with one option set.
 
-    Args:
-        config: a whole scale.
-        assignment: as "sft.learning_rate=1e-3"; "sft.lora.r=8" sets an option of LoRA.
-
-    Raises:
-        ValueError: as `load_scale`.
+    The assignment is as "sft.learning_rate=1e-3"; "sft.lora.r=8" sets one of LoRA.
     """
+    where = f"--set {assignment!r}"
     key, equals, text = assignment.partition("=")
     section, *keys = key.strip().split(".")
     if not equals or len(keys) not in (1, 2) or (len(keys) == 2 and keys[0] != "lora"):
-        raise ValueError(
-            f"--set {assignment!r}: write SECTION.KEY=VALUE, as sft.learning_rate=1e-3"
-        )
+        raise ValueError(f"{where}: write SECTION.KEY=VALUE, as sft.learning_rate=1e-3")
     if section not in OWN_SECTIONS:
         hint = suggestion(section, OWN_SECTIONS)
-        raise ValueError(f"--set {assignment!r}: unknown section {section!r}{hint}")
+        raise ValueError(f"{where}: unknown section {section!r}{hint}")
     changed = {name: dict(values) for name, values in config.items()}
     target = changed.setdefault(section, {})
     if len(keys) == 2:
@@ -328,7 +303,7 @@ def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
     if wanted and not _accepts(wanted, value) and _accepts(wanted, text):
         value = text  # "no", a word that YAML reads as false
     target[keys[-1]] = value
-    _check_section(section, changed[section], f"--set {assignment!r}")
+    _check_section(section, changed[section], where)
     return changed
 
 
@@ -345,20 +320,13 @@ def spread(
 ) -> dict[str, Any]:
     """Return the scale with the batch of a stage kept whole on so many processes.
 
-    Its accumulation in the file holds for `launch.written_for` processes.
-
-    Args:
-        config: a whole scale.
-        stage: "sft" or "grpo".
-        processes: default: `launch.processes`.
-
-    Raises:
-        ValueError: if the batch cannot be divided so.
+    Its accumulation in the file holds for `launch.written_for` processes. By default
+    there are `launch.processes`. Raises ValueError if the batch cannot be divided so.
     """
-    launch, section = config.get("launch", {}), dict(config[stage])
+    launch = config.get("launch", {})
     wanted = processes or launch.get("processes", 1)
-    written = launch.get("written_for", wanted)
-    steps = section.get("gradient_accumulation_steps", 1) * written
+    section = whole_batch(config[stage], launch.get("written_for", wanted))
+    steps = section["gradient_accumulation_steps"]
     if steps % wanted:
         raise ValueError(
             f"the {stage} batch is {steps} micro-batches an update, which do not "
@@ -372,8 +340,8 @@ def spread(
 def whole_batch(section: dict[str, Any], processes: int) -> dict[str, Any]:
     """Return a section with the accumulation of all processes together.
 
-    It is the same for every way to spread one batch, so that a checkpoint is recognized
-    on another number of processes.
+    It does not depend on how a batch is spread, so a checkpoint is recognized on
+    another number of processes.
     """
     steps = section.get("gradient_accumulation_steps", 1) * processes
     return {**section, "gradient_accumulation_steps": steps}

@@ -46,15 +46,20 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; ValueError names the file and line if it is malformed."""
+def _parse_json(text: str, path: str | Path, line: int = 1) -> Any:
+    """Parse the text that begins in that line of a file, which an error names."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}, line {error.lineno}: malformed JSON ({error.msg}); "
+            f"{path}, line {line + error.lineno - 1}: malformed JSON ({error.msg}); "
             "repair the file or delete it and run its stage again"
         ) from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; ValueError names the file and line if it is malformed."""
+    return _parse_json(Path(path).read_text(encoding="utf-8"), path)
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
@@ -73,22 +78,13 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line without its newline is a cut-off write: left out.
-
-    Raises ValueError with file and line number for a malformed line elsewhere.
-    """
+    """All whole rows; a last line without its newline is a cut-off write: left out."""
     rows = []
     with Path(path).open(encoding="utf-8", errors="replace") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.endswith("\n"):
                 break
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: malformed JSON ({error.msg}); "
-                    "delete the line or the file and run its stage again"
-                ) from error
+            rows.append(_parse_json(line.strip(), path, number))
     return rows
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +55,7 @@ def get_device() -> torch.device:
 def ignore_rename_warnings() -> Iterator[None]:
     """Ignore warnings that PEFT and TRL use an old name of activation checkpointing."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`(is_)?gradient_checkpointing", FutureWarning
-        )
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
         yield
 
 
@@ -65,29 +63,22 @@ def ignore_rename_warnings() -> Iterator[None]:
 
 
 def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
-    """Load the processor, with the pixel limits on its image processor.
+    """Load the processor, with the pixel limits of a scale's `model` section.
 
-    On the processor itself they have no effect (docs/paper_facts.md#t4).
-
-    Args:
-        model_section: the `model` section of a scale. min_pixels and max_pixels bound
-            the pixels of an image after resizing, both inclusive.
-
-    Raises:
-        ValueError: if min_pixels is larger than max_pixels.
+    They bound the pixels of an image after resizing, both inclusive. Set on the loaded
+    processor they would have no effect (docs/paper_facts.md#t4). Raises ValueError if
+    min_pixels is above max_pixels.
     """
     name = resolve_model_path(model_section["name_or_path"])
-    processor = AutoProcessor.from_pretrained(name)
-    image_processor = processor.image_processor
-    size = dict(image_processor.size)
-    for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        size[edge] = model_section.get(key) or size[edge]
+    keys = [key for key in ("min_pixels", "max_pixels") if model_section.get(key)]
+    limits = {key: model_section[key] for key in keys}
+    processor = AutoProcessor.from_pretrained(name, **limits)
+    size = processor.image_processor.size
     if size["shortest_edge"] > size["longest_edge"]:
         raise ValueError(
             f"model.min_pixels = {size['shortest_edge']} is larger than "
             f"model.max_pixels = {size['longest_edge']}; swap or widen them"
         )
-    image_processor.size = type(image_processor.size)(**size)
     return processor
 
 
@@ -109,15 +100,14 @@ def load_for_training(
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """Load a model whose weights, or whose adapter, will be trained.
 
+    The trainer moves it to its device. Without `adapter` and `quantize`, every weight
+    requires a gradient.
+
     Args:
         model_section: the `model` section of a scale.
         adapter: folder of a LoRA adapter to train further, or of a fully fine-tuned
             model, which replaces the base weights.
         quantize: "nf4" stores the language model's linear layers in 4 bits, frozen.
-
-    Returns:
-        (model, processor). The trainer moves the model to its device. Without adapter
-        and quantize, every weight requires a gradient.
     """
     lora = adapter is not None and is_adapter(adapter)
     model = _load_weights(model_section, None if lora else adapter, quantize)
@@ -142,10 +132,8 @@ def load_for_inference(
         model_section: the `model` section of a scale.
         adapters: folders of LoRA adapters, each trained on top of the one before it.
             The first may be a fully fine-tuned model, which replaces the base weights.
-        quantize: "nf4" stores the language model's linear layers in 4 bits.
-
-    Raises:
-        ValueError: for several adapters on 4-bit weights, and as `is_adapter`.
+        quantize: "nf4" stores the language model's linear layers in 4 bits. They take
+            one adapter; several raise ValueError.
     """
     paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     whole = paths.pop(0) if paths and not is_adapter(paths[0]) else None
@@ -171,10 +159,7 @@ def _load_weights(
     source = resolve_model_path(model_section["name_or_path"])
     # The shipped and small models train in fp32; only a GPU makes bf16 worth it.
     dtype = getattr(torch, model_section.get("dtype", "float32"))
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": model_section.get("attn_implementation", "sdpa"),
-    }
+    options: dict[str, Any] = {}
     if quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -189,7 +174,10 @@ def _load_weights(
         # Otherwise SDPA copies keys and values for every query head.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     return AutoModelForImageTextToText.from_pretrained(
-        source if folder is None else str(folder), **options
+        source if folder is None else str(folder),
+        dtype=dtype,
+        attn_implementation=model_section.get("attn_implementation", "sdpa"),
+        **options,
     )
 
 
@@ -201,10 +189,8 @@ def add_lora(
 ) -> PeftModel:
     """Add new LoRA matrices to every linear layer of the language model.
 
-    Args:
-        model: the base model. The matrices are drawn from torch's global generator:
-            seed it first.
-        lora: options of PEFT's LoraConfig (r, lora_alpha, lora_dropout, ...).
+    They are drawn from torch's global generator: seed it first. `lora` holds options of
+    PEFT's LoraConfig (r, lora_alpha, lora_dropout, ...).
     """
     options = {"target_modules": LANGUAGE_LINEARS, "task_type": "CAUSAL_LM"}
     with ignore_rename_warnings():
@@ -222,13 +208,8 @@ def find_language_linears(model: torch.nn.Module) -> list[str]:
 
 def freeze_vision(model: torch.nn.Module) -> int:
     """Freeze vision tower and merger; return the number of parameters frozen."""
-    frozen = 0
-    for name, parameter in model.named_parameters():
-        if "visual." in name:
-            parameter.requires_grad_(False)
-            frozen += count_entries(parameter)
-    assert frozen, "no parameter has 'visual.' in its name: not a Qwen2-VL"
-    return frozen
+    visual = get_base_model(model).model.visual.requires_grad_(False)
+    return sum(map(count_entries, visual.parameters()))
 
 
 def get_base_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -253,15 +234,13 @@ def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     parts = ("vision", "language", "adapter", "total")
     table = {part: {"parameters": 0, "trainable": 0, "bytes": 0} for part in parts}
     for name, parameter in model.named_parameters():
+        count = count_entries(parameter)
+        size = count * parameter.element_size()
         state = getattr(parameter, "quant_state", None)  # bitsandbytes' Params4bit
-        count = count_entries(parameter) if state is None else state.shape.numel()
-        size = count_entries(parameter) * parameter.element_size()
         if state is not None:
-            size += sum(
-                value.numel() * value.element_size()
-                for value in state.as_dict(packed=True).values()
-                if isinstance(value, torch.Tensor)
-            )
+            count = state.shape.numel()
+            scales = state.as_dict(packed=True).values()
+            size += sum(v.nbytes for v in scales if isinstance(v, torch.Tensor))
         part = "vision" if "visual." in name else "language"
         part = "adapter" if _of_adapter(name) else part
         for row in (table[part], table["total"]):
@@ -272,13 +251,9 @@ def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, int]]:
 
 
 def hash_weights(model: torch.nn.Module, adapter: bool = False) -> str:
-    """Return 16 hex digits over the base weights, or over the adapter's.
+    """Return 16 hex digits over the base weights, or over those that PEFT added.
 
-    The hash uses the names of the base model, so adding LoRA does not change it.
-
-    Args:
-        model: a model with or without an adapter.
-        adapter: hash the weights that PEFT added instead of the base weights.
+    Names are those of the base model, so adding LoRA does not change its hash.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -302,16 +277,13 @@ def count_entries(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-@contextmanager
-def gather_weights(module: torch.nn.Module) -> Iterator[None]:
+def gather_weights(module: torch.nn.Module) -> AbstractContextManager[Any]:
     """Give every process all weights of `module` inside the `with` block, to read.
 
     All processes must enter together. Without ZeRO-3 nothing happens.
     """
     if not is_deepspeed_zero3_enabled():
-        yield
-        return
+        return nullcontext()
     from deepspeed import zero  # optional, installed when ZeRO-3 is in use
 
-    with zero.GatheredParameters(list(module.parameters())):
-        yield
+    return zero.GatheredParameters(list(module.parameters()))

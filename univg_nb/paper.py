@@ -16,20 +16,15 @@ from univg_nb import io
 class Task:
     """A task of MIG-Bench.
 
-    Attributes:
-        name: in the JSON file.
-        column: in the paper's tables.
-        original: number of items, counted in the public file.
-        revised: number of items in the revised benchmark, inferred: with it the printed
-            percentages are exact k/N.
-        hits: items that UniVG-R1 got right, inferred likewise.
+    The numbers of the revised benchmark are inferred: with them the printed percentages
+    are exact k/N.
     """
 
-    name: str
-    column: str
-    original: int
-    revised: int
-    hits: int
+    name: str  # in the JSON file
+    column: str  # in the paper's tables
+    original: int  # items, counted in the public file
+    revised: int  # items in the revised benchmark
+    hits: int  # revised items that UniVG-R1 got right
 
 
 @dataclass(frozen=True)
@@ -56,9 +51,8 @@ class PaperTable:
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table as printed: rows x (columns and "AVG"), in percent."""
-        return pd.DataFrame.from_dict(
-            self.rows, orient="index", columns=[*self.columns, "AVG"]
-        )
+        columns = [*self.columns, "AVG"]
+        return pd.DataFrame.from_dict(self.rows, orient="index", columns=columns)
 
     def compute_average(self, row: str) -> float:
         """Return the unweighted mean of a row's cells, to 2 places as printed."""
@@ -68,18 +62,15 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Figure3:
-    """Shares of easy, medium and hard groups during training, read off drawn curves.
-
-    A trend holds the two ends of a dashed line; `tolerance` is that of the reading.
-    """
+    """Shares of easy, medium and hard groups during training, read off drawn curves."""
 
     iteration: tuple[int, ...]
     easy: tuple[float, ...]
     medium: tuple[float, ...]
     hard: tuple[float, ...]
-    easy_trend: tuple[float, float]
+    easy_trend: tuple[float, float]  # the two ends of a dashed line
     hard_trend: tuple[float, float]
-    tolerance: float
+    tolerance: float  # of the reading
 
 
 def find_hits(percent: float, n: int) -> int | None:
@@ -89,10 +80,8 @@ def find_hits(percent: float, n: int) -> int | None:
     return k if abs(100 * k / n - percent) <= 0.005 + 1e-9 else None
 
 
-def _read_table(
-    misprints: tuple[dict[str, Any], ...] = (), **fields: Any
-) -> PaperTable:
-    return PaperTable(**fields, misprints=tuple(Misprint(**m) for m in misprints))
+def _read_table(misprints: tuple[dict[str, Any], ...] = (), **rest: Any) -> PaperTable:
+    return PaperTable(**rest, misprints=tuple(Misprint(**m) for m in misprints))
 
 
 _DATA = io.read_asset("paper.yaml")

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from univg_nb.config import dump as dump
 from univg_nb.config import load_scale as load_scale
 from univg_nb.config import override as override
 from univg_nb.io import config_hash, read_json, write_json
@@ -45,7 +44,7 @@ def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
     """Return the absolute run folder; an empty `run_dir` means runs/SCALE.
 
     Relative paths count from the repository root, because JupyterLab starts a notebook
-    in its own folder. Raises ValueError if both arguments are empty.
+    in its own folder.
     """
     if not run_dir and not scale:
         raise ValueError("RUN_DIR and SCALE are both empty; set RUN_DIR to a folder")
@@ -55,8 +54,7 @@ def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that shape a result.
 
-    The version of a library that is not installed is "" (bitsandbytes, where nothing is
-    quantized).
+    That of a library that is not installed is "" (bitsandbytes need not be).
     """
     found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "")
     for name in PACKAGES:
@@ -91,20 +89,16 @@ def peak_memory_mb() -> int:
     return max(resource.getrusage(who).ru_maxrss for who in usage) // unit
 
 
-def record_stage(
-    run_dir: str | Path,
-    name: str,
-    seconds: float,
-    group: str = "stages",
-    **facts: Any,
-) -> None:
-    """Write to manifest.json what a stage (or, another group, a notebook) took.
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
-    The seconds are rounded to hundredths; `facts` are recorded with them.
-    """
+
+def record_stage(
+    run_dir: str | Path, name: str, seconds: float, group: str = "stages", **facts: Any
+) -> None:
+    """Write to manifest.json what a stage (or, another group, a notebook) took."""
     path = Path(run_dir) / "manifest.json"
-    manifest = read_json(path) if path.is_file() else {}
-    manifest |= {"versions": versions(), "git": git_hash()}
+    manifest = _read_if_there(path) | {"versions": versions(), "git": git_hash()}
     facts = {"seconds": round(seconds, 2), "peak_memory_mb": peak_memory_mb(), **facts}
     manifest.setdefault(group, {})[name] = facts
     write_json(path, manifest)
@@ -140,60 +134,6 @@ class Stage:
         return results
 
 
-def stage(
-    run_dir: str | Path,
-    name: str,
-    config: Any,
-    fresh: bool = False,
-    needs: Iterable[str] = (),
-) -> Stage:
-    """Open the stage folder run_dir/name.
-
-    A finished stage of the same configuration comes back with `.done` True and its
-    `.results`; an interrupted one keeps its files, so that training can resume. With
-    `fresh`, or when the configuration differs, the old folder is moved to
-    run_dir/replaced/ and an empty one begins.
-
-    Args:
-        run_dir: the run folder.
-        name: of the stage; may contain slashes.
-        config: what decides the result, JSON-like.
-        fresh: begin again even if the stage is finished.
-        needs: names of stages of this run that this one is made from.
-
-    Raises:
-        ValueError: if a needed stage is not finished.
-    """
-    run_dir = Path(run_dir)
-    upstream = {}
-    for other in needs:
-        marker = run_dir / other / "stage.json"
-        found = read_json(marker) if marker.is_file() else {}
-        if found.get("status") != "finished":
-            raise ValueError(
-                f"{run_dir}: stage {name!r} needs {other!r}, which is not finished "
-                "there; run the notebook that makes it first (00_start_here lists them)"
-            )
-        upstream[other] = found["hash"]
-    wanted = config_hash({"config": config, "needs": upstream})
-    folder = run_dir / name
-    marker = folder / "stage.json"
-    if marker.is_file():
-        found = read_json(marker)
-        if found["hash"] == wanted and not fresh:
-            done = found["status"] == "finished"
-            return Stage(run_dir, name, wanted, done, found.get("results", {}))
-        aside = run_dir / "replaced" / name
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        folder.replace(aside)
-        if not fresh:
-            print(f"{name}: its configuration changed, so it runs again")
-    begun = {"name": name, "status": "started", "hash": wanted, "needs": upstream}
-    write_json(marker, begun | {"config": json.loads(json.dumps(config, default=str))})
-    return Stage(run_dir, name, wanted)
-
-
 @dataclass(frozen=True)
 class Run:
     """What every notebook starts from; `start` makes it."""
@@ -206,8 +146,45 @@ class Run:
     def stage(
         self, name: str, config: Any, fresh: bool = False, needs: Iterable[str] = ()
     ) -> Stage:
-        """Open a stage of this run; see the function `stage`."""
-        return stage(self.dir, name, config, fresh, needs)
+        """Open the folder of a stage.
+
+        A finished stage of the same configuration comes back with `.done` True and its
+        `.results`; an interrupted one keeps its files, so that training can resume.
+        With `fresh`, or when the configuration differs, the old folder is moved to
+        replaced/ and an empty one begins.
+
+        Args:
+            name: of the stage; may contain slashes.
+            config: what decides the result, JSON-like.
+            fresh: begin again even if the stage is finished.
+            needs: names of stages of this run that this one is made from; ValueError if
+                one is not finished.
+        """
+        upstream = {}
+        for other in needs:
+            found = _read_if_there(self.dir / other / "stage.json")
+            if found.get("status") != "finished":
+                raise ValueError(
+                    f"{self.dir}: {name!r} needs {other!r}, which is not finished; "
+                    "run the notebook that makes it first (00_start_here lists them)"
+                )
+            upstream[other] = found["hash"]
+        wanted = config_hash({"config": config, "needs": upstream})
+        folder = self.dir / name
+        if found := _read_if_there(folder / "stage.json"):
+            if found["hash"] == wanted and not fresh:
+                done = found["status"] == "finished"
+                return Stage(self.dir, name, wanted, done, found.get("results", {}))
+            aside = self.dir / "replaced" / name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.replace(aside)
+            if not fresh:
+                print(f"{name}: its configuration changed, so it runs again")
+        begun = {"name": name, "status": "started", "hash": wanted, "needs": upstream}
+        begun["config"] = json.loads(json.dumps(config, default=str))
+        write_json(folder / "stage.json", begun)
+        return Stage(self.dir, name, wanted)
 
 
 def start(
@@ -220,22 +197,16 @@ def start(
 
     Args:
         scale: name of a shipped scale or a .yaml file.
-        run_dir: the run folder; "" means runs/SCALE.
+        run_dir: the run folder; "" means runs/SCALE. That of another scale raises
+            ValueError: its stages would all be replaced.
         seed: of the data and of both trainings.
         overrides: options to set, each as "SECTION.KEY=VALUE".
-
-    Raises:
-        ValueError: for an unknown scale or option, and for a run folder of another
-            scale: its stages would all be replaced.
     """
-    config = load_scale(scale)
-    for section in ("data", "sft", "grpo"):
-        config[section]["seed"] = seed
-    for assignment in overrides:
-        config = override(config, assignment)
+    seeds = [f"{section}.seed={seed}" for section in ("data", "sft", "grpo")]
+    config = load_scale(scale, [*seeds, *overrides])
     folder = resolve_run_dir(run_dir, scale)
     path = folder / "manifest.json"
-    manifest = read_json(path) if path.is_file() else {}
+    manifest = _read_if_there(path)
     if manifest.get("scale", scale) != scale:
         raise ValueError(
             f"{folder} holds a run at scale {manifest['scale']!r}, not {scale!r}; "
