@@ -114,6 +114,10 @@ def attend_with(model: torch.nn.Module, name: str) -> None:
     models.get_base_model(model).model.language_model.set_attn_implementation(name)
 
 
+def cache_of(model: torch.nn.Module) -> VisionCache:
+    return VisionCache(models.get_base_model(model).model)
+
+
 def log_probs_and_gradient(model, made, factor):
     value = (made[0].float().exp() * factor).sum()
     gradient = gradient_of(model, value).float()
@@ -138,7 +142,7 @@ def measure_errors(
         made = whole_rows(model, batch)
         found["whole"] = log_probs_and_gradient(model, made, factor)
     attend_with(model, attention)
-    made = shared_rows(model, batch, packed_rows.UNLIMITED, VisionCache())
+    made = shared_rows(model, batch, packed_rows.UNLIMITED, cache_of(model))
     found["shared"] = log_probs_and_gradient(model, made, factor)
     assert true.norm() > 0
     return {
@@ -187,7 +191,7 @@ def test_flex_attention_takes_packed_rows_on_the_cpu():
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = whole_rows(model, batch)
         attend_with(model, FLEX)  # transformers' own name refuses Qwen2-VL
-        made = shared_rows(model, batch, packed_rows.UNLIMITED, VisionCache())
+        made = shared_rows(model, batch, packed_rows.UNLIMITED, cache_of(model))
         again = whole_rows(model, batch)
     torch.testing.assert_close(made[0], expected[0], rtol=0, atol=1e-5)
     assert torch.equal(again[0], expected[0])  # other masks: as sdpa
@@ -205,7 +209,7 @@ def sampled(family: str, images: int, device: str) -> tuple[list[int], list[int]
         eos_token_ids=[],
         warpers=LogitsProcessorList([*banned(device), TopKLogitsWarper(1)]),
         seeds=range(3),
-        vision=VisionCache(),
+        vision=cache_of(model),
     )
     assert replies[0] == replies[1] == replies[2]
     with torch.no_grad():
@@ -217,7 +221,7 @@ def sampled(family: str, images: int, device: str) -> tuple[list[int], list[int]
             do_sample=False,
             eos_token_id=None,
             suppress_tokens=VISION,
-            **make_vision_inputs(model, prompt.images),
+            **make_vision_inputs(prompt.images),
         )
     return replies[0], whole[0, len(prompt.ids) :].tolist()
 
@@ -241,7 +245,7 @@ def difference(model, prompt, attention: str) -> tuple[float, float]:
     backbone = models.get_base_model(model).model
     attend_with(model, attention)
     warpers = LogitsProcessorList(banned(str(prompt.ids.device)))
-    worst = check.compare_log_probs(model, prompt, warpers, 0.8, VisionCache())
+    worst = check.compare_log_probs(model, prompt, warpers, 0.8, cache_of(model))
     return worst, check.get_tolerance(backbone)
 
 

@@ -56,7 +56,7 @@ def generate(base, prompt, count):
         pad_token_id=0,
         max_new_tokens=count,
         do_sample=False,
-        **make_vision_inputs(base, prompt.images),
+        **make_vision_inputs(prompt.images),
     )
     return made[0, len(prompt.ids) :].tolist()
 

@@ -9,14 +9,13 @@ from grpo_builders import G, Scripted, make_config, make_samples, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import END, TEXT, WORDS, build, make_prompt
-from torch.nn.attention.flex_attention import create_mask
 from torch.nn.utils.rnn import pad_sequence
 
 from univg_nb import models
 from univg_nb.fast import check, packed_rows
 from univg_nb.fast.attention import SEGMENTS, Segments, get_attention
 from univg_nb.fast.prompts import split_rows
-from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
+from univg_nb.fast.vision_features import VisionCache
 from univg_nb.train import grpo
 
 FIELDS = ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")
@@ -81,15 +80,11 @@ def shared_rows(model, batch, max_tokens, vision) -> list[torch.Tensor]:
     tokens = (batch[name][:, :width] for name in ("input_ids", "attention_mask"))
     runs = split_rows(*tokens, batch["groups"], **{n: batch[n] for n in FIELDS})
     lengths = batch["attention_mask"][:, width:].sum(1).tolist()
+    pairs = zip(batch["input_ids"][:, width:], lengths, strict=True)
+    replies = [row[:length] for row, length in pairs]
     found = {}
     for chunk in packed_rows.split_chunks(runs, lengths, max_tokens):
-        packed = [
-            (p, [batch["input_ids"][r, width : width + lengths[r]] for r in rows])
-            for p, rows in chunk
-        ]
-        parts = packed_rows.compute_log_probs(model, backbone, packed, vision)
-        order = [row for _, rows in chunk for row in rows]
-        found |= zip(order, parts, strict=True)
+        found |= packed_rows.compute_log_probs(model, backbone, chunk, replies, vision)
     both = zip(*(found[row] for row in range(len(lengths))), strict=True)
     return [pad_sequence(values, batch_first=True) for values in both]
 
@@ -139,8 +134,8 @@ GROUP = st.tuples(
 )
 def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention):
     model = built[kind]
-    language = models.get_base_model(model).model.language_model
-    language.set_attn_implementation("sdpa")
+    backbone = models.get_base_model(model).model
+    backbone.language_model.set_attn_implementation("sdpa")
     groups = []
     for number, (sizes, before, after, lengths) in enumerate(layout):
         generator = torch.Generator().manual_seed(100 + number)
@@ -150,9 +145,9 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention
         ]
         groups.append((make_prompt(sizes, before, after, number), replies))
     batch = as_batch(groups)
-    vision = None if kind == "tower" else VisionCache()
+    vision = None if kind == "tower" else VisionCache(backbone)
     expected = whole_rows(model, batch)
-    language.set_attn_implementation(attention)
+    backbone.language_model.set_attn_implementation(attention)
     made = shared_rows(model, batch, max_tokens, vision)
     torch.manual_seed(0)
     factor = torch.randn_like(expected[0]) * (expected[0] != 0)
@@ -171,14 +166,15 @@ def test_a_chunk_keeps_to_the_token_budget_and_cuts_no_group():
     assert [[rows[0] for _, rows in chunk] for chunk in chunks] == [[3, 5], [8], [30]]
 
 
-def test_flex_attention_gets_the_same_mask():
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
-    dense = packed_rows.block_mask(segments)
-    rule = packed_rows.make_mask_rule(segments)
-    made = create_mask(rule, 2, None, 8, 8, device="cpu")[:, 0]
-    assert torch.equal(made, dense)
+def test_a_reply_sees_the_prompt_and_its_own_past():
+    rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
+    seen = packed_rows.block_mask(rows)
+    for row, query, key in torch.cartesian_prod(*map(torch.arange, seen.shape)):
+        ours, theirs = rows[row, query], rows[row, key]
+        own = theirs == 0 or theirs == ours
+        assert seen[row, query, key] == (key <= query and own)
     # by hand: the second reply's first token sees the prompt and itself
-    assert dense[0, 5].tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 2
+    assert seen[0, 5].tolist() == [True] * 3 + [False] * 2 + [True] + [False] * 2
 
 
 def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
@@ -204,36 +200,37 @@ def image_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_image_is_computed_once_and_equals_the_models_own(built):
-    backbone, cache = models.get_base_model(built["full"]).model, VisionCache()
+    backbone = models.get_base_model(built["full"]).model
+    cache = VisionCache(backbone)
     images = [image_of(seed) for seed in (1, 2, 1)]
     pixels, grids = map(torch.cat, zip(*images, strict=True))
     with torch.no_grad():
         own = backbone.get_image_features(pixels, grids, return_dict=True).pooler_output
-    made = [cache.get_features(backbone, *image) for image in images]
+    made = [cache.get_features(*image) for image in images]
     assert (cache.computed, cache.reused) == (2, 1)
     torch.testing.assert_close(torch.cat(made), torch.cat(own), rtol=0, atol=1e-5)
-    again = cache.get_features(backbone, *image_of(2))
+    again = cache.get_features(*image_of(2))
     assert torch.equal(again, made[1]) and cache.computed == 2
     # other processor settings: other pixels, or the same in another grid
-    cache.get_features(backbone, pixels[:16] * 2, grids[:1])
-    cache.get_features(backbone, pixels[:16], torch.tensor([[1, 2, 8]]))
+    cache.get_features(pixels[:16] * 2, grids[:1])
+    cache.get_features(pixels[:16], torch.tensor([[1, 2, 8]]))
     assert cache.computed == 4
 
 
 def test_the_cache_forgets_the_image_not_used_for_longest(built):
     backbone = models.get_base_model(built["full"]).model
     size = 4 * TEXT["hidden_size"] * 4  # bytes of 4 tokens in float32
-    cache = VisionCache(limit_bytes=2 * size)
+    cache = VisionCache(backbone, limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
-        cache.get_features(backbone, *image_of(seed))
+        cache.get_features(*image_of(seed))
     assert (cache.computed, cache.reused) == (4, 2)
     assert cache.used_bytes == 2 * size
 
 
 def test_features_of_a_tower_that_trains_are_refused(built):
     backbone = models.get_base_model(built["tower"]).model
-    with pytest.raises(ValueError, match="freeze_vision: true"):
-        make_vision_inputs(backbone, [image_of(1)], VisionCache())
+    with pytest.raises(AssertionError, match="the vision tower trains"):
+        VisionCache(backbone)
 
 
 def test_each_image_goes_through_the_tower_once_in_all_updates(folder, tmp_path):
@@ -292,10 +289,10 @@ def test_prompts_are_shared_in_mixed_precision(folder, tmp_path):
 def test_an_obstacle_turns_sharing_off_with_a_message(
     folder, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(check, "MODEL_TYPES", ("qwen2_5_vl",))
+    monkeypatch.setattr("univg_nb.fast.trainer.MODEL_TYPES", ("qwen2_5_vl",))
     with caplog.at_level(logging.WARNING, "univg_nb"):
         assert not make_trainer(folder, tmp_path).shared_forward
-    assert "qwen2_vl has not Qwen2-VL's positions" in caplog.text
+    assert "qwen2_vl takes TRL's own passes" in caplog.text
 
 
 def test_what_cannot_be_is_refused(folder, tmp_path):

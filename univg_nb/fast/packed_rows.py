@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    create_mask,
+)
 from torch.nn.utils.rnn import pad_sequence
 
 from univg_nb.fast.attention import (
@@ -33,7 +37,7 @@ from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 UNLIMITED = 2**62
 
-Groups = list[tuple[Prompt, list[int]]]  # each prompt with the numbers of its rows
+Group = tuple[Prompt, Sequence[int]]  # a prompt with the numbers of its rows
 
 
 def block_mask(segments: Tensor) -> Tensor:
@@ -45,9 +49,9 @@ def block_mask(segments: Tensor) -> Tensor:
     Returns:
         bool (B, S, S), query by key.
     """
-    row = torch.arange(len(segments), device=segments.device)[:, None, None]
-    place = torch.arange(segments.size(1), device=segments.device)
-    return make_mask_rule(segments)(row, row, place[:, None], place)
+    rows, length = segments.shape
+    rule = make_mask_rule(segments)
+    return create_mask(rule, rows, None, length, length, segments.device)[:, 0]
 
 
 def make_mask_rule(segments: Tensor) -> Callable[..., Tensor]:
@@ -78,23 +82,23 @@ def make_attention_mask(
     if attention != FLEX:
         return make_additive_mask(block_mask(segments), backbone)
     rows, length = segments.shape
-    rule, device = make_mask_rule(segments), segments.device
-    return create_block_mask(rule, rows, None, length, length, device=device)
+    rule = make_mask_rule(segments)
+    return create_block_mask(rule, rows, None, length, length, segments.device)
 
 
 def split_chunks(
-    groups: Groups, lengths: Sequence[int], max_tokens: int = UNLIMITED
-) -> list[Groups]:
+    groups: Sequence[Group], lengths: Sequence[int], max_tokens: int = UNLIMITED
+) -> list[list[Group]]:
     """Split groups into batches of at most `max_tokens`, padding included.
 
     lengths: reply tokens of every row. Similar lengths come together. Groups are never
     cut: one that is longer is a batch by itself.
     """
 
-    def size(group: tuple[Prompt, list[int]]) -> int:
+    def size(group: Group) -> int:
         return len(group[0].ids) + sum(lengths[row] for row in group[1])
 
-    chunks: list[Groups] = []
+    chunks: list[list[Group]] = []
     for group in sorted(groups, key=size):  # the longest of a chunk is its last
         if not chunks or (len(chunks[-1]) + 1) * size(group) > max_tokens:
             chunks.append([])
@@ -125,20 +129,24 @@ def pack_row(
 def compute_log_probs(
     model: Module,
     backbone: Module,
-    groups: Sequence[tuple[Prompt, Sequence[Tensor]]],
+    groups: Sequence[Group],
+    replies: Sequence[Tensor] | Tensor,
     vision: VisionCache | None = None,
-) -> list[tuple[Tensor, ...]]:
-    """Compute log-probs and entropies of all replies, with one row for each group.
+) -> dict[int, tuple[Tensor, ...]]:
+    """Compute log-probs and entropies of the replies of `groups`, packed.
 
-    model: has TRL's fused head; backbone: its Qwen2VLModel; groups: each prompt with
-    its replies (L,) without padding. Returns (log-probs, entropies), each (L,) in
-    float32, of every reply in order; (log-probs,) where the head computes no entropies.
+    model: has TRL's fused head; backbone: its Qwen2VLModel; replies: (L,) of every row,
+    without padding. Returns {row: (log-probs, entropies)}, each (L,) in float32;
+    (log-probs,) where the head computes no entropies.
     """
-    rows = [pack_row(p, compute_positions(backbone, p), found) for p, found in groups]
+    packed = [
+        pack_row(p, compute_positions(backbone, p), [replies[row] for row in rows])
+        for p, rows in groups
+    ]
     ids, labels, segments, positions = (
         pad_sequence(column, batch_first=True, padding_value=padding)
         for column, padding in zip(
-            zip(*rows, strict=True), (0, -100, -1, 0), strict=True
+            zip(*packed, strict=True), (0, -100, -1, 0), strict=True
         )
     )
     chosen = labels != -100
@@ -156,9 +164,10 @@ def compute_log_probs(
             position_ids=positions.permute(2, 0, 1),  # (3, B, S)
             shift_labels=labels[chosen][None],
             fused_lm_head=True,
-            **make_vision_inputs(backbone, images, vision),
+            **make_vision_inputs(images, vision),
         )
-    lengths = [len(reply) for _, replies in groups for reply in replies]
+    order = [row for _, rows in groups for row in rows]
+    lengths = [len(replies[row]) for row in order]
     values = (outputs.log_probs, outputs.entropy)
     parts = [x[0].split(lengths) for x in values if x is not None]
-    return list(zip(*parts, strict=True))
+    return dict(zip(order, zip(*parts, strict=True), strict=True))

@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 
 from univg_nb.data.images import open_image
-from univg_nb.fast.vision_features import EncodedImage
+from univg_nb.fast.vision_features import EncodedImage, make_vision_inputs
 
 
 @dataclass
@@ -127,12 +127,9 @@ def make_prompts(
 
 def make_fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Return TRL's multimodal fields of rows: pixels flat, a list for each row else."""
-    fields: dict[str, Any] = {}
     images = [image for prompt in prompts for image in prompt.images]
-    if images:
-        pixels, grids = map(torch.cat, zip(*images, strict=True))
-        fields = {"pixel_values": pixels, "image_grid_thw": grids}
-    return fields | {"mm_token_type_ids": [p.token_types.tolist() for p in prompts]}
+    types = [prompt.token_types.tolist() for prompt in prompts]
+    return {**make_vision_inputs(images), "mm_token_type_ids": types}
 
 
 class ReusedEncoding:

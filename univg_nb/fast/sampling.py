@@ -60,7 +60,6 @@ def can_share_rollout(args: GRPOConfig) -> bool:
     """Return whether `make_warpers` covers all sampling options of `args`."""
     return not (
         args.use_vllm
-        or args.use_transformers_continuous_batching
         or args.repetition_penalty != 1.0
         or set(args.generation_kwargs or {}) - {"suppress_tokens"}
     )
@@ -194,7 +193,7 @@ def _prefill(
         position_ids=pad([place[:, :-1].T for place in positions]).permute(2, 0, 1),
         past_key_values=cache,
         use_cache=True,
-        **make_vision_inputs(backbone, images, vision),
+        **make_vision_inputs(images, vision),
     )
     return cache, seen
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,9 +30,9 @@ from trl.trainer.utils import (
 
 from univg_nb import models
 from univg_nb.fast import check, packed_rows, prompts, sampling, vllm
-from univg_nb.fast.attention import get_attention
+from univg_nb.fast.attention import MODEL_TYPES, get_attention
 from univg_nb.fast.folded import fold_adapter
-from univg_nb.fast.packed_rows import Groups
+from univg_nb.fast.packed_rows import Group
 from univg_nb.fast.prompts import Prompt
 from univg_nb.fast.vision_features import VisionCache, tower_trains
 
@@ -50,8 +51,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         args: GRPOConfig; its generation_kwargs get the banned tokens.
         processing_class: the model's processor.
         shared_prefix: False takes TRL's own passes. True computes one group both ways
-            at first use, and falls back to them where log-probs differ (`check`), or
-            for a `check.find_obstacle`.
+            at first use, and falls back to them where log-probs differ (`check`). So
+            do models without Qwen2-VL's positions, and weights sharded by FSDP.
         row_tokens: most tokens in a pass of the model, in whole groups.
         **others: further arguments.
 
@@ -77,23 +78,23 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if refused := {"tools", "rollout_func", "environment_factory"} & others.keys():
             raise ValueError(f"{', '.join(refused)}: not supported with shared prompts")
         self.row_tokens = row_tokens
-        self.banned_tokens = sampling.ban_vision_tokens(
-            args, processing_class.tokenizer
-        )
+        tokenizer = processing_class.tokenizer
+        self.banned_tokens = sampling.ban_vision_tokens(args, tokenizer)
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )
-        if self.ref_model is not None:  # its tower is as fixed as the policy's
-            self.ref_model.requires_grad_(False)
         base = models.get_base_model(self.model)
-        obstacle = check.find_obstacle(base, self.is_fsdp_enabled)
-        if shared_prefix and obstacle:
-            logger.warning("%s: shared_prefix falls back to TRL's own passes", obstacle)
-        self.shared_forward = self.unchecked = shared_prefix and not obstacle
+        kind, sharded = base.config.model_type, self.is_fsdp_enabled
+        possible = kind in MODEL_TYPES and not sharded
+        if shared_prefix and not possible:
+            layout = " under FSDP" if sharded else ""
+            logger.warning("shared_prefix: %s%s takes TRL's own passes", kind, layout)
+        self.shared_forward = self.unchecked = shared_prefix and possible
         self.shared_rollout = self.shared_forward and sampling.can_share_rollout(args)
         # With sharded weights all processes must call the tower equally often.
         cached = self.shared_forward and not is_deepspeed_zero3_enabled()
-        self.vision = VisionCache() if cached and not tower_trains(base.model) else None
+        cached = cached and not tower_trains(base.model)
+        self.vision = VisionCache(base.model) if cached else None
         self.row_groups: list[int] = []  # the group of every row of the next pass
 
     # ---------------------------------------------------------------- the rollout
@@ -286,7 +287,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return made
 
     def _compute_shared(
-        self, model: Any, groups: Groups, replies: list[Tensor], length: int
+        self, model: Any, groups: Sequence[Group], replies: list[Tensor], length: int
     ) -> tuple[Tensor, Tensor | None, None]:
         """Compute log-probs and entropies of all replies, (B, length).
 
@@ -301,15 +302,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         called = model if talks or training else unwrapped
         found: dict[int, tuple[Tensor, ...]] = {}  # by row
         for chunk in packed_rows.split_chunks(groups, [*map(len, replies)], budget):
-            packed = [
-                (prompt, [replies[row] for row in rows]) for prompt, rows in chunk
-            ]
             with self.accelerator.autocast(), fold_adapter(unwrapped):
-                values = packed_rows.compute_log_probs(
-                    called, backbone, packed, self.vision
+                found |= packed_rows.compute_log_probs(
+                    called, backbone, chunk, replies, self.vision
                 )
-            order = [row for _, rows in chunk for row in rows]
-            found |= zip(order, values, strict=True)
         log_probs, *entropies = (
             torch.stack([pad(part, (0, length - len(part))) for part in parts])
             for parts in zip(*(found[row] for row in range(len(replies))), strict=True)

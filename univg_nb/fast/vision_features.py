@@ -42,9 +42,12 @@ class VisionCache:
     Each image goes through the tower by itself: its features are the same bits whatever
     stood beside it and whatever was kept, so a resumed training repeats an
     uninterrupted one. `computed` counts images that went through, `reused` the others.
+    The tower must not train: its features would change, and kept ones give no gradient.
     """
 
-    def __init__(self, limit_bytes: int = 2**30) -> None:
+    def __init__(self, backbone: Module, limit_bytes: int = 2**30) -> None:
+        assert not tower_trains(backbone), "the vision tower trains: nothing to keep"
+        self.backbone = backbone
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
         self.computed = 0
@@ -52,7 +55,7 @@ class VisionCache:
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @torch.no_grad()
-    def get_features(self, backbone: Module, pixels: Tensor, grid: Tensor) -> Tensor:
+    def get_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
         """Return the features (tokens, hidden size) of an image, computed once.
 
         pixels: (patches, patch_dim); grid: (1, 3).
@@ -67,7 +70,7 @@ class VisionCache:
             self._kept.move_to_end(key)
             return self._kept[key]
         self.computed += 1
-        output = backbone.get_image_features(pixels, grid, return_dict=True)
+        output = self.backbone.get_image_features(pixels, grid, return_dict=True)
         value = output.pooler_output[0].clone()
         self._kept[key] = value
         self.used_bytes += value.nbytes
@@ -78,24 +81,15 @@ class VisionCache:
 
 
 def make_vision_inputs(
-    backbone: Module, images: Sequence[EncodedImage], cache: VisionCache | None = None
+    images: Sequence[EncodedImage], cache: VisionCache | None = None
 ) -> dict[str, object]:
-    """Return model inputs for images (pixel_values, grid): features with a cache.
-
-    ValueError if the tower trains: its features change with every update, and kept ones
-    would cut it off from its gradient.
-    """
+    """Return model inputs for images (pixel_values, grid): features with a cache."""
     if not images:
         return {}
     if cache is None:
         pixels, grids = map(torch.cat, zip(*images, strict=True))
         return {"pixel_values": pixels, "image_grid_thw": grids}
-    if tower_trains(backbone):
-        raise ValueError(
-            "the vision tower trains, so its features cannot be kept; set "
-            "grpo.freeze_vision: true, or train without a VisionCache"
-        )
-    features = tuple(cache.get_features(backbone, *image) for image in images)
+    features = tuple(cache.get_features(*image) for image in images)
     output = BaseModelOutputWithPooling(pooler_output=features)
     return {"mm_encoder_outputs": {"image": output}}
 
@@ -103,10 +97,9 @@ def make_vision_inputs(
 def preprocess_images(
     processor: ProcessorMixin, paths: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Open and preprocess images; ValueError for one that cannot be read.
+    """Return pixel_values (patches, patch_dim) and image_grid_thw (images, 3).
 
-    Returns:
-        pixel_values (patches, patch_dim) and image_grid_thw (images, 3).
+    ValueError for an image that cannot be read.
     """
     pictures = [open_image(path) for path in paths]
     out = processor.image_processor(images=pictures, return_tensors="pt")
@@ -167,9 +160,8 @@ def vision_features(
 def features_fit(dataset: Dataset, hidden: int) -> bool:
     """Return whether the features of a data set's images fit in FEATURE_BYTES.
 
-    Args:
-        dataset: rows with `images` (paths) and `image_tokens` (of each image).
-        hidden: hidden size of the language model.
+    Its rows have `images` (paths) and `image_tokens` (of each); `hidden` is the hidden
+    size of the language model.
     """
     tokens: dict[str, int] = {}
     for row in dataset:

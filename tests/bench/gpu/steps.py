@@ -62,7 +62,7 @@ from univg_nb.fast.attention import FLEX, SEGMENTS, get_attention  # noqa: E402
 from univg_nb.fast.prompts import Prompt, split_rows  # noqa: E402
 from univg_nb.fast.vision_features import VisionCache  # noqa: E402
 from univg_nb.launch import cost  # noqa: E402
-from univg_nb.launch.memory import Layout  # noqa: E402
+from univg_nb.launch.cost import Layout  # noqa: E402
 from univg_nb.train import checkpoints, grpo, sft  # noqa: E402
 
 SMALL, LARGE = "Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct"
@@ -351,10 +351,11 @@ def passes_of(record: Record, name: str, sizes: dict[str, int], repeats: int) ->
         return check.compute_whole_rows(model, prompt, words)
 
     def packed() -> torch.Tensor:
+        rows = range(len(words))
         parts = packed_rows.compute_log_probs(
-            model, backbone, [(prompt, list(words))], VisionCache()
+            model, backbone, [(prompt, rows)], words, VisionCache(backbone)
         )
-        return torch.stack([log_probs for log_probs, *_ in parts])
+        return torch.stack([parts[row][0] for row in rows])
 
     ways = {
         "whole rows, sdpa": ("sdpa", whole_rows),
