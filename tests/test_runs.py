@@ -266,7 +266,7 @@ def test_a_command_line_names_a_scale_and_its_options():
         config.add_scale_arguments(parser, default)
         parsed = parser.parse_args([*arguments, *options])
         assert parsed.scale == "smoke"
-        loaded = config.load_config(parsed)
+        loaded = config.load_scale(parsed.scale, parsed.set)
         assert loaded["sft"]["max_steps"] == 2 and loaded["grpo"]["weight"] == "none"
     assert config.load_scale("smoke", ["sft.max_steps=2", "grpo.weight=none"]) == loaded
 

@@ -257,7 +257,7 @@ def load_scale(
 def add_scale_arguments(
     parser: argparse.ArgumentParser, default: str | None = None
 ) -> None:
-    """Add the scale and `--set` to a command's parser; `load_config` reads them.
+    """Add to a command's parser what `load_scale` takes: `scale` and `set`.
 
     The scale is a required positional argument or, with a default, an option `--scale`.
     """
@@ -274,11 +274,6 @@ def add_scale_arguments(
         metavar="SECTION.KEY=VALUE",
         help="set an option of the scale; may be repeated",
     )
-
-
-def load_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Load the scale that a command line names, with its `--set` options applied."""
-    return load_scale(options.scale, options.set)
 
 
 def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:

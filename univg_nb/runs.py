@@ -24,7 +24,7 @@ from univg_nb.config import load_scale as load_scale
 from univg_nb.config import override as override
 from univg_nb.io import config_hash, read_json, write_json
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")  # they shape results
 
 
 # ---------------------------------------------------------------- where, with what
@@ -46,16 +46,11 @@ def resolve_run_dir(run_dir: str | Path, scale: str = "") -> Path:
     Relative paths count from the repository root, because JupyterLab starts a notebook
     in its own folder.
     """
-    if not run_dir and not scale:
-        raise ValueError("RUN_DIR and SCALE are both empty; set RUN_DIR to a folder")
     return repo_root() / Path(run_dir or Path("runs") / Path(scale).stem).expanduser()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that shape a result.
-
-    That of a library that is not installed is "" (bitsandbytes need not be).
-    """
+    """Return the versions of Python and of `PACKAGES`, "" for one that is missing."""
     found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "")
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

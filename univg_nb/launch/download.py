@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.file_download import http_get
 
-from univg_nb.config import add_scale_arguments, load_config
+from univg_nb.config import add_scale_arguments, load_scale
 from univg_nb.io import read_asset, write_text
 
 LISTED = read_asset("downloads.yaml")
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    config = load_config(options)
+    config = load_scale(options.scale, options.set)
     if config["data"].get("source") != "released":
         raise ValueError(
             f"scale {options.scale} needs no download; SCALE=small or SCALE=full"

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from univg_nb.config import add_scale_arguments, load_config, spread
+from univg_nb.config import add_scale_arguments, load_scale, spread
 from univg_nb.data.audit import audit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
@@ -307,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.measured and not options.stage:
         raise ValueError("--measured is of one stage: add --stage sft or --stage grpo")
-    config, gpu = load_config(options), cost.find_gpu(options.gpu)
+    config = load_scale(options.scale, options.set)
+    gpu = cost.find_gpu(options.gpu)
     took = read_measured(options.measured) if options.measured else {}
     longest = took.get("longest_row")
     checks, plans = [], []

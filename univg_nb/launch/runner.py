@@ -29,7 +29,7 @@ from papermill.exceptions import PapermillExecutionError
 from univg_nb.config import (
     add_scale_arguments,
     dump,
-    load_config,
+    load_scale,
     scale_path,
     suggestion,
 )
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     if options.set:  # every notebook reads the same changed scale
         scale = str(target / "scale.yaml")
-        write_text(scale, dump(load_config(options)))
+        write_text(scale, dump(load_scale(options.scale, options.set)))
     if len(jobs) > 1:
         command = [sys.executable, "-m", "univg_nb", "run", *options.names]
         command += ["--scale", scale, *["--fresh"] * options.fresh]

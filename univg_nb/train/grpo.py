@@ -35,7 +35,7 @@ from trl import GRPOConfig
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_config
+from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_scale
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="stage folder; default: runs/SCALE/grpo_WEIGHT")
     add("--data", type=Path, help="default: data.stage2_file, else runs/SCALE/data")
     options = parser.parse_args(arguments)
-    config = load_config(options)
+    config = load_scale(options.scale, options.set)
     weight = config["grpo"].get("weight", "exp")
     summary = train(
         config,

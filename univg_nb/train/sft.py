@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_config
+from univg_nb.config import add_scale_arguments, load_scale
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import features_fit, vision_features
 from univg_nb.runs import resolve_run_dir
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--data", type=Path, help="default: data.stage1_file, else runs/SCALE/data")
     add("--no-chains", action="store_true", help="the control without reasoning")
     options = parser.parse_args(arguments)
-    config = load_config(options)
+    config = load_scale(options.scale, options.set)
     adapter = config["sft"].get("adapter", "lora")
     summary = train(
         config,
