@@ -24,7 +24,7 @@ from univg_nb.config import load_scale as load_scale
 from univg_nb.config import override as override
 from univg_nb.io import config_hash, read_json, write_json
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")  # they shape results
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")  # shape a result
 
 
 # ---------------------------------------------------------------- where, with what
