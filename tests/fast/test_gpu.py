@@ -12,13 +12,11 @@ from test_shared_prefix import as_batch, gradient_of, shared_rows, whole_rows
 from tiny_models import END, TOKENS, TOWER, WORDS, make_prompt
 from tiny_models import TEXT as NARROW
 from transformers import (
-    LogitsProcessorList,
+    GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    SuppressTokensLogitsProcessor,
-    TopKLogitsWarper,
 )
 from trl.trainer.utils import add_fused_lm_head
 
@@ -180,10 +178,6 @@ def test_the_same_check_on_the_cpu(family):
     assert errors["log_prob"] <= ATOL and errors["gradient"] <= GRADIENT
 
 
-def banned(device: str) -> list[SuppressTokensLogitsProcessor]:
-    return [SuppressTokensLogitsProcessor(VISION, device=device)]
-
-
 def test_flex_attention_takes_packed_rows_on_the_cpu():
     # its own code, not compiled: FlexAttention has no backward pass on a CPU
     batch = as_batch(make_groups(2, "cpu"))
@@ -201,15 +195,11 @@ def sampled(family: str, images: int, device: str) -> tuple[list[int], list[int]
     """Greedy tokens of the shared rollout and of the model's own `generate`."""
     model = build(family, device, torch.float32).eval()
     prompt = make_groups(images, device)[0][0]
+    config = GenerationConfig(
+        max_new_tokens=24, suppress_tokens=VISION, do_sample=True, top_k=1
+    )
     (replies,) = sample_replies(
-        model,
-        [prompt],
-        3,
-        max_new_tokens=24,
-        eos_token_ids=[],
-        warpers=LogitsProcessorList([*banned(device), TopKLogitsWarper(1)]),
-        seeds=range(3),
-        vision=cache_of(model),
+        model, [prompt], 3, config, range(3), vision=cache_of(model)
     )
     assert replies[0] == replies[1] == replies[2]
     with torch.no_grad():
@@ -244,8 +234,7 @@ def difference(model, prompt, attention: str) -> tuple[float, float]:
     """What the trainer's own check finds, and what it allows."""
     backbone = models.get_base_model(model).model
     attend_with(model, attention)
-    warpers = LogitsProcessorList(banned(str(prompt.ids.device)))
-    worst = check.compare_log_probs(model, prompt, warpers, 0.8, cache_of(model))
+    worst = check.compare_log_probs(model, prompt, VISION, 0.8, cache_of(model))
     return worst, check.get_tolerance(backbone)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from grpo_builders import make_samples, make_trainer, scored_batch
 from tiny_models import END, WORDS, build, make_prompt
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig
 
 from univg_nb import models
 from univg_nb.evaluate import replies
@@ -24,14 +24,6 @@ def built():
 @pytest.fixture(scope="module")
 def folder(grpo_folder):
     return grpo_folder
-
-
-class Greedy:
-    """Puts all probability on the most likely token."""
-
-    def __call__(self, _ids, scores):
-        best = torch.full_like(scores, -torch.inf)
-        return best.scatter(1, scores.argmax(1, keepdim=True), 0.0)
 
 
 LAYOUTS = [
@@ -71,35 +63,25 @@ def test_greedy_replies_are_those_of_generate(built, kind):
         reply[: reply.index(end) + 1] if end in reply else reply for reply in full
     ]
     assert any(len(reply) < 10 for reply in expected)
-    options = {"max_new_tokens": 10, "eos_token_ids": [end]}
-    one = sampling.sample_replies(
-        built[kind], LAYOUTS, 1, warpers=LogitsProcessorList(), **options
-    )
+    config = GenerationConfig(max_new_tokens=10, eos_token_id=end)
+    one = sampling.sample_replies(built[kind], LAYOUTS, 1, config)
     assert one == [[reply] for reply in expected]
     if kind == "qwen3":  # shared prompts were not checked for it
         return
-    three = sampling.sample_replies(
-        built[kind],
-        LAYOUTS,
-        3,
-        warpers=LogitsProcessorList([Greedy()]),
-        seeds=range(12),
-        **options,
-    )
+    three = sampling.sample_replies(built[kind], LAYOUTS, 3, config)
     assert three == [[reply] * 3 for reply in expected]
 
 
 def test_a_sampled_reply_depends_on_its_seed_only(built):
+    config = GenerationConfig(
+        max_new_tokens=12,
+        eos_token_id=list(range(END, WORDS, 5)),
+        do_sample=True,
+        temperature=1.5,
+    )
+
     def sample(prompts, count, seeds):
-        return sampling.sample_replies(
-            built["full"],
-            prompts,
-            count,
-            max_new_tokens=12,
-            eos_token_ids=range(END, WORDS, 5),
-            warpers=sampling.make_warpers(built["full"], [], temperature=1.5),
-            seeds=seeds,
-        )
+        return sampling.sample_replies(built["full"], prompts, count, config, seeds)
 
     together = [reply for group in sample(LAYOUTS, 3, range(12)) for reply in group]
     assert len({len(reply) for reply in together}) > 2
@@ -117,18 +99,17 @@ def test_noise_samples_the_softmax():
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.025, rtol=0)
 
 
-def test_warpers_are_those_of_generate(built):
-    """Ban, temperature, top-k, top-p and min-p in transformers' order."""
-    options = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
-    logits = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    base = built["full"]
-    made = sampling.make_warpers(base, [3, 5], **options)(None, logits.clone())
-    config, _ = base._prepare_generation_config(
-        None, do_sample=True, suppress_tokens=[3, 5], **options
+def test_a_sampled_token_is_one_that_generate_could_sample(built):
+    """Ban, top-k and min-p; without seeds the most likely of what is left."""
+    base = models.get_base_model(built["full"])
+    plain = GenerationConfig(max_new_tokens=1)
+    ((first,),) = sampling.sample_replies(base, LAYOUTS[:1], 1, plain)
+    options = {"do_sample": True, "suppress_tokens": first, "max_new_tokens": 1}
+    likely, narrow = (
+        sampling.sample_replies(base, LAYOUTS[:1], 8, GenerationConfig(**options, **o))
+        for o in ({"top_k": 1}, {"min_p": 0.999})
     )
-    theirs = base._get_logits_processor(config, input_ids_seq_length=1)
-    assert torch.equal(made, theirs(torch.zeros(6, 1, dtype=torch.long), logits))
-    assert (made[:, [3, 5]] == -torch.inf).all()
+    assert likely == narrow == [[likely[0][0]] * 8] and likely[0][0] != first
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -147,14 +128,14 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
     hook = base.lm_head.register_forward_hook(favor)
     inputs, mask = scored_batch(trainer)
     seen = []
-    warpers = sampling.make_warpers
+    sample = sampling.sample_replies
 
-    def watch(model, banned, **options):
-        seen.append(banned)
-        return warpers(model, banned, **options)
+    def watch(model, prompts, count, config, seeds):
+        seen.append(config.suppress_tokens)
+        return sample(model, prompts, count, config, seeds)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "make_warpers", watch)
+        patch.setattr(sampling, "sample_replies", watch)
         processor, samples = trainer.processing_class, make_samples(folder, 2)
         replies.reply(base, processor, samples, max_new_tokens=4)
     hook.remove()

@@ -7,7 +7,12 @@ without padding, and noise is drawn for each reply (`fast.sampling`, as in rollo
 from collections.abc import Sequence
 from functools import cache
 
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import (
+    BatchFeature,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from univg_nb.data import prompts
 from univg_nb.data.images import open_image
@@ -73,16 +78,21 @@ def reply(
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
     banned = sampling.get_vision_token_ids(processor.tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        suppress_tokens=banned,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+    )
     training = model.training
     model.eval()
     made = sampling.sample_replies(
         model,
         [prompt for prompt, _ in groups],
         1,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=ends,
-        warpers=sampling.make_warpers(model, banned, temperature=temperature or 1.0),
-        seeds=seeds if temperature else (),
+        config,
+        seeds if temperature else (),
     )
     model.train(training)
     ids = [tokens for (tokens,) in made]

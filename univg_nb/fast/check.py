@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig
 
 from univg_nb import models
 from univg_nb.fast.attention import (
@@ -55,7 +56,7 @@ def list_attention(backbone: Module) -> list[str]:
 def compare_log_probs(
     model: Module,
     prompt: Prompt,
-    warpers: LogitsProcessorList,
+    banned: Sequence[int],
     temperature: float,
     vision: VisionCache | None = None,
 ) -> float:
@@ -64,30 +65,25 @@ def compare_log_probs(
     Samples REPLIES replies to the prompt from one prefill. The log-probs seen while
     sampling and those of the packed row are compared with the model's own for rows of
     prompt, images and reply. Random numbers and training mode stay as they were.
-    Infinity where FlexAttention does not compile or fit; `temperature` is that of the
-    fused head.
+    Infinity where FlexAttention does not compile or fit. `banned` tokens are never
+    sampled; `temperature` is that of the fused head.
     """
-    backbone = models.get_base_model(model).model
-    steps: list[Tensor] = []  # log-probs (REPLIES, V) before they are shaped
+    base = models.get_base_model(model)
+    backbone, head = base.model, base.get_output_embeddings()
+    steps: list[Tensor] = []  # log-probs (REPLIES, V) of each token
 
-    def record(_ids: Tensor, logits: Tensor) -> Tensor:
-        steps.append((logits / temperature).log_softmax(-1))
-        return logits
+    def record(_head: Module, _inputs: tuple, logits: Tensor) -> None:
+        steps.append((logits[0].float() / temperature).log_softmax(-1))
 
+    config = GenerationConfig(max_new_tokens=LENGTH, suppress_tokens=list(banned))
     training = model.training
     model.eval()
     try:
         with fold_adapter(model):
-            (sampled,) = sample_replies(
-                model,
-                [prompt],
-                REPLIES,
-                max_new_tokens=LENGTH,
-                eos_token_ids=[],
-                warpers=LogitsProcessorList([record, *warpers]),
-                seeds=range(REPLIES),
-                vision=vision,
-            )
+            with head.register_forward_hook(record):
+                (sampled,) = sample_replies(
+                    model, [prompt], REPLIES, config, range(REPLIES), vision
+                )
             replies = torch.tensor(sampled, device=prompt.ids.device)
             group = [(prompt, range(REPLIES))]
             packed = compute_log_probs(model, backbone, group, replies, vision)
@@ -101,7 +97,7 @@ def compare_log_probs(
         model.train(training)
     seen = torch.stack(steps, dim=1).gather(2, replies[..., None])[..., 0]
     ours = torch.stack([packed[row][0] for row in range(REPLIES)])
-    return float((torch.stack([ours, seen.float()]) - whole).abs().max())
+    return float((torch.stack([ours, seen]) - whole).abs().max())
 
 
 def compute_whole_rows(model: Module, prompt: Prompt, replies: Tensor) -> Tensor:

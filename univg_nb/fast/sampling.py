@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig
 from trl import GRPOConfig
 
 from univg_nb import models
@@ -57,27 +57,12 @@ def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
 
 
 def can_share_rollout(args: GRPOConfig) -> bool:
-    """Return whether `make_warpers` covers all sampling options of `args`."""
+    """Return whether `sample_replies` covers all sampling options of `args`."""
     return not (
         args.use_vllm
         or args.repetition_penalty != 1.0
         or set(args.generation_kwargs or {}) - {"suppress_tokens"}
     )
-
-
-def make_warpers(
-    model: Module, banned: Sequence[int], **options: Any
-) -> LogitsProcessorList:
-    """Return what turns logits into those sampled from, as `model.generate` does it.
-
-    Args:
-        model: a model of transformers, with or without an adapter.
-        banned: ids of tokens that are never sampled.
-        **options: temperature, top_k, top_p and min_p of a GenerationConfig. Without,
-            and for greedy decoding, nothing but the ban changes.
-    """
-    config = GenerationConfig(do_sample=True, suppress_tokens=list(banned), **options)
-    return models.get_base_model(model)._get_logits_processor(config)
 
 
 def noise_seed(*numbers: int) -> int:
@@ -98,27 +83,23 @@ def sample_replies(
     model: Module,
     prompts: Sequence[Prompt],
     num_replies: int,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    warpers: LogitsProcessorList,
+    config: GenerationConfig,
     seeds: Sequence[int] = (),
     vision: VisionCache | None = None,
 ) -> list[list[list[int]]]:
     """Generate replies to prompts, sampled or greedy.
 
     Each prompt is one row of the batch and its replies are queries of that row, so the
-    cache holds the prompt once. A reply ends with its first end token, which is kept,
-    or at `max_new_tokens`. Rows whose replies have all ended leave the batch.
+    cache holds the prompt once. A reply ends with its first end token, which is kept.
+    Rows whose replies have all ended leave the batch.
 
     Args:
         model: a model with Qwen2-VL's positions, in eval mode.
         prompts: the prompts, on the model's device.
         num_replies: replies to each prompt, G. Several need an attention
             implementation that takes a mask of our own.
-        max_new_tokens: most tokens of a reply.
-        eos_token_ids: tokens that end a reply.
-        warpers: turn logits (N, V) into those sampled from, see `make_warpers`.
+        config: `max_new_tokens` and `eos_token_id`; logits are shaped as by `generate`
+            with it, but for options that look at the tokens before.
         seeds: one for each reply, those of a prompt adjacent; without, decoding is
             greedy. A reply does not depend on the other rows, up to float rounding.
         vision: keeps image features.
@@ -132,16 +113,18 @@ def sample_replies(
     base = models.get_base_model(model)
     backbone, head = base.model, base.get_output_embeddings()
     device, group = prompts[0].ids.device, num_replies
+    warpers = base._get_logits_processor(config, device=device)
     positions = [compute_positions(backbone, prompt) for prompt in prompts]  # (3, P)
     cache, seen = _prefill(backbone, prompts, positions, vision)
     tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].repeat(1, group)
     last = torch.stack([place[:, -1] for place in positions], dim=1)  # (3, D)
     streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
+    ends = [] if config.eos_token_id is None else config.eos_token_id
+    eos = torch.tensor(ends, dtype=torch.long, device=device)
     finished = torch.zeros(len(prompts), group, dtype=torch.bool, device=device)
     alive = list(range(len(prompts)))  # the prompt of every row
     replies: list[list[list[int]]] = [[[] for _ in range(group)] for _ in prompts]
-    for step in range(max_new_tokens):
+    for step in range(config.max_new_tokens):
         hidden = backbone(
             input_ids=tokens,
             attention_mask=_make_step_mask(seen, group, step, backbone),

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -43,7 +42,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with shared prompts, and with vision tokens banned while sampling.
 
     Rows and reward functions are TRL's; `images` are paths or pictures. Rollouts by
-    vLLM, or with options that `sampling.make_warpers` does not cover, are TRL's. Tools
+    vLLM, or with options that `sampling` does not cover, are TRL's. Tools
     and rollout functions are not supported.
 
     Args:
@@ -169,17 +168,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 model,
                 self.prompts,
                 count,
-                max_new_tokens=self.max_completion_length,
-                eos_token_ids=self.eos_token_ids,
-                warpers=self._make_warpers(model),
-                seeds=seeds,
-                vision=self.vision,
+                self.generation_config,
+                seeds,
+                self.vision,
             )
-
-    def _make_warpers(self, model: Any) -> LogitsProcessorList:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        options = {name: getattr(self.args, name) for name in names}
-        return sampling.make_warpers(model, self.banned_tokens, **options)
 
     def _unwrap_for_generation(self) -> AbstractContextManager[Any]:
         """Return TRL's bare model: sharded weights gathered, no checkpointing."""
@@ -196,11 +188,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         with self._unwrap_for_generation() as model, self.accelerator.autocast():
             backbone = models.get_base_model(model).model
             before, allowed = get_attention(backbone), check.get_tolerance(backbone)
-            warpers = self._make_warpers(model)
             for name in check.list_attention(backbone):
                 self._set_attention(name)
                 found = check.compare_log_probs(
-                    model, prompt, warpers, self.temperature, self.vision
+                    model, prompt, self.banned_tokens, self.temperature, self.vision
                 )
                 everywhere = torch.tensor([found], device=self.accelerator.device)
                 worst = self.accelerator.gather(everywhere).max().item()  # one answer

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from univg_nb import models
 from univg_nb.config import load_scale
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.prompts import split_rows
-from univg_nb.fast.sampling import get_vision_token_ids, make_warpers, sample_replies
+from univg_nb.fast.sampling import get_vision_token_ids, sample_replies
 from univg_nb.train.collator import IGNORE, VisionCollator, tokenize
 
 BATCH_SIZE = 8
@@ -63,6 +63,11 @@ def merge_check(
     largest = 0.0
     sums, count, same = torch.zeros(3, dtype=torch.float64), 0, 0
     dataset, collate = tokenize(samples, processor), VisionCollator(processor)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        suppress_tokens=get_vision_token_ids(processor.tokenizer),
+    )
     for start in range(0, len(dataset), BATCH_SIZE):
         rows = list(dataset.skip(start).take(BATCH_SIZE))
         batch = {key: v.to(merged.device) for key, v in collate(rows).items()}
@@ -79,14 +84,7 @@ def merge_check(
             num_images=[len(row["images"]) for row in rows],
         )
         replies = [
-            sample_replies(
-                model,
-                [prompt for prompt, _ in prompts],
-                num_replies=1,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=[processor.tokenizer.eos_token_id],
-                warpers=make_warpers(model, get_vision_token_ids(processor.tokenizer)),
-            )
+            sample_replies(model, [prompt for prompt, _ in prompts], 1, config)
             for model in (trained, merged)
         ]
         same += sum(a == b for a, b in zip(*replies, strict=True))
