@@ -10,9 +10,9 @@ from PIL import Image
 
 from univg_nb import io, models, runs
 from univg_nb.data.sample import GroundingSample
-from univg_nb.launch import cost, memory
+from univg_nb.launch import cost
 from univg_nb.launch import plan as planning
-from univg_nb.launch.memory import Layout
+from univg_nb.launch.cost import Layout
 from univg_nb.train import grpo, sft
 
 # Qwen2-VL-7B-Instruct, counted by hand from its published sizes.
@@ -247,8 +247,8 @@ def test_exit_code_tells(capsys):
 def test_layouts_that_cannot_be():
     with pytest.raises(ValueError, match="unknown strategy 'zero4'"):
         layout("zero4")
-    assert memory.choose_strategy(1, "zero3") == "single"
-    assert memory.choose_strategy(2, "single") == "ddp"
+    assert cost.choose_strategy(1, "zero3") == "single"
+    assert cost.choose_strategy(2, "single") == "ddp"
 
 
 def test_predicted_beside_measured(full):

@@ -29,7 +29,7 @@ from univg_nb.config import SCALES, spread
 from univg_nb.data.sample import GroundingSample
 from univg_nb.io import locked, read_json, read_jsonl, write_json
 from univg_nb.launch import plan
-from univg_nb.launch.memory import Stage, choose_strategy
+from univg_nb.launch.cost import Stage, choose_strategy
 from univg_nb.launch.worker import STOP, TRAIN
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
@@ -46,15 +46,13 @@ def command(
 
     On several nodes within a Slurm job srun gives each node the same command; elsewhere
     it has to be started on each node by hand. They meet at MASTER_ADDR:launch.port.
+    Raises ValueError if the processes do not divide over the nodes, or the nodes have
+    no address to meet at.
 
     Args:
         launch: the `launch` section of the scale.
         configured: start with accelerate and the strategy's file, else with torchrun.
         worker: arguments of each process, ["-m", module, request].
-
-    Raises:
-        ValueError: if the processes do not divide over the nodes, or the nodes have no
-            address to meet at.
     """
     processes, nodes = launch.get("processes", 1), launch.get("nodes", 1)
     if processes == 1:
@@ -92,14 +90,9 @@ def command(
 def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -> str:
     """Say what is exact and what is not when a training resumes from a checkpoint.
 
-    Args:
-        before: number of processes that wrote the checkpoint.
-        now: number of processes that resume from it.
-        strategy: launch.strategy in force.
-        vllm: whether vLLM samples the replies; its engines start without a state.
-
-    Raises:
-        ValueError: if the checkpoint cannot be resumed with that number.
+    `before` processes wrote it, `now` processes resume from it; `vllm` samples the
+    replies, whose engines start without a state. Raises ValueError if the checkpoint
+    cannot be resumed with that number.
     """
     if before == now:
         but = ", but for the replies, which vLLM samples anew" if vllm else ""

@@ -8,6 +8,7 @@ copying the outputs of an executed copy back into the committed notebook.
 import ast
 import base64
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def parse_parameter(name: str, text: str, default: Any, where: str) -> Any:
             f"as in the notebook's {name} = {default!r}"
         )
     return value
+
+
+def fill_parameters(
+    parameters: Mapping[str, Any], texts: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """Return the values of the parameters that `texts` names, of their types."""
+    return {
+        name: parse_parameter(name, texts[name], default, where)
+        for name, default in parameters.items()
+        if name in texts
+    }
 
 
 # ---------------------------------------------------------------- outputs

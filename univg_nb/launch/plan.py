@@ -23,9 +23,9 @@ from univg_nb.data.audit import audit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
 from univg_nb.launch import cost
-from univg_nb.launch.cost import Plan
-from univg_nb.launch.memory import (
+from univg_nb.launch.cost import (
     Layout,
+    Plan,
     Stage,
     choose_strategy,
     load_architecture,
@@ -134,17 +134,11 @@ def format_variants(plan: Plan, better: Sequence[tuple[str, Plan]]) -> str:
 
 
 def read_measured(stage: str | Path) -> dict[str, Any]:
-    """Read what a finished, launched training took.
+    """Read what the finished, launched training in a stage folder took.
 
-    Args:
-        stage: its stage folder.
-
-    Returns:
-        peak_bytes of the process that needed most, seconds_per_update of the last call,
-        and longest_row in tokens (of stage 2 None).
-
-    Raises:
-        ValueError: if there is no such training.
+    Returns peak_bytes of the process that needed most, seconds_per_update of the last
+    call, and longest_row in tokens (of stage 2 None). Raises ValueError if there is no
+    such training.
     """
     folder = Path(stage)
     states = [read_json(path) for path in folder.glob("launch/rank-*.json")]
@@ -266,8 +260,6 @@ def check_machine(config: Mapping[str, Any], layout: Layout) -> list[Check]:
         server = urlsplit(vllm.get_server_url(grpo))
         if server.hostname in ("0.0.0.0", "127.0.0.1", "localhost"):
             made.append(check_port(server.port or 80, "vLLM server", taken=True))
-        problem = vllm.find_server_problem(grpo)
-        made.append(Check("version of the vLLM server", not problem, problem or "ok"))
     return made
 
 

@@ -35,7 +35,7 @@ from univg_nb.config import (
 )
 from univg_nb.io import write_text
 from univg_nb.launch.notebooks import (
-    parse_parameter,
+    fill_parameters,
     ran_to_end,
     read_notebook,
     read_parameters,
@@ -102,7 +102,7 @@ def find_notebooks(names: Sequence[str], folder: Path) -> list[Path]:
 
 
 def execute(
-    path: Path, run_dir: Path, parameters: dict[str, Any], position: str = ""
+    path: Path, run_dir: Path, parameters: dict[str, Any], position: str
 ) -> bool:
     """Execute one notebook into run_dir/notebooks; return whether its last cell ran.
 
@@ -226,9 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = record(path, copies / path.name)
             print(f"{path.stem:<24} {size / 1000:7.0f} KB")
         return 0
-    scale, given, began = options.scale, dict(options.given), time.perf_counter()
-    scale_path(scale)  # before anything is written
-    target = resolve_run_dir(options.run_dir, scale)
+    given, began = dict(options.given), time.perf_counter()
+    scale_path(options.scale)  # before anything is written
+    target = resolve_run_dir(options.run_dir, options.scale)
+    # Every notebook reads the same changed scale.
+    scale = str(target / "scale.yaml") if options.set else options.scale
     own = {path: read_parameters(read_notebook(path), path.stem) for path in paths}
     known = {name: value for values in own.values() for name, value in values.items()}
     for name in given.keys() - known.keys():
@@ -236,27 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = suggestion(name, known)
         raise ValueError(f"-p {name}: no such parameter in {notebooks}{hint}")
     jobs = list_jobs(given, known)
+    common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": str(options.fresh)}
     for job in jobs.values():
-        typed = [
-            {
-                name: parse_parameter(name, text, own[path][name], path.stem)
-                for name, text in job.items()
-                if name in own[path]
-            }
-            for path in paths
-        ]
-    if options.set:  # every notebook reads the same changed scale
-        scale = str(target / "scale.yaml")
+        texts = common | job
+        values = [fill_parameters(own[path], texts, path.stem) for path in paths]
+    if options.set:
         write_text(scale, dump(load_scale(options.scale, options.set)))
     if len(jobs) > 1:
         command = [sys.executable, "-m", "univg_nb", "run", *options.names]
         command += ["--scale", scale, *["--fresh"] * options.fresh]
         return int(not run_jobs(target, jobs, command, options.gpus, options.fresh))
-    common = {"SCALE": scale, "RUN_DIR": str(target), "FRESH": options.fresh}
-    values = [
-        {k: v for k, v in common.items() if k in own[path]} | given
-        for path, given in zip(paths, typed, strict=True)
-    ]
     done = run(paths, target, values)
     if done:
         report(target, time.perf_counter() - began)

@@ -13,7 +13,7 @@ import select
 import signal
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from univg_nb.io import read_json, write_json
 from univg_nb.runs import peak_memory_mb
 from univg_nb.train import grpo, sft
 
-TRAIN = {"sft": sft.train, "grpo": grpo.train}
+TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"sft": sft.train, "grpo": grpo.train}
 STOP = "stop"  # file in the launch folder: end after the current update
 # strategy -> accelerate's DistributedType in force, on GPUs and on CPUs
 IN_FORCE = {
@@ -47,10 +47,8 @@ class Interrupted(Exception):  # noqa: N818 (a request, not an error)
 class Supervisor(TrainerCallback):
     """Check the processes before the first update; end early, saved, when asked.
 
-    Args:
-        folder: the launch folder.
-        strategy: launch.strategy that was asked for.
-        processes: launch.processes that was asked for.
+    `strategy` and `processes` are those that were asked for, `folder` is that of the
+    launch.
     """
 
     def __init__(self, folder: Path, strategy: str, processes: int) -> None:
