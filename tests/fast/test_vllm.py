@@ -167,7 +167,6 @@ class Version(BaseHTTPRequestHandler):
 
 def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path):
     config = runs.override(runs.load_scale("tiny"), "grpo.norm_learning_rate=null")
-    assert vllm.find_server_problem(config["grpo"]) == ""
     with ThreadingHTTPServer(("127.0.0.1", 0), Version) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for change in (
@@ -178,15 +177,15 @@ def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path
         ):
             config = runs.override(config, change)
         server.version = "0.31.0+cu129"
-        assert vllm.find_server_problem(config["grpo"]) == ""
+        assert vllm.find_conflict(config) == ""
         server.version = "0.32.0"
         with pytest.raises(ValueError, match=r"is vLLM 0\.32\.0.*vllm_mode=colocate"):
             grpo.build_trainer(config, tmp_path, [], tmp_path)
         made = plan.check_machine(config, plan.choose_layout(config, "grpo"))
-        (check,) = [c for c in made if c.name == "version of the vLLM server"]
+        (check,) = [c for c in made if c.name == "settings for vLLM"]
         assert not check.ok and "vllm<=0.31" in check.detail
         server.shutdown()
-    assert vllm.find_server_problem(config["grpo"]) == ""  # not up yet: TRL waits
+    assert vllm.find_conflict(config) == ""  # not up yet: TRL waits
 
 
 # ---------------------------------------------------------------- vLLM itself

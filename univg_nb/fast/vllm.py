@@ -10,30 +10,33 @@ resizes pictures within the limits of the model's own processor, not those of th
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from PIL.Image import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-# As in pyproject.toml. TRL 1.16 recommends 0.22 to 0.31, which want a transformers
-# older than 5.18; that takes no finished image features.
-TRIED = SpecifierSet(">=0.32,<0.33")
+TRIED = SpecifierSet(">=0.32,<0.33")  # as in pyproject.toml
+# What TRL 1.16 recommends, and the only servers it can read. They want a transformers
+# older than 5.18, which takes no finished image features.
+SERVED = SpecifierSet(">=0.22,<=0.31")
 DIFFERENCE = "sampling/sampling_logp_difference/mean"  # a metric of TRL
 ALLOWED = 0.1  # nats a token; rounding to bfloat16 stays far below
 
 
 def find_conflict(config: Mapping[str, Any]) -> str:
-    """Return why TRL cannot hand a scale's policy to vLLM, and what to set, or ""."""
-    if not config["grpo"].get("use_vllm"):
+    """Return why vLLM cannot sample for GRPO as a scale says, and what to do, or "".
+
+    A server that does not answer is no problem here: TRL waits for it.
+    """
+    grpo = config["grpo"]
+    if not grpo.get("use_vllm"):
         return ""
-    if config["grpo"].get("norm_learning_rate") is not None:
+    if grpo.get("norm_learning_rate") is not None:
         return (
             "grpo.norm_learning_rate: TRL cannot hand a norm that PEFT trains beside "
             "LoRA to vLLM; set grpo.norm_learning_rate=null"
@@ -44,7 +47,23 @@ def find_conflict(config: Mapping[str, Any]) -> str:
             "that holds 4-bit ones, which refuses them (huggingface/trl, issue 4973); "
             "set sft.adapter=lora, or grpo.use_vllm=false"
         )
-    return ""
+    if grpo.get("vllm_mode") != "server":
+        return ""
+    url = get_server_url(grpo)
+    try:
+        with urllib.request.urlopen(f"{url}/version", timeout=5) as answer:
+            version = json.load(answer)["version"]
+    except OSError:
+        return ""
+    except (ValueError, KeyError, TypeError):
+        return f"{url} does not answer as a vLLM server; set grpo.vllm_server_port"
+    if Version(version).base_version in SERVED:
+        return ""
+    return (
+        f"{url} is vLLM {version}, whose replies TRL cannot read ({SERVED}); serve "
+        'with pip install "vllm<=0.31" in an environment of its own, or set '
+        "grpo.vllm_mode=colocate"
+    )
 
 
 def describe_version(installed: str) -> str:
@@ -58,33 +77,6 @@ def get_server_url(grpo: Mapping[str, Any]) -> str:
     host = grpo.get("vllm_server_host", "0.0.0.0")
     port = grpo.get("vllm_server_port", 8000)
     return grpo.get("vllm_server_base_url") or f"http://{host}:{port}"
-
-
-def find_server_problem(grpo: Mapping[str, Any]) -> str:
-    """Return why the running server cannot sample for GRPO, and what to do, or "".
-
-    A server of vLLM 0.32 answers with log-probs in a form that TRL 1.16 fails on. One
-    that does not answer is no problem here: TRL waits for it.
-    """
-    if not grpo.get("use_vllm") or grpo.get("vllm_mode") != "server":
-        return ""
-    url = get_server_url(grpo)
-    try:
-        with urllib.request.urlopen(f"{url}/version", timeout=5) as answer:
-            version = json.load(answer)["version"]
-    except OSError:
-        return ""
-    except (ValueError, KeyError, TypeError):
-        return f"{url} does not answer as a vLLM server; set grpo.vllm_server_port"
-    declared = map(Requirement, importlib.metadata.requires("trl") or [])
-    wanted = next(one.specifier for one in declared if one.name == "vllm")
-    if Version(version).base_version in wanted:
-        return ""
-    return (
-        f"{url} is vLLM {version}, whose replies TRL cannot read ({wanted}); serve "
-        'with pip install "vllm<=0.31" in an environment of its own, or set '
-        "grpo.vllm_mode=colocate"
-    )
 
 
 def collapse_image_tokens(ids: list[int], image_token: int) -> list[int]:
@@ -124,10 +116,12 @@ def make_vllm_inputs(
     """
     if mode == "colocate":
         ids = [collapse_image_tokens(row, processor.image_token_id) for row in ids]
-    made: dict[int, Image] = {}  # the rows of a group hold the same objects
-    for picture in (picture for row in images for picture in row or ()):
-        if id(picture) not in made:
-            made[id(picture)] = resize_image(picture, processor.image_processor)
+    # The rows of a group hold the same objects: each is resized once.
+    distinct = {id(picture): picture for row in images for picture in row or ()}
+    made = {
+        key: resize_image(picture, processor.image_processor)
+        for key, picture in distinct.items()
+    }
     return ids, [row and [made[id(picture)] for picture in row] for row in images]
 
 

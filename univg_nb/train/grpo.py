@@ -112,9 +112,7 @@ def build_trainer(
     """
     section = config["grpo"]
     if problem := vllm.find_conflict(config):
-        raise ValueError(f"grpo.use_vllm with {problem}")
-    if problem := vllm.find_server_problem(section):
-        raise ValueError(problem)
+        raise ValueError(f"grpo.use_vllm: {problem}")
     arguments = grpo_config(config, out, len(train))
     four_bit = config["sft"].get("adapter") == "qlora"
     quantize: models.Quantization | None = "nf4" if four_bit else None
