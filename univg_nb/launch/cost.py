@@ -190,11 +190,9 @@ class Plan:
         prompts = rows // self.group
         tokens = prompts * (layout.typical - layout.reply) + rows * layout.reply
         self.batch = {"rows": rows, "prompts": prompts, "tokens": tokens}
-        limit, epochs = (
-            section.get("max_steps") or 0,
-            section.get("num_train_epochs", 3),
-        )
-        self.updates = limit if limit > 0 else math.ceil(epochs * samples / prompts)
+        epochs, limit = section.get("num_train_epochs", 3), section.get("max_steps", 0)
+        whole = math.ceil(epochs * samples / prompts)
+        self.updates = limit if limit > 0 else whole
         self.flops = self._count_flops()
         speed = layout.processes * gpu.flops * mfu
         self.seconds = {name: number / speed for name, number in self.flops.items()}

@@ -23,13 +23,7 @@ from univg_nb.data.audit import audit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
 from univg_nb.launch import cost
-from univg_nb.launch.cost import (
-    Layout,
-    Plan,
-    Stage,
-    choose_strategy,
-    load_architecture,
-)
+from univg_nb.launch.cost import Layout, Plan, Stage
 
 IMAGES = 4  # images of a prompt, where the data are not at hand: an assumption
 TEXT = 150  # tokens of a prompt besides its images: an assumption
@@ -64,10 +58,10 @@ def choose_layout(
     """Return where and on what a stage trains.
 
     Args:
-        config: a whole scale.
+        config: a whole scale; its own strategy and processes are the defaults.
         stage: "sft" or "grpo".
-        strategy: default: the scale's.
-        processes: default: the scale's.
+        strategy: one of STRATEGIES.
+        processes: in all.
         report: the audit of the stage's data, which knows the prompts' lengths. Without
             it a prompt is IMAGES of full size and TEXT, a usual row half of that, and
             the longest row the cut-off where the scale has one.
@@ -75,8 +69,8 @@ def choose_layout(
     """
     launch, model, section = config.get("launch", {}), config["model"], config[stage]
     processes = processes or launch.get("processes", 1)
-    strategy = choose_strategy(processes, strategy or launch.get("strategy"))
-    vision = load_architecture(model["name_or_path"]).vision_config
+    strategy = cost.choose_strategy(processes, strategy or launch.get("strategy"))
+    vision = cost.load_architecture(model["name_or_path"]).vision_config
     side = vision.patch_size * vision.spatial_merge_size
     images = IMAGES * (model.get("max_pixels", 12_845_056) // side**2)
     reply = section.get("max_completion_length", 256)
