@@ -121,7 +121,7 @@ GROUP = st.tuples(
     ),
     st.integers(1, 5),  # words before the images
     st.integers(1, 9),  # and after: rows of different length, padded on the left
-    st.lists(st.integers(1, 7), min_size=1, max_size=4),  # where each reply ends
+    st.lists(st.integers(0, 7), min_size=1, max_size=4),  # where each reply ends
 )
 
 
@@ -140,7 +140,7 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention
     for number, (sizes, before, after, lengths) in enumerate(layout):
         generator = torch.Generator().manual_seed(100 + number)
         replies = [
-            torch.cat([torch.randint(2, WORDS, (n - 1,), generator=generator), end])
+            torch.cat([torch.randint(2, WORDS, (n,), generator=generator), end])[1:]
             for n, end in ((n, torch.tensor([END])) for n in lengths)
         ]
         groups.append((make_prompt(sizes, before, after, number), replies))
@@ -155,7 +155,8 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     true = gradient_of(model, (expected[0].exp() * factor).sum())
     error = gradient_of(model, (made[0].exp() * factor).sum()) - true
-    assert true.norm() > 0 and error.norm() <= 1e-4 * true.norm()
+    some = any(len(reply) for _, replies in groups for reply in replies)
+    assert bool(true.norm() > 0) == some and error.norm() <= 1e-4 * true.norm()
 
 
 def test_a_chunk_keeps_to_the_token_budget_and_cuts_no_group():
@@ -207,7 +208,7 @@ def test_an_image_is_computed_once_and_equals_the_models_own(built):
     with torch.no_grad():
         own = backbone.get_image_features(pixels, grids, return_dict=True).pooler_output
     made = [cache.get_features(*image) for image in images]
-    assert (cache.computed, cache.reused) == (2, 1)
+    assert cache.computed == 2
     torch.testing.assert_close(torch.cat(made), torch.cat(own), rtol=0, atol=1e-5)
     again = cache.get_features(*image_of(2))
     assert torch.equal(again, made[1]) and cache.computed == 2
@@ -223,7 +224,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
     cache = VisionCache(backbone, limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
         cache.get_features(*image_of(seed))
-    assert (cache.computed, cache.reused) == (4, 2)
+    assert cache.computed == 4
     assert cache.used_bytes == 2 * size
 
 
@@ -244,7 +245,6 @@ def test_each_image_goes_through_the_tower_once_in_all_updates(folder, tmp_path)
     trainer.train()
     # two questions over images 0 and 1, 2: three pictures in 3 updates of 2 groups
     assert sum(len(grid) for grid in seen) == trainer.vision.computed == 3
-    assert trainer.vision.reused > 3 * trainer.vision.computed
 
 
 # ---------------------------------------------------------------- the switch

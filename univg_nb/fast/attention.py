@@ -87,12 +87,8 @@ def packed_attention(
         queries, keys, values = (
             x[row : row + 1].split(sizes, dim=2) for x in (query, key, value)
         )
-        pieces = []
-        if sizes[0]:  # a prompt of one token is the first token of every reply
-            prompt = queries[0], keys[0], values[0]
-            pieces.append(
-                scaled_dot_product_attention(*prompt, is_causal=True, **options)
-            )
+        prompt = queries[0], keys[0], values[0]
+        pieces = [scaled_dot_product_attention(*prompt, is_causal=True, **options)]
         pieces += [
             scaled_dot_product_attention(
                 queries[number],

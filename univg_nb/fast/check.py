@@ -43,13 +43,9 @@ def get_tolerance(backbone: Module) -> float:
 
 
 def list_attention(backbone: Module) -> list[str]:
-    """Return the attention implementations to try with packed rows, the best first.
-
-    That of the model comes last; sdpa in its place if it takes no mask of our own.
-    """
+    """Return the attention implementations to try with packed rows, the best first."""
     on_gpu = next(backbone.parameters()).device.type == "cuda"
-    own = get_attention(backbone)
-    return [FLEX if on_gpu else SEGMENTS, own if own == "eager" else "sdpa"]
+    return [FLEX if on_gpu else SEGMENTS, "sdpa"]
 
 
 @torch.no_grad()

@@ -107,22 +107,22 @@ def split_chunks(
 
 
 def pack_row(
-    prompt: Prompt, positions: Tensor, replies: Sequence[Tensor]
+    backbone: Module, prompt: Prompt, replies: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return the packed row of a group: ids, labels, segments (S,), positions (S, 3).
 
-    positions: (3, P) of the prompt. Labels are the next tokens, -100 in the prompt.
+    Labels are the next tokens, -100 in the prompt. A reply may be empty: TRL masks out
+    truncated ones.
     """
-    ids, last = prompt.ids[:-1], positions[:, -1]
+    positions = compute_positions(backbone, prompt).T  # (P, 3)
+    ids, last = prompt.ids[:-1], positions[-1]
     assert int(positions.max()) == int(last.max()), "a prompt must end in text"
     none, zero = torch.full_like(ids, -100), torch.zeros_like(ids)
-    pieces = [(ids, none, zero, positions[:, :-1].T)]
+    pieces = [(ids, none, zero, positions[:-1])]
     for number, reply in enumerate(replies, start=1):
-        if len(reply):  # TRL masks out a truncated reply altogether
-            shifted = torch.cat([prompt.ids[-1:], reply[:-1]])
-            places = last + torch.arange(len(reply), device=reply.device)[:, None]
-            segment = torch.full_like(reply, number)
-            pieces.append((shifted, reply, segment, places))
+        shifted = torch.cat([prompt.ids[-1:], reply])[: len(reply)]
+        places = last + torch.arange(len(reply), device=reply.device)[:, None]
+        pieces.append((shifted, reply, torch.full_like(reply, number), places))
     return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
@@ -140,14 +140,13 @@ def compute_log_probs(
     (log-probs,) where the head computes no entropies.
     """
     packed = [
-        pack_row(p, compute_positions(backbone, p), [replies[row] for row in rows])
-        for p, rows in groups
+        pack_row(backbone, prompt, [replies[row] for row in rows])
+        for prompt, rows in groups
     ]
+    columns = zip(zip(*packed, strict=True), (0, -100, -1, 0), strict=True)
     ids, labels, segments, positions = (
         pad_sequence(column, batch_first=True, padding_value=padding)
-        for column, padding in zip(
-            zip(*packed, strict=True), (0, -100, -1, 0), strict=True
-        )
+        for column, padding in columns
     )
     chosen = labels != -100
 

@@ -56,15 +56,6 @@ def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
     return banned
 
 
-def can_share_rollout(args: GRPOConfig) -> bool:
-    """Return whether `sample_replies` covers all sampling options of `args`."""
-    return not (
-        args.use_vllm
-        or args.repetition_penalty != 1.0
-        or set(args.generation_kwargs or {}) - {"suppress_tokens"}
-    )
-
-
 def noise_seed(*numbers: int) -> int:
     """Return the seed of a reply from what names it, as (seed, item, its number)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

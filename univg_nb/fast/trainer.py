@@ -42,8 +42,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with shared prompts, and with vision tokens banned while sampling.
 
     Rows and reward functions are TRL's; `images` are paths or pictures. Rollouts by
-    vLLM, or with options that `sampling` does not cover, are TRL's. Tools
-    and rollout functions are not supported.
+    vLLM, or with options that look at the tokens before, are TRL's own. Tools and
+    rollout functions are not supported.
 
     Args:
         model: as for GRPOTrainer, as are `others`.
@@ -84,12 +84,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         )
         base = models.get_base_model(self.model)
         kind, sharded = base.config.model_type, self.is_fsdp_enabled
-        possible = kind in MODEL_TYPES and not sharded
-        if shared_prefix and not possible:
+        self.shared_forward = shared_prefix and kind in MODEL_TYPES and not sharded
+        if shared_prefix and not self.shared_forward:
             layout = " under FSDP" if sharded else ""
             logger.warning("shared_prefix: %s%s takes TRL's own passes", kind, layout)
-        self.shared_forward = self.unchecked = shared_prefix and possible
-        self.shared_rollout = self.shared_forward and sampling.can_share_rollout(args)
+        self.unchecked = self.shared_forward
+        plain = args.repetition_penalty == 1.0 and not args.use_vllm
+        plain = plain and args.generation_kwargs.keys() <= {"suppress_tokens"}
+        self.shared_rollout = self.shared_forward and plain
         # With sharded weights all processes must call the tower equally often.
         cached = self.shared_forward and not is_deepspeed_zero3_enabled()
         cached = cached and not tower_trains(base.model)
@@ -208,10 +210,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _set_attention(self, name: str) -> None:
         """Set the attention of the policy, and of a reference with its own weights."""
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                base = models.get_base_model(self.accelerator.unwrap_model(model))
-                base.model.language_model.set_attn_implementation(name)
+        for model in filter(None, (self.model, self.ref_model)):
+            base = models.get_base_model(self.accelerator.unwrap_model(model))
+            base.model.language_model.set_attn_implementation(name)
 
     # ---------------------------------------------------------------- the update
 

@@ -10,7 +10,6 @@ once and writes them to a file.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -41,8 +40,8 @@ class VisionCache:
 
     Each image goes through the tower by itself: its features are the same bits whatever
     stood beside it and whatever was kept, so a resumed training repeats an
-    uninterrupted one. `computed` counts images that went through, `reused` the others.
-    The tower must not train: its features would change, and kept ones give no gradient.
+    uninterrupted one. `computed` counts the images that went through. The tower must
+    not train: its features would change, and kept ones give it no gradient.
     """
 
     def __init__(self, backbone: Module, limit_bytes: int = 2**30) -> None:
@@ -51,8 +50,7 @@ class VisionCache:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
         self.computed = 0
-        self.reused = 0
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: dict[bytes, Tensor] = {}  # the one used last comes last
 
     @torch.no_grad()
     def get_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
@@ -65,19 +63,17 @@ class VisionCache:
         digest = hashlib.blake2b(what.encode(), digest_size=16)
         digest.update(pixels.cpu().contiguous().view(torch.uint8).numpy())
         key = digest.digest()
-        if key in self._kept:
-            self.reused += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        self.computed += 1
-        output = self.backbone.get_image_features(pixels, grid, return_dict=True)
-        value = output.pooler_output[0].clone()
-        self._kept[key] = value
-        self.used_bytes += value.nbytes
+        features = self._kept.pop(key, None)
+        if features is None:
+            self.computed += 1
+            output = self.backbone.get_image_features(pixels, grid, return_dict=True)
+            features = output.pooler_output[0].clone()
+            self.used_bytes += features.nbytes
+        self._kept[key] = features
         while self.used_bytes > self.limit_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.used_bytes -= oldest.nbytes
-        return value
+            oldest = next(iter(self._kept))
+            self.used_bytes -= self._kept.pop(oldest).nbytes
+        return features
 
 
 def make_vision_inputs(
