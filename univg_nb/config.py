@@ -254,6 +254,22 @@ def load_scale(
     return config
 
 
+def make_parser(
+    command: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose help ends with an example.
+
+    `example` holds the arguments of `python -m univg_nb COMMAND`.
+    """
+    prog = f"python -m univg_nb {command}"
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example: {prog} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_scale_arguments(
     parser: argparse.ArgumentParser, default: str | None = None
 ) -> None:

@@ -1,6 +1,5 @@
 """What is in a data file, and what in it would break or bias training or evaluation."""
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from univg_nb import io
+from univg_nb.config import make_parser
 from univg_nb.data.files import detect_format, iter_rows
 from univg_nb.data.formats import RowContext, RowError, StrPath
 from univg_nb.data.images import estimate_image_tokens, open_image
@@ -229,11 +229,10 @@ def render_table(report: dict[str, Any], examples: int = 5) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return 1 if the file would break training, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m univg_nb audit stage2_rl.json --image-root images",
+    parser = make_parser(
+        "audit",
+        __doc__ or "",
+        "stage2_rl.json --image-root images",
     )
     parser.add_argument("path", metavar="FILE")
     parser.add_argument("--image-root", help="folder of the images; else unchecked")

@@ -1,10 +1,10 @@
 """Two models on the same items: paired differences with intervals and tests."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from univg_nb import io
+from univg_nb.config import make_parser
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.predictions import read_predictions
 from univg_nb.evaluate.score import (
@@ -34,12 +34,10 @@ def format_comparison(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare two predictions files from the command line and print a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb compare",
-        description="Compare two models on the same items, with paired tests.",
-        epilog="example: python -m univg_nb compare sft.jsonl grpo.jsonl "
-        "--records MIG_data.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "compare",
+        "Compare two models on the same items, with paired tests.",
+        "sft.jsonl grpo.jsonl --records MIG_data.json",
     )
     parser.add_argument("a", metavar="A", help="predictions.jsonl of the first model")
     parser.add_argument("b", metavar="B", help="predictions.jsonl of the second model")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models
-from univg_nb.config import add_scale_arguments, load_scale, override
+from univg_nb.config import add_scale_arguments, load_scale, make_parser, override
 from univg_nb.data import files, prompts
 from univg_nb.data.images import count_image_tokens, find_missing_images
 from univg_nb.data.sample import GroundingSample
@@ -271,13 +271,11 @@ def _connect(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Generate replies from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb generate",
-        description="Write the replies of a model to a benchmark. Under torchrun "
+    parser = make_parser(
+        "generate",
+        "Write the replies of a model to a benchmark. Under torchrun "
         "several GPUs share the work.",
-        epilog="example: python -m univg_nb generate --records MIG_data.json "
-        "--model tiny --out p.jsonl",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "--records MIG_data.json --model tiny --out p.jsonl",
     )
     add = parser.add_argument
     add("--records", required=True, help="annotation file in any released format")

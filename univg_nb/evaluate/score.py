@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from univg_nb import io
+from univg_nb.config import make_parser
 from univg_nb.data import files
 from univg_nb.data.boxes import MODES
 from univg_nb.data.sample import GroundingSample
@@ -132,12 +133,10 @@ def read_scoring_arguments(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score predictions from the command line and print a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb score",
-        description="Score replies: accuracy with intervals for each task.",
-        epilog="example: python -m univg_nb score --records MIG_data.json "
-        "--predictions p.jsonl --out scores.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "score",
+        "Score replies: accuracy with intervals for each task.",
+        "--records MIG_data.json --predictions p.jsonl --out scores.json",
     )
     add_scoring_arguments(parser)
     add = parser.add_argument

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import models
-from univg_nb.config import load_scale
+from univg_nb.config import load_scale, make_parser
 from univg_nb.data import prompts
 from univg_nb.data.boxes import Box, ParsedBox, parse_box
 from univg_nb.data.images import open_image
@@ -164,12 +163,11 @@ def build_panel(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask a model from the command line, print its reply and write the image."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb ask",
-        description="Ask a model about one to six images.",
-        epilog="example: python -m univg_nb ask --model tiny a.png b.png "
-        '"Find the cup of the first image in the second image."',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "ask",
+        "Ask a model about one to six images.",
+        '--model tiny a.png b.png "Find the cup of the first image in the '
+        'second image."',
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE")

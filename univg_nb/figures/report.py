@@ -5,7 +5,6 @@ page itself forbids it), and whatever a model or a records file says is escaped.
 tables are written as Markdown too.
 """
 
-import argparse
 import base64
 import io
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
+from univg_nb.config import make_parser
 from univg_nb.evaluate import score, scoring
 from univg_nb.evaluate.predictions import Reply, parse_named_files, read_predictions
 from univg_nb.evaluate.scoring import ItemScore, ScoringOptions
@@ -195,12 +195,11 @@ def _encode_figure(figure: Figure) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a report from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb report",
-        description="Write one HTML page on how models did, and its tables as .md.",
-        epilog="example: python -m univg_nb report sft=a.jsonl grpo=b.jsonl "
-        "--records MIG_data.json --image-root images --out report.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "report",
+        "Write one HTML page on how models did, and its tables as .md.",
+        "sft=a.jsonl grpo=b.jsonl --records MIG_data.json --image-root "
+        "images --out report.html",
     )
     add = parser.add_argument
     add("predictions", nargs="+", metavar="[NAME=]FILE", help="one for each model")

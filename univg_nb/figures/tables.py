@@ -4,7 +4,6 @@ Accuracies are Acc@0.5 in percent with 95 % intervals. They come from the scores
 files of a run folder, published numbers from `univg_nb.paper`.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from univg_nb import paper
+from univg_nb.config import make_parser
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.benchmarks import MODELS
 from univg_nb.evaluate.score import format_task
@@ -275,11 +275,10 @@ def write_tables(run_dir: str | Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables of a run from the command line and print the first."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb figures",
-        description="Write the tables of a run again, from its scores and logs.",
-        epilog="example: python -m univg_nb figures runs/tiny",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "figures",
+        "Write the tables of a run again, from its scores and logs.",
+        "runs/tiny",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run folder")
     written = write_tables(parser.parse_args(arguments).run_dir)

@@ -5,7 +5,6 @@ resumes where it stopped. Files of the hub are checked against its checksums. Wh
 program cannot fetch is listed with the reason.
 """
 
-import argparse
 import shutil
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.file_download import http_get
 
-from univg_nb.config import add_scale_arguments, load_scale
+from univg_nb.config import add_scale_arguments, load_scale, make_parser
 from univg_nb.io import read_asset, write_text
 
 LISTED = read_asset("downloads.yaml")
@@ -101,10 +100,10 @@ def download(model: str, to: Path, confirmed: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `download`; return 0, or 1 if the user declined."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb download",
-        description="Fetch the released data and a scale's weights.",
-        epilog="example: python -m univg_nb download full --to data",
+    parser = make_parser(
+        "download",
+        "Fetch the released data and a scale's weights.",
+        "full --to data",
     )
     add_scale_arguments(parser)
     parser.add_argument("--to", type=Path, default=Path("data"), help="default: data")

@@ -6,7 +6,6 @@ Prints the account of both stages and the checks of this machine. Exit code 0: i
 and all checks pass; 1: something does not.
 """
 
-import argparse
 import importlib
 import shutil
 import socket
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from univg_nb.config import add_scale_arguments, load_scale, spread
+from univg_nb.config import add_scale_arguments, load_scale, make_parser, spread
 from univg_nb.data.audit import audit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
@@ -269,10 +268,10 @@ def count_disk_bytes(plan: Plan) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `plan`; return 0, or 1 if something does not fit."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb plan",
-        description="Memory, time and price of a training, and what is missing here.",
-        epilog="example: python -m univg_nb plan full --gpu H100-80G --gpus 8",
+    parser = make_parser(
+        "plan",
+        "Memory, time and price of a training, and what is missing here.",
+        "full --gpu H100-80G --gpus 8",
     )
     add_scale_arguments(parser)
     parser.add_argument("--gpu", default="H100-80G", help=", ".join(cost.GPUS))

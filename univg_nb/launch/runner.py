@@ -10,7 +10,6 @@ Several values for a parameter make a sweep: -p WEIGHT exp,power,none -p SEED 0:
 nine jobs, each in its own folder of RUN_DIR (see `launch.queue`).
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -30,6 +29,7 @@ from univg_nb.config import (
     add_scale_arguments,
     dump,
     load_scale,
+    make_parser,
     scale_path,
     suggestion,
 )
@@ -188,10 +188,10 @@ def report(run_dir: Path, seconds: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `run`; return 0, or 1 if a notebook failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb run",
-        description="Execute notebooks of the course; finished stages are reused.",
-        epilog="example: python -m univg_nb run 05 06 --scale tiny -p WEIGHT exp,power",
+    parser = make_parser(
+        "run",
+        "Execute notebooks of the course; finished stages are reused.",
+        "05 06 --scale tiny -p WEIGHT exp,power",
     )
     parser.add_argument("names", nargs="*", help="e.g. 03; none: the course")
     add_scale_arguments(parser, default="tiny")

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from univg_nb import models, runs
-from univg_nb.config import add_scale_arguments
+from univg_nb.config import add_scale_arguments, make_parser
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import predictions, scoring
 from univg_nb.evaluate.benchmarks import Benchmark
@@ -125,11 +125,10 @@ def evaluate_one(
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of `study`; options that belong together are checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb study",
-        description="Train GRPO over several seeds and weights, and compare them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m univg_nb study --scale tiny --seeds 0 1 2",
+    parser = make_parser(
+        "study",
+        "Train GRPO over several seeds and weights, and compare them.",
+        "--scale tiny --seeds 0 1 2",
     )
     add_scale_arguments(parser, default="tiny")
     parser.add_argument("--run-dir", default="", help="default runs/SCALE")

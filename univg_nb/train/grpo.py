@@ -20,7 +20,6 @@ Comparison forms, each one line of the scale or one --set:
 
 from __future__ import annotations
 
-import argparse
 import gc
 import shutil
 import sys
@@ -35,7 +34,7 @@ from trl import GRPOConfig
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_scale
+from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_scale, make_parser
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -194,12 +193,10 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train stage 2 from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb grpo",
-        description="Stage 2: train with GRPO and difficulty weights.",
-        epilog="example:\n  python -m univg_nb grpo tiny --sft-adapter "
-        "runs/tiny/sft_lora/adapter --set grpo.weight=exp",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "grpo",
+        "Stage 2: train with GRPO and difficulty weights.",
+        "tiny --sft-adapter runs/tiny/sft_lora/adapter --set grpo.weight=exp",
     )
     add = parser.add_argument
     add_scale_arguments(parser)

@@ -12,7 +12,6 @@ which it was not trained on; `merge_check` measures how much that changes.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from univg_nb import models
-from univg_nb.config import load_scale
+from univg_nb.config import load_scale, make_parser
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.prompts import split_rows
 from univg_nb.fast.sampling import get_vision_token_ids, sample_replies
@@ -139,12 +138,10 @@ def write_merged(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Merge adapters from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb merge",
-        description="Write a model with adapters merged into its weights.",
-        epilog="example:\n  python -m univg_nb merge --model tiny --scale tiny \\\n"
-        "      --adapter runs/tiny/grpo_exp/adapter --out merged",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "merge",
+        "Write a model with adapters merged into its weights.",
+        "--model tiny --scale tiny --adapter runs/tiny/grpo_exp/adapter --out merged",
     )
     add = parser.add_argument
     add("--model", required=True, help='"tiny", a local folder or a hub name')

@@ -10,7 +10,6 @@ again with the same command goes on from its last whole checkpoint and ends with
 same weights, on a CPU bit for bit.
 """
 
-import argparse
 import gc
 import math
 import sys
@@ -26,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_scale
+from univg_nb.config import add_scale_arguments, load_scale, make_parser
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import features_fit, vision_features
 from univg_nb.runs import resolve_run_dir
@@ -202,11 +201,10 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train stage 1 from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m univg_nb sft",
-        description="Stage 1: fine-tune a model on reasoning chains.",
-        epilog="example:\n  python -m univg_nb sft tiny --set sft.learning_rate=1e-4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "sft",
+        "Stage 1: fine-tune a model on reasoning chains.",
+        "tiny --set sft.learning_rate=1e-4",
     )
     add = parser.add_argument
     add_scale_arguments(parser)
