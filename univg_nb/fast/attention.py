@@ -10,8 +10,6 @@ is not transformers' own "flex_attention", which refuses Qwen2-VL and would serv
 rows too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ What an update of a library or another model could break (positions, masks, the 
 shows as a difference of log-probs, before anything is trained on it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence
@@ -75,11 +73,11 @@ def compare_log_probs(
     training = model.training
     model.eval()
     try:
-        with fold_adapter(model):
-            with head.register_forward_hook(record):
-                (sampled,) = sample_replies(
-                    model, [prompt], REPLIES, config, range(REPLIES), vision
-                )
+        # The head of the training passes is TRL's: the hook sees the sampling only.
+        with fold_adapter(model), head.register_forward_hook(record):
+            (sampled,) = sample_replies(
+                model, [prompt], REPLIES, config, range(REPLIES), vision
+            )
             replies = torch.tensor(sampled, device=prompt.ids.device)
             group = [(prompt, range(REPLIES))]
             packed = compute_log_probs(model, backbone, group, replies, vision)

@@ -1,7 +1,5 @@
 """A LoRA adapter folded into the weights for as long as nothing is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -10,8 +10,6 @@ backward pass. It gets the places of the replies only: neither its memory nor it
 grows with vocabulary x prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,13 +39,10 @@ Group = tuple[Prompt, Sequence[int]]  # a prompt with the numbers of its rows
 
 
 def block_mask(segments: Tensor) -> Tensor:
-    """Return who sees whom: causal, and of other segments only the prompt.
+    """Return who sees whom, bool (B, S, S), query by key.
 
-    Args:
-        segments: (B, S) 0 for the prompt, 1..G for the replies, -1 for padding.
-
-    Returns:
-        bool (B, S, S), query by key.
+    segments: (B, S) 0 for the prompt, 1..G for the replies, -1 for padding. A token
+    sees what is before it in its own segment and in the prompt.
     """
     rows, length = segments.shape
     rule = make_mask_rule(segments)

@@ -7,8 +7,6 @@ the prompt (M-RoPE), exactly as if it stood alone. This works for models with th
 `get_rope_index` of Qwen2-VL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate

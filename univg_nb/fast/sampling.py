@@ -5,8 +5,6 @@ stream of its own, because torch.multinomial draws all rows of a batch from one 
 a reply would then depend on the batch size, and on how many processes share the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import compress

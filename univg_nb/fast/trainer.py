@@ -7,8 +7,6 @@ are equal, and the replies have the same distribution. docs/fast_example.py show
 use with any reward functions.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence
@@ -227,11 +225,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         if self._step % every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            order = self._order_rows(batch)
-            batch = {
-                key: _permute(value, order)
-                for key, value in split_pixel_values_by_grid(batch).items()
-            }
+            order, batch = self._order_rows(batch), split_pixel_values_by_grid(batch)
+            for key, value in batch.items():
+                if isinstance(value, list):
+                    batch[key] = [value[row] for row in order]
+                elif value.ndim:  # else one number for all rows
+                    batch[key] = value[order]
             chunks = split_tensor_dict(batch, self.args.steps_per_generation)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(c) for c in chunks]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -307,9 +306,3 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _record_seconds(self, part: str, began: float) -> None:
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][f"seconds/{part}"].append(time.perf_counter() - began)
-
-
-def _permute(value: Any, order: list[int]) -> Any:
-    if isinstance(value, Tensor):
-        return value[order] if value.ndim else value
-    return [value[i] for i in order]

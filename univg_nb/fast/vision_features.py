@@ -7,8 +7,6 @@ The trainings of stage 1 all look at the same images: `vision_features` computes
 once and writes them to a file.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -110,15 +108,10 @@ def vision_features(
     keep: Path,
     progress: bool = True,
 ) -> dict[str, EncodedImage]:
-    """Compute what the vision tower makes of each distinct image.
+    """Compute what the frozen vision tower makes of each distinct image.
 
-    Args:
-        model: the model; its tower is frozen.
-        processor: processor of the model.
-        paths: the images.
-        keep: folder where the features are written, and read the next time, under a
-            name that changes with the tower, the processor and the images.
-        progress: whether to show a progress bar.
+    The features are written to the folder `keep`, and read the next time, under a name
+    that changes with the tower, the processor and the images.
 
     Returns:
         {path: (features (tokens, hidden size), grid (1, 3))}.

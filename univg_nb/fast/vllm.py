@@ -8,8 +8,6 @@ resizes pictures within the limits of the model's own processor, not those of th
 `make_vllm_inputs` rules out both.
 """
 
-from __future__ import annotations
-
 import json
 import urllib.request
 from collections.abc import Mapping
@@ -105,14 +103,11 @@ def resize_image(picture: Image, image_processor: Any) -> Image:
 def make_vllm_inputs(
     ids: list[list[int]], images: list[list[Image] | None], processor: Any, mode: str
 ) -> tuple[list[list[int]], list[list[Image] | None]]:
-    """Return the token ids and pictures of every row as vLLM is to get them.
+    """Return the token ids and opened pictures of every row as vLLM is to get them.
 
-    Args:
-        ids: with runs of image tokens, as trained on.
-        images: the opened pictures, or None.
-        processor: the processor of the training.
-        mode: "colocate" or "server". A server gets pictures and ids in two requests,
-            and TRL looks for the runs to say where the pictures go; there they stay.
+    `ids` have runs of image tokens, as trained on. In the mode "server" they stay:
+    pictures and ids go in two requests, and TRL looks for the runs to say where the
+    pictures go.
     """
     if mode == "colocate":
         ids = [collapse_image_tokens(row, processor.image_token_id) for row in ids]
