@@ -185,14 +185,19 @@ def test_every_plot_draws_from_artefacts(run_dir, tmp_path):
 
 def test_plots_draw_into_given_axes():
     ax = Figure().add_subplot()
-    assert plots.plot_weight_functions(ax=ax) is ax.figure
+    assert plots.plot_group_bars([0.9, 0.0], ax=ax) is ax.figure
+    assert "mean IoU 0.45" in ax.get_title()
+
+
+def test_weight_functions_are_named():
+    (ax,) = plots.plot_weight_functions().axes
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["exp", "power", "log", "log_released"]
 
 
 def test_memory_is_shown_in_gigabytes():
-    ax = Figure().add_subplot()
-    plots.plot_memory_bars({"full": {"weights": 15_000, "optimizer": 45_200}}, ax=ax)
+    parts = {"full": {"weights": 15_000, "optimizer": 45_200}}
+    (ax,) = plots.plot_memory_bars(parts).axes
     assert [text.get_text().strip() for text in ax.texts] == ["60.2 GB"]
     assert ax.get_xlabel() == "GB"
 
@@ -206,8 +211,7 @@ def test_training_curve_names_what_was_logged():
 
 def test_smooth_and_iou_curve_values():
     assert plots.smooth([0, 3, 6, 9], 3).tolist() == [1.5, 3.0, 6.0, 7.5]
-    ax = Figure().add_subplot()
-    plots.plot_iou_curve({"m": [0.5, 0.49, 1.0, 0.0]}, ax=ax)
+    (ax,) = plots.plot_iou_curve({"m": [0.5, 0.49, 1.0, 0.0]}).axes
     (curve,) = (line for line in ax.lines if line.get_label() == "m")
     x, y = curve.get_data()
     assert y[x == 0.5] == 50.0  # a hit is IoU >= 0.5

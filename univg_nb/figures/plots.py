@@ -149,10 +149,9 @@ def plot_difficulty_shares(
 
 def plot_weight_functions(
     forms: Sequence[str] = ("exp", "power", "log", "log_released"),
-    ax: Axes | None = None,
 ) -> Figure:
     """Plot the weight over the mean IoU of a group, for forms of difficulty_weight."""
-    figure, ax = create_axes(ax, 6.8, 4.2)
+    figure, ax = create_axes(None, 6.8, 4.2)
     m = torch.linspace(0, 1, 501)
     ax.axvspan(0, HARD_BELOW, color=RED, alpha=0.07, linewidth=0)
     ax.axvspan(EASY_ABOVE, 1, color=GREEN, alpha=0.07, linewidth=0)
@@ -181,13 +180,8 @@ def plot_group_bars(
     mean = float(np.mean(ious))
     phi = float(difficulty.difficulty_weight(torch.tensor(mean), form))
     numbers = range(1, len(ious) + 1)
-    ax.bar(
-        numbers,
-        ious,
-        0.75,
-        color=BIN_COLORS[difficulty.difficulty_bin(mean)],
-        alpha=0.85,
-    )
+    color = BIN_COLORS[difficulty.difficulty_bin(mean)]
+    ax.bar(numbers, ious, 0.75, color=color, alpha=0.85)
     ax.axhline(mean, color="black", linewidth=1.3, linestyle="--")
     caption = f"mean IoU {mean:.2f}, φ {phi:.2f}"
     ax.set_title(f"{title}\n{caption}" if title else caption, fontsize=11)
@@ -196,11 +190,9 @@ def plot_group_bars(
     return figure
 
 
-def plot_memory_bars(
-    parts: Mapping[str, Mapping[str, float]], ax: Axes | None = None
-) -> Figure:
+def plot_memory_bars(parts: Mapping[str, Mapping[str, float]]) -> Figure:
     """Plot memory in GB as stacked bars, from {"LoRA": {"weights": MB, ...}, ...}."""
-    figure, ax = create_axes(ax, 7.0, 0.62 * len(parts) + 1.6)
+    figure, ax = create_axes(None, 7.0, 0.62 * len(parts) + 1.6)
     sizes = pd.DataFrame(parts).fillna(0) / 1000  # parts x bars, in order of appearance
     start = np.zeros(len(parts))
     for index, (name, row) in enumerate(sizes.iterrows()):
@@ -221,14 +213,14 @@ def plot_memory_bars(
 # ---------------------------------------------------------------- evaluation
 
 
-def plot_accuracy_bars(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
+def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     """Plot Acc@0.5 for each task with 95 % intervals, a bar for each model.
 
     `results` is from `tables.load_result_table`.
     """
     columns = [c for c in dict.fromkeys(results["column"]) if c != "Pooled"]
     models = list(dict.fromkeys(results["model"]))
-    figure, ax = create_axes(ax, max(6.0, 1.1 * len(columns) + 1), 4.4)
+    figure, ax = create_axes(None, max(6.0, 1.1 * len(columns) + 1), 4.4)
     width = 0.84 / len(models)
     table = results.set_index(["model", "column"])
     style = {"ecolor": "0.25", "elinewidth": 0.9, "capsize": 1.5}
@@ -248,11 +240,9 @@ def plot_accuracy_bars(results: pd.DataFrame, ax: Axes | None = None) -> Figure:
     return figure
 
 
-def plot_iou_curve(
-    ious: Mapping[str, Sequence[float]], ax: Axes | None = None
-) -> Figure:
+def plot_iou_curve(ious: Mapping[str, Sequence[float]]) -> Figure:
     """Plot the accuracy over the IoU threshold, of the items' IoUs (0..1) by model."""
-    figure, ax = create_axes(ax, 6.5, 4.2)
+    figure, ax = create_axes(None, 6.5, 4.2)
     thresholds = np.linspace(0, 1, 201)
     ax.axvline(0.5, color="0.6", linewidth=1, linestyle=":")
     for index, (name, values) in enumerate(ious.items()):

@@ -46,10 +46,11 @@ def replace_chains(
 ) -> list[GroundingSample]:
     """Return the rows, of which a share has the chain "I see it.".
 
-    It is as if two people had written the chains, one who reasons and one who does not;
-    the boxes of both are right. A model of both does either, and rewards tell which is
-    better: one coarse thing to learn, where the many details of what to look at drown
-    in the noise of sampled replies. Raises ValueError for a share outside 0..1.
+    As of two people, one of whom reasons: rewards tell which is better. That is one
+    coarse thing to learn, where details drown in the noise of sampled replies.
+
+    Raises:
+        ValueError: for a share outside 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share {share} of hasty chains: give a number from 0 to 1")
