@@ -192,10 +192,10 @@ def test_files_are_neither_fragments_nor_too_long():
 def test_the_package_stays_small():
     """Without the recipe of the shipped models, which nothing imports.
 
-    The aim is 13,000 lines; the limit follows the size down and never goes up.
+    The limit goes up only for a feature that is worth it, in the commit that adds it.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 14_950
+    assert sum(sizes.values()) <= 13_000
 
 
 # ---------------------------------------------------------------- references

@@ -143,7 +143,7 @@ def require_chain(sample: GroundingSample) -> None:
 
 
 def check_chain(sample: GroundingSample, reply: str) -> list[ChainProblem]:
-    """Return the problems of a reply as a training target.
+    """Return the problems of a reply as a training target; none if it passes.
 
     The checks know the question, the number of images, the target's image and the true
     box, but never what the images show. Kinds (`KINDS`):
@@ -165,9 +165,6 @@ def check_chain(sample: GroundingSample, reply: str) -> list[ChainProblem]:
     Args:
         sample: a sample that takes a chain.
         reply: whatever the teacher wrote.
-
-    Returns:
-        An empty list if the reply passes.
 
     Raises:
         ValueError: if the sample takes no chain; never because of the reply.

@@ -76,7 +76,7 @@ def sample_replies(
     seeds: Sequence[int] = (),
     vision: VisionCache | None = None,
 ) -> list[list[list[int]]]:
-    """Generate replies to prompts, sampled or greedy.
+    """Generate replies, sampled or greedy: token ids by [prompt][reply].
 
     Each prompt is one row of the batch and its replies are queries of that row, so the
     cache holds the prompt once. A reply ends with its first end token, which is kept.
@@ -92,9 +92,6 @@ def sample_replies(
         seeds: one for each reply, those of a prompt adjacent; without, decoding is
             greedy. A reply does not depend on the other rows, up to float rounding.
         vision: keeps image features.
-
-    Returns:
-        [prompt][reply] -> token ids.
 
     Raises:
         FloatingPointError: if the next-token probabilities are not finite.

@@ -51,11 +51,7 @@ def style_axes(ax: Axes) -> None:
 
 
 def create_axes(ax: Axes | None, width: float, height: float) -> tuple[Any, Axes]:
-    """Style axes to draw into, those of a new figure (in inches) if `ax` is None.
-
-    Returns:
-        Their figure or subfigure, and the axes.
-    """
+    """Return figure and axes to draw into; `ax` None makes a figure, in inches."""
     ax = drawing.create_figure(width, height).add_subplot() if ax is None else ax
     style_axes(ax)
     return ax.figure, ax

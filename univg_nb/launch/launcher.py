@@ -121,7 +121,7 @@ def train(
     rows: Sequence[GroundingSample],
     **options: Any,
 ) -> dict[str, Any]:
-    """Call `sft.train` or `grpo.train`, in this process or in launched ones.
+    """Train a stage here or in launched processes; return the training's summary.
 
     Args:
         stage: "sft" or "grpo".
@@ -129,9 +129,6 @@ def train(
         out: the stage folder; logs of launched processes go to out/launch.
         rows: the training samples.
         options: keyword arguments of `sft.train` or `grpo.train`.
-
-    Returns:
-        The training's summary.
 
     Raises:
         RuntimeError: if a process failed, with its rank and error.

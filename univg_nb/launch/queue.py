@@ -46,14 +46,13 @@ def split_values(text: str, default: Any) -> list[str]:
 def list_jobs(
     given: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> dict[str, dict[str, str]]:
-    """Return a job, name -> text, for every combination of the listed values.
+    """Return a job for every combination of the listed values.
+
+    A job is parameter -> text; its name tells what differs, as WEIGHT=exp_SEED=0.
 
     Args:
         given: parameter -> text as typed.
         defaults: the notebooks' own values, which decide what a text can mean.
-
-    Returns:
-        The jobs by the values that differ, as WEIGHT=exp_SEED=0.
 
     Raises:
         ValueError: for an empty value, or one that is listed twice.

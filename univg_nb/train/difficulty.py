@@ -45,7 +45,7 @@ def difficulty_weight(
     unit_mean: bool = False,
     constant: float = 1.0,
 ) -> Tensor:
-    """Compute phi for each group.
+    """Compute phi for each group, in the shape of `group_iou`.
 
     Args:
         group_iou: mean IoU of each group, in 0..1, any shape.
@@ -55,9 +55,6 @@ def difficulty_weight(
             the difference between groups remains, another control. With several
             processes, give the groups of all. If all weights are 0 they stay 0.
         constant: value of "constant".
-
-    Returns:
-        The weights, in the shape of group_iou.
 
     Raises:
         ValueError: for an unknown form or a mean IoU outside 0..1.
@@ -77,9 +74,9 @@ def difficulty_weight(
 
 
 def rescale_factor(rewards: Tensor, how: str = "none") -> Tensor:
-    """Compute a factor for the advantages of each group: other ways to size a group.
+    """Compute a factor for the advantages of each group, (groups,).
 
-    They are for comparison with the weights; none is the paper's.
+    These ways to size a group are for comparison with the weights; none is the paper's.
 
     Args:
         rewards: (groups, G).
@@ -88,9 +85,6 @@ def rescale_factor(rewards: Tensor, how: str = "none") -> Tensor:
             |A| is G for every group that is not silent; "drop_silent", groups whose
             rewards are all equal leave the mean over groups, so the others grow by
             groups / groups kept.
-
-    Returns:
-        (groups,).
 
     Raises:
         ValueError: for an unknown `how`.

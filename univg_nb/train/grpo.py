@@ -144,7 +144,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
-    """Train with GRPO from an SFT adapter.
+    """Train with GRPO from an SFT adapter; return the summary.
 
     Writes config.yaml, metrics.jsonl, rollouts.jsonl, adapter/ and summary.json.
 
@@ -156,9 +156,6 @@ def train(
             new adapter replaces it: it is loaded the same way, on the same base.
         callbacks: further callbacks of the trainer.
         **overrides: options of the grpo section, such as weight; None changes nothing.
-
-    Returns:
-        The summary.
 
     Raises:
         ValueError: for an impossible layout or option, and for a policy that never
