@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from univg_nb import models
@@ -53,6 +54,9 @@ def test_released_defect_T4_pixel_limits_take_effect(tiny):
         out = processor.image_processor(images=[picture], return_tensors="pt")
         assert out["image_grid_thw"].prod() // 4 == tokens
         assert processor.image_processor.size["shortest_edge"] == 256
+    with warnings.catch_warnings():  # a reader would see one in every cell
+        warnings.simplefilter("error")
+        processor(images=[Image.new("RGB", (64, 64))], text=["<|image_pad|>"])
     with pytest.raises(ValueError, match="min_pixels = 9000"):
         models.load_processor({**tiny, "min_pixels": 9000})
 

@@ -65,20 +65,22 @@ def ignore_rename_warnings() -> Iterator[None]:
 def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
     """Load the processor, with the pixel limits of a scale's `model` section.
 
-    They bound the pixels of an image after resizing, both inclusive. Set on the loaded
-    processor they would have no effect (docs/paper_facts.md#t4). Raises ValueError if
-    min_pixels is above max_pixels.
+    They bound the pixels of an image after resizing, both inclusive. On the processor
+    itself they have no effect (docs/paper_facts.md#t4). Raises ValueError if min_pixels
+    is above max_pixels.
     """
     name = resolve_model_path(model_section["name_or_path"])
-    keys = [key for key in ("min_pixels", "max_pixels") if model_section.get(key)]
-    limits = {key: model_section[key] for key in keys}
-    processor = AutoProcessor.from_pretrained(name, **limits)
-    size = processor.image_processor.size
+    processor = AutoProcessor.from_pretrained(name)
+    images = processor.image_processor
+    size = dict(images.size)
+    for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        size[edge] = model_section.get(key) or size[edge]
     if size["shortest_edge"] > size["longest_edge"]:
         raise ValueError(
             f"model.min_pixels = {size['shortest_edge']} is larger than "
             f"model.max_pixels = {size['longest_edge']}; swap or widen them"
         )
+    images.size = type(images.size)(**size)
     return processor
 
 
