@@ -137,12 +137,12 @@ def test_same_batch_as_the_processor_and_trl_make(data, processor, chains):
 
 
 def test_stored_features_and_a_dropped_mask_do_not_change_the_loss(
-    data, processor, model_cfg
+    data, processor, model_cfg, tmp_path
 ):
     model, _ = models.load_for_inference(model_cfg)
     rows = [tokenize(data, processor)[i] for i in (0, 4, 5)]
     paths = [path for row in rows for path in row["images"]]
-    features = vision_features(model, processor, paths, progress=False)
+    features = vision_features(model, processor, paths, tmp_path, progress=False)
     assert len(features) == len(set(paths))
     batch = VisionCollator(processor, features)(rows)
     batch.pop("sample_index")
