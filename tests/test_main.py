@@ -135,8 +135,10 @@ def test_a_defect_keeps_its_traceback(command, error):
 
 
 WAITING = """
-import sys, time, types
+import signal, sys, time, types
 from univg_nb.__main__ import COMMANDS, main
+# A job that a shell starts in the background ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(_):
     print("ready", flush=True)
     time.sleep(60)
