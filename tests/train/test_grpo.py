@@ -162,6 +162,15 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     assert models.hash_weights(model) == models.hash_weights(sft)
 
 
+def test_the_last_update_is_logged_whatever_logging_steps_is(folder, tmp_path):
+    """The summary is made from what is logged."""
+    config = make_config(folder, max_steps=2, logging_steps=5)
+    job = {"sft_adapter": folder / "sft"}
+    summary = grpo.train(config, tmp_path, make_samples(folder), **job)
+    assert [row["step"] for row in io.read_jsonl(tmp_path / "metrics.jsonl")] == [2]
+    assert summary["reward_first"] == summary["reward_last"]
+
+
 def test_the_last_norm_learns_at_its_own_rate(folder, tmp_path):
     """And is part of the adapter: saved and merged; the reference keeps its own."""
     out = tmp_path / "grpo"

@@ -272,9 +272,13 @@ def test_resume_is_exact(trained, model_cfg, data, tmp_path, monkeypatch, stop):
         shutil.copytree(last, half)
         (half / COMPLETE).unlink()
         (half / "optimizer.pt").write_bytes(b"half")
-    sft.train(config, tmp_path, data)
+    summary = sft.train(config, tmp_path, data)
     assert losses(tmp_path) == losses(out)
     assert adapter_bytes(tmp_path) == adapter_bytes(out)
+    # Speeds are of the updates that this call made.
+    batch = config["sft"]["per_device_train_batch_size"]
+    made = summary["samples_per_second"] * summary["seconds_per_update"]
+    assert made == pytest.approx(batch, rel=0.1)
 
 
 @pytest.mark.slow

@@ -134,12 +134,13 @@ def run_training(
     with models.ignore_rename_warnings():
         done = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
-    seconds = done.metrics["train_runtime"]
+    seconds, updates = done.metrics["train_runtime"], done.global_step - first
+    samples = updates * trainer.get_total_train_batch_size(trainer.args)
     return {
         "steps": done.global_step,
         "seconds": seconds,
-        "seconds_per_update": round(seconds / (done.global_step - first), 3),
-        "samples_per_second": done.metrics["train_samples_per_second"],
+        "seconds_per_update": round(seconds / updates, 3),
+        "samples_per_second": round(samples / seconds, 3),
         "parameters": models.count_parameters(trainer.model),
     }
 
@@ -171,8 +172,8 @@ class Recorder(TrainerCallback):
         event["train_dataloader"].set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log before saving: sums between two logs are in no checkpoint."""
-        control.should_log |= control.should_save
+        """Log before saving and at the end: no checkpoint has sums between two logs."""
+        control.should_log |= control.should_save or control.should_training_stop
 
     def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         """Append a row to metrics.jsonl."""
