@@ -101,8 +101,8 @@ def generate(
         SettingsMismatchError: `out` was made under other settings.
     """
     indices = sorted(set(range(len(samples)) if indices is None else indices))
-    missing = find_missing_images(samples, indices)
-    for index, path in missing.items():
+    if missing := find_missing_images(samples, indices):
+        index, path = next(iter(missing.items()))
         raise ValueError(
             f"{len(missing)} of {len(indices)} items lack an image, first item "
             f"{samples[index].id!r} (index {index}): {path} does not exist; set the "

@@ -100,11 +100,11 @@ def resume_statement(before: int, now: int, strategy: str, vllm: bool = False) -
     if strategy in ZERO:
         raise ValueError(
             f"the checkpoint was written by {before} processes under DeepSpeed, whose "
-            f"optimiser files hold for that number; use {before} processes, or begin "
+            f"optimizer files hold for that number; use {before} processes, or begin "
             "anew (FRESH) with strategy fsdp2"
         )
     return (
-        f"goes on with {now} process(es) after {before}. Exact: weights, optimiser, "
+        f"goes on with {now} process(es) after {before}. Exact: weights, optimizer, "
         "schedule, which samples each update sees. Not exact: the order of sums, so "
         "losses agree to rounding only; and what draws random numbers per process: "
         "dropout, and replies sampled by vLLM or in TRL's own way"
