@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from univg_nb import io
-from univg_nb.cot.checks import extract_thinking
-from univg_nb.cot.stand_in import StandIn
+from univg_nb.cot.checks import check_chain, extract_thinking
+from univg_nb.cot.stand_in import STYLES, StandIn, StandInTeacher
 from univg_nb.cot.teacher import (
     Teacher,
     insert_chains,
     make_client,
     summarize,
+    write_chain,
     write_chains,
 )
 from univg_nb.data import files
@@ -49,14 +50,14 @@ def teacher_at(url, **changes):
 
 def test_candidates_checks_selection_and_files(rows, tmp_path):
     out = tmp_path / "chains.jsonl"
-    with StandIn(rows, error_rate=0.6, busy_rate=0.3) as stand_in:
+    with StandIn(rows, StandInTeacher(error_rate=0.6), busy_rate=0.3) as stand_in:
         teacher = teacher_at(stand_in.url, price=(2.0, 4.0))
         found = write_chains(rows, out, teacher)
         assert stand_in.turned_away  # and yet everything was answered
-        planted = [[stand_in.write(s, n) for n in range(3)] for s in rows]
+        planted = [[stand_in.teacher.write(s, n) for n in range(3)] for s in rows]
     assert [row["id"] for row in found] == [sample.id for sample in rows]
     texts = [[c["text"] for c in row["candidates"]] for row in found]
-    assert texts == [[text for text, _ in three] for three in planted]
+    assert texts == [[candidate.text for candidate in three] for three in planted]
     for row in found:
         passed = [n for n, c in enumerate(row["candidates"]) if not c["problems"]]
         assert (row["chosen"] in passed) if passed else row["chosen"] is None
@@ -76,6 +77,48 @@ def test_candidates_checks_selection_and_files(rows, tmp_path):
     assert files.read(tmp_path / "stage1.json") == made
     row = next(row for row in found if row["chosen"] is not None)
     assert made[0].chain == extract_thinking(row["candidates"][row["chosen"]]["text"])
+
+
+def test_the_teacher_writes_the_same_without_http(rows, tmp_path):
+    shares = {"thorough": 0.3, "terse": 0.2, "glance": 0.4, "conclusion first": 0.1}
+    mixture = StandInTeacher(seed=0, error_rate=0.3, styles=shares)
+    with StandIn(rows, mixture) as server:
+        teacher = teacher_at(server.url)
+        found = write_chains(rows, tmp_path / "chains.jsonl", teacher)
+    for sample, row in zip(rows, found, strict=True):
+        del row["tokens"]
+        assert write_chain(mixture.reply, sample, teacher) == row
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_sound_chain_of_every_style_passes_the_checks(rows, style):
+    writer = StandInTeacher(error_rate=0, styles={style: 1})
+    texts = [writer.write(sample, 0).text for sample in rows]
+    passed = [not check_chain(*pair) for pair in zip(rows, texts, strict=True)]
+    # One wording of a thorough chain looks back at another image at its end.
+    assert all(passed) or style == "thorough"
+
+
+def test_selectors(rows):
+    shares = {"thorough": 0.5, "glance": 0.5}
+    good = StandInTeacher(selector_accuracy=1, styles=shares)
+    replies = [good.write(rows[0], number) for number in range(8)]
+    texts = [reply.text for reply in replies]
+    chosen = replies[good.select(rows[0], texts) - 1]
+    assert not chosen.error and chosen.style == "thorough"
+    glances = [reply.text for reply in replies if reply.style == "glance"]
+    assert good.select(rows[0], glances) in range(1, len(glances) + 1)
+    first = StandInTeacher(selector="first", styles=shares)
+    assert {first.select(row, texts) for row in rows} == {1}
+    form = StandInTeacher(selector="form", styles=shares)
+    assert len({form.select(row, texts) for row in rows}) > 1
+
+
+def test_unknown_styles_and_selectors_are_refused():
+    with pytest.raises(ValueError, match="any of thorough, conclusion first, terse"):
+        StandInTeacher(styles={"rude": 1})
+    with pytest.raises(ValueError, match="'best' is unknown; use one of first, form"):
+        StandInTeacher(selector="best")
 
 
 def test_a_cut_off_run_goes_on(rows, tmp_path):

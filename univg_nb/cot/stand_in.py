@@ -1,9 +1,10 @@
-"""A stand-in for the teacher: a small HTTP server that knows MiniMIG's scenes.
+"""A stand-in for the teacher that knows MiniMIG's scenes, and a small server of it.
 
-It speaks the protocol of OpenAI's chat completions on the loopback interface,
-recognizes the images it is sent, writes a sound chain or, at a known rate, one with an
-error of a known kind (`ERRORS`), and selects among replies. So the client, the checks
-and the selection can be run and measured without a model.
+`StandInTeacher` writes a chain in one of several styles (`STYLES`) or, at a known
+rate, one with an error of a known kind (`ERRORS`), and selects among replies. `StandIn`
+serves one on the loopback interface by the protocol of OpenAI's chat completions: it
+recognizes the images that it is sent. So the client, the checks and the selection can
+be run and measured without a model. The replies are the same without HTTP.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import json
 import random
 import re
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from univg_nb.cot.checks import MAX_CHARS
 from univg_nb.data.boxes import format_box
@@ -119,15 +120,118 @@ WORDINGS: tuple[Callable[[GroundingSample], str], ...] = (
 )
 
 
-class StandIn:
-    """The server, run by `with StandIn(samples) as teacher:`.
+# A style makes the chain of a draft; they are listed from the most to the least useful.
+STYLES: dict[str, Callable[[Draft], str]] = {
+    "thorough": lambda draft: draft.chain or "",
+    "conclusion first": lambda draft: (
+        f"It is {draft.conclusion}. {draft.steps} So it is in image "
+        f"{draft.target_image}."
+    ),
+    "terse": lambda draft: f"The target is {draft.conclusion}.",
+    "glance": lambda draft: f"I see it in image {draft.target_image}.",
+}
+Selector = Literal["first", "form", "good"]
 
-    Args:
-        samples: MiniMIG samples with chains, two images or more each.
+
+class Candidate(NamedTuple):
+    """A reply, its error ("" if it is sound) and its style, a key of `STYLES`."""
+
+    text: str
+    error: str
+    style: str
+
+
+@dataclass(frozen=True)
+class StandInTeacher:
+    """Writes and selects chains of MiniMIG samples with two images or more.
+
+    Attributes:
         seed: the data's; with the sample and the number of the candidate it decides
             what is written.
         error_rate: share of candidates with an error; all kinds are equally likely.
-        selector_accuracy: how often the selector picks a sound reply if there is one.
+        styles: share of the candidates by style; what is left out is not written.
+        selector: "first" takes the first of the replies, which is no selection, "form"
+            any of them, and "good" a sound one in the most useful style.
+        selector_accuracy: how often the good selector sees which replies these are;
+            else it takes any.
+    """
+
+    seed: int = 0
+    error_rate: float = 0.5
+    styles: Mapping[str, float] = field(default_factory=lambda: {"thorough": 1.0})
+    selector: Selector = "good"
+    selector_accuracy: float = 0.8
+
+    def __post_init__(self) -> None:
+        unknown = set(self.styles) - set(STYLES)
+        if unknown or sum(self.styles.values()) <= 0 or min(self.styles.values()) < 0:
+            raise ValueError(
+                f"styles {dict(self.styles)}: give shares of zero or more, one of them "
+                f"above zero, to any of {', '.join(STYLES)}"
+            )
+        if self.selector not in get_args(Selector):
+            raise ValueError(
+                f"selector {self.selector!r} is unknown; use one of "
+                f"{', '.join(get_args(Selector))}"
+            )
+
+    def write(self, sample: GroundingSample, number: int) -> Candidate:
+        """Return candidate `number` for a sample."""
+        rng = random.Random(f"{self.seed}/{sample.id}/{number}")
+        (style,) = (
+            self.styles
+            if len(self.styles) == 1
+            else rng.choices(list(self.styles), list(self.styles.values()))
+        )
+        if style != "thorough":
+            draft = _make_draft(sample, self.seed)
+            sample = replace(sample, chain=STYLES[style](draft))
+        if rng.random() < self.error_rate:
+            error = rng.choice(list(ERRORS))
+            text = ERRORS[error](sample, self.seed)
+            if text != reply_text(sample):
+                return Candidate(text, error, style)
+        if style != "thorough":
+            return Candidate(reply_text(sample), "", style)
+        return Candidate(_write_reply(sample, rng.choice(WORDINGS)(sample)), "", style)
+
+    def select(self, sample: GroundingSample, replies: Sequence[str]) -> int:
+        """Return the number, from 1, of the reply that the selector takes."""
+        if self.selector == "first":
+            return 1
+        rng = random.Random(f"{self.seed}/{sample.id}/select")
+        numbers = range(1, len(replies) + 1)
+        able = rng.random() < self.selector_accuracy
+        if self.selector == "form" or not able:
+            return rng.choice(numbers)
+        for texts in self._list_sound(sample):
+            if good := [n for n, text in enumerate(replies, 1) if text in texts]:
+                return rng.choice(good)
+        return rng.choice(numbers)
+
+    def _list_sound(self, sample: GroundingSample) -> list[set[str]]:
+        """Return the sound replies to a sample, by style, the most useful first."""
+        thorough = {_write_reply(sample, wording(sample)) for wording in WORDINGS}
+        others = [style for style in list(STYLES)[1:] if style in self.styles]
+        if not others:
+            return [thorough]
+        draft = _make_draft(sample, self.seed)
+        return [thorough, *({_write_reply(sample, STYLES[s](draft))} for s in others)]
+
+    def reply(self, sample: GroundingSample, text: str, number: int) -> str:
+        """Return the reply to a prompt of `checks`, the teacher's or the selector's."""
+        replies = re.findall(r"^Reply \d+: (.*)$", text, re.MULTILINE)
+        if replies:
+            return str(self.select(sample, replies))
+        return self.write(sample, number).text
+
+
+class StandIn:
+    """The server, run by `with StandIn(samples) as server:`.
+
+    Args:
+        samples: MiniMIG samples with chains, two images or more each.
+        teacher: what writes and selects.
         busy_rate: share of requests that are answered with status 503 the first time.
 
     Attributes:
@@ -138,13 +242,11 @@ class StandIn:
     def __init__(
         self,
         samples: Iterable[GroundingSample],
-        seed: int = 0,
-        error_rate: float = 0.5,
-        selector_accuracy: float = 0.8,
+        teacher: StandInTeacher | None = None,
         busy_rate: float = 0.02,
     ) -> None:
-        self.seed, self.error_rate = seed, error_rate
-        self.selector_accuracy, self.busy_rate = selector_accuracy, busy_rate
+        self.teacher = teacher or StandInTeacher()
+        self.busy_rate = busy_rate
         self.turned_away: set[tuple[str, ...]] = set()
         self._by_images = {
             tuple(load_data_url(path, sample.id) for path in sample.images): sample
@@ -162,24 +264,6 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def write(self, sample: GroundingSample, number: int) -> tuple[str, str]:
-        """Return candidate `number` for a sample, and its error ("" if it is sound)."""
-        rng = random.Random(f"{self.seed}/{sample.id}/{number}")
-        if rng.random() < self.error_rate:
-            error = rng.choice(list(ERRORS))
-            text = ERRORS[error](sample, self.seed)
-            if text != reply_text(sample):
-                return text, error
-        return _write_reply(sample, rng.choice(WORDINGS)(sample)), ""
-
-    def select(self, sample: GroundingSample, replies: list[str]) -> int:
-        """Return the number, from 1, of the reply that the selector takes."""
-        rng = random.Random(f"{self.seed}/{sample.id}/select")
-        sound = {_write_reply(sample, wording(sample)) for wording in WORDINGS}
-        good = [n for n, text in enumerate(replies, 1) if text in sound]
-        able = rng.random() < self.selector_accuracy
-        return rng.choice(good if good and able else range(1, len(replies) + 1))
-
     def answer(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return status and body of the response to a chat completion request."""
         *images, last = request["messages"][-1]["content"]
@@ -189,13 +273,11 @@ class StandIn:
         if sample is None:
             return 400, {"error": {"message": "these pictures are not known here"}}
         key = (sample.id, str(number), text)
-        rng = random.Random(f"{self.seed}/{key}/busy")
+        rng = random.Random(f"{self.teacher.seed}/{key}/busy")
         if rng.random() < self.busy_rate and key not in self.turned_away:
             self.turned_away.add(key)
             return 503, {"error": {"message": "busy"}}
-        replies = re.findall(r"^Reply \d+: (.*)$", text, re.MULTILINE)
-        chosen = str(self.select(sample, replies)) if replies else ""
-        reply = chosen or self.write(sample, number)[0]
+        reply = self.teacher.reply(sample, text, number)
         # Tokens are estimated: four characters each, 81 an image.
         tokens = (81 * len(urls) + len(text) // 4, len(reply) // 4)
         usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}

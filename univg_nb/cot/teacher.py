@@ -10,7 +10,7 @@ repeats only the requests that were in flight.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,14 +103,59 @@ def make_client(teacher: Teacher) -> openai.OpenAI:
     )
 
 
-def _write_chain(
-    client: openai.OpenAI, teacher: Teacher, sample: GroundingSample, others: str
+# Asks the teacher: text of the prompt, temperature and seed give the reply.
+Ask = Callable[[str, float, int], str]
+
+
+def _draw_row(
+    ask: Ask, teacher: Teacher, sample: GroundingSample, others: str
 ) -> dict[str, Any]:
-    """Return the row of one sample, as `write_chains` describes it.
+    """Return candidates, selector and chosen of one sample; see `write_chains`.
 
     What fails the checks is never selected, so the selector is asked only where it has
     a choice; if it names none of the replies, the first is taken.
     """
+    row: dict[str, Any] = {"candidates": [], "selector": "", "chosen": None}
+    prompt = checks.make_teacher_prompt(sample, others)
+    for number in range(teacher.candidates):
+        text = ask(prompt, teacher.temperature, number)
+        problems = [problem.kind for problem in checks.check_chain(sample, text)]
+        row["candidates"].append({"text": text, "problems": problems})
+    sound = [n for n, c in enumerate(row["candidates"]) if not c["problems"]]
+    if len(sound) > 1:
+        texts = [row["candidates"][n]["text"] for n in sound]
+        row["selector"] = ask(checks.make_selector_prompt(sample, texts), 0.0, 0)
+    if sound:
+        selection = checks.parse_selection(row["selector"], len(sound))
+        row["chosen"] = sound[selection or 0]
+    return row
+
+
+def write_chain(
+    ask: Callable[[GroundingSample, str, int], str],
+    sample: GroundingSample,
+    teacher: Teacher,
+) -> dict[str, Any]:
+    """Return the row of one sample from a teacher in this process, without HTTP.
+
+    Args:
+        ask: gives the reply to sample, prompt and seed, such as
+            `StandInTeacher.reply`.
+        sample: a sample that takes a chain.
+        teacher: its `candidates` and, for the record, the rest of its settings.
+
+    Returns:
+        The row that `write_chains` writes, without tokens.
+    """
+    checks.require_chain(sample)
+    row = _draw_row(lambda text, _, seed: ask(sample, text, seed), teacher, sample, "")
+    return {"id": sample.id, "made_with": teacher.fingerprint, "refused": ""} | row
+
+
+def _request_row(
+    client: openai.OpenAI, teacher: Teacher, sample: GroundingSample, others: str
+) -> dict[str, Any]:
+    """Return the row of one sample from an endpoint, as `write_chains` describes it."""
     urls = [load_data_url(p, sample.id, teacher.max_pixels) for p in sample.images]
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     tokens = [0, 0]
@@ -132,18 +177,7 @@ def _write_chain(
         return answer.choices[0].message.content or ""
 
     try:
-        prompt = checks.make_teacher_prompt(sample, others)
-        for number in range(teacher.candidates):
-            text = ask(prompt, teacher.temperature, number)
-            problems = [problem.kind for problem in checks.check_chain(sample, text)]
-            row["candidates"].append({"text": text, "problems": problems})
-        sound = [n for n, c in enumerate(row["candidates"]) if not c["problems"]]
-        if len(sound) > 1:
-            texts = [row["candidates"][n]["text"] for n in sound]
-            row["selector"] = ask(checks.make_selector_prompt(sample, texts), 0.0, 0)
-        if sound:
-            selection = checks.parse_selection(row["selector"], len(sound))
-            row["chosen"] = sound[selection or 0]
+        row |= _draw_row(ask, teacher, sample, others)
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         row["refused"] = str(error)[:300]
     return row | {"tokens": tokens}
@@ -169,7 +203,7 @@ def _generate_rows(
     try:
         with make_client(teacher) as client:
             futures = [
-                pool.submit(_write_chain, client, teacher, s, others.get(s.id, ""))
+                pool.submit(_request_row, client, teacher, s, others.get(s.id, ""))
                 for s in samples
             ]
             for future in as_completed(futures):

@@ -65,17 +65,21 @@ class Draft:
         return self.target.box
 
     @property
-    def chain(self) -> str | None:
-        """The reasoning chain, which ends with what and where the target is."""
-        if self.steps is None:
-            return None
+    def conclusion(self) -> str:
+        """What the target is and where, as in "the red cup in image 2, at the top"."""
         x, y, name = self.target.x, self.target.y, self.target.name
         if self.part:
             x1, y1, x2, y2 = self.answer
             x, y = (x1 + x2) / 2000, (y1 + y2) / 2000
             name = f"{self.part} of the {name}"
-        where = f"in image {self.target_image}, {describe_position(x, y)}"
-        return f"{self.steps} So the target is the {name} {where}."
+        return f"the {name} in image {self.target_image}, {describe_position(x, y)}"
+
+    @property
+    def chain(self) -> str | None:
+        """The reasoning chain, which ends with what and where the target is."""
+        if self.steps is None:
+            return None
+        return f"{self.steps} So the target is {self.conclusion}."
 
 
 def choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:

@@ -181,7 +181,7 @@ def draw_group_grounding(sampler: Sampler) -> Draft:
         scenes.append(sampler.sample_scene([*present, *others]))
     thing = scenes[k - 1].find(target)
     nouns = {"name": thing.name, "kind": thing.kind, "color": f"{thing.color} thing"}
-    steps = phrases.describe_scenes(scenes[:k])
+    steps = f"We look for the {nouns[form]}. {phrases.describe_scenes(scenes[:k])}"
     if form != "name":
         steps += f" Image {k} has {phrases.add_article(nouns[form])}."
     question = sampler.choose_question("group_grounding", phrase=f"the {nouns[form]}")
