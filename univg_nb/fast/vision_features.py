@@ -4,25 +4,26 @@ A frozen tower gives the same features for an image every time. A GRPO update lo
 each image in the rollout, the reference pass and the policy pass, and again in the next
 update on the same question: `VisionCache` keeps the features of the images seen last.
 The trainings of stage 1 all look at the same images: `vision_features` computes them
-once and writes them to a file.
+once and writes them to a file, which is mapped into memory.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models
 from univg_nb.data.images import open_image
 
-FEATURE_BYTES = 2**30  # features of a data set up to this size are kept in memory
+FEATURE_BYTES = 2**33  # features of a data set up to this size are kept on disk
 IMAGES_AT_ONCE = 32  # through processor and vision tower
 
 EncodedImage = tuple[Tensor, Tensor]  # (patches or features, grid (1, 3))
@@ -52,7 +53,7 @@ class VisionCache:
 
     @torch.no_grad()
     def get_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """Return the features (tokens, hidden size) of an image, computed once.
+        """Return the features of an image, as `encode_images`, computed once.
 
         pixels: (patches, patch_dim); grid: (1, 3).
         """
@@ -64,14 +65,39 @@ class VisionCache:
         features = self._kept.pop(key, None)
         if features is None:
             self.computed += 1
-            output = self.backbone.get_image_features(pixels, grid, return_dict=True)
-            features = output.pooler_output[0].clone()
+            (features,) = encode_images(self.backbone, pixels, grid)
             self.used_bytes += features.nbytes
         self._kept[key] = features
         while self.used_bytes > self.limit_bytes:
             oldest = next(iter(self._kept))
             self.used_bytes -= self._kept.pop(oldest).nbytes
         return features
+
+
+def encode_images(backbone: Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
+    """Compute the features of each image, (tokens, width of `get_feature_width`).
+
+    The first hidden size of columns stands in the place of the image's tokens. Further
+    ones of Qwen3-VL (deepstack) are added there to the states after its first layers.
+    """
+    output = backbone.get_image_features(pixels, grids, return_dict=True)
+    levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+    return [torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)]
+
+
+def get_feature_width(config: PreTrainedConfig) -> int:
+    """Return the columns of an image's features, those of deepstack included."""
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", ())
+    return config.get_text_config().hidden_size * (1 + len(deepstack))
+
+
+def make_feature_inputs(features: Sequence[Tensor], config: PreTrainedConfig) -> dict[str, Any]:
+    """Return features of `encode_images` as the model input that replaces pixels."""
+    hidden = config.get_text_config().hidden_size
+    levels = zip(*(one.split(hidden, dim=1) for one in features), strict=True)
+    pooled, *deepstack = levels
+    output = SimpleNamespace(pooler_output=pooled, deepstack_features=deepstack)
+    return {"mm_encoder_outputs": {"image": output}}
 
 
 def make_vision_inputs(
@@ -83,9 +109,8 @@ def make_vision_inputs(
     if cache is None:
         pixels, grids = map(torch.cat, zip(*images, strict=True))
         return {"pixel_values": pixels, "image_grid_thw": grids}
-    features = tuple(cache.get_features(*image) for image in images)
-    output = BaseModelOutputWithPooling(pooler_output=features)
-    return {"mm_encoder_outputs": {"image": output}}
+    features = [cache.get_features(*image) for image in images]
+    return make_feature_inputs(features, cache.backbone.config)
 
 
 def preprocess_images(
@@ -100,6 +125,30 @@ def preprocess_images(
     return out["pixel_values"], out["image_grid_thw"]
 
 
+class KeptFeatures(Mapping[str, EncodedImage]):
+    """Features of images on disk, by path; memory holds what is looked at."""
+
+    def __init__(self, file: Path, paths: Sequence[str], about: dict[str, Any]) -> None:
+        shape, self._grids = about["shape"], about["grids"]
+        size, dtype = shape[0] * shape[1], about["dtype"]
+        values = torch.from_file(str(file), shared=False, size=size, dtype=dtype)
+        self._features = values.view(shape)
+        self._ends = about["tokens"].cumsum(0)
+        self._numbers = {path: number for number, path in enumerate(paths)}
+
+    def __getitem__(self, path: str) -> EncodedImage:
+        number = self._numbers[path]
+        start = int(self._ends[number - 1]) if number else 0
+        features = self._features[start : int(self._ends[number])]
+        return features, self._grids[number : number + 1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
 @torch.no_grad()
 def vision_features(
     model: PreTrainedModel,
@@ -107,14 +156,14 @@ def vision_features(
     paths: Iterable[str],
     keep: Path,
     progress: bool = True,
-) -> dict[str, EncodedImage]:
+) -> KeptFeatures:
     """Compute what the frozen vision tower makes of each distinct image.
 
     The features are written to the folder `keep`, and read the next time, under a name
     that changes with the tower, the processor and the images.
 
     Returns:
-        {path: (features (tokens, hidden size), grid (1, 3))}.
+        {path: (features (tokens, hidden size), grid (1, 3))}, mapped from the file.
     """
     distinct = list(dict.fromkeys(paths))
     stats = [(path, Path(path).stat()) for path in distinct]
@@ -125,25 +174,30 @@ def vision_features(
             [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
         ]
     )
-    file = keep / f"{name}.pt"
-    if file.is_file():
-        tokens, features, grids = torch.load(file)
-    else:
-        made: list[tuple[Tensor, ...]] = []
+    file, about_file = keep / f"{name}.bin", keep / f"{name}.pt"
+    if not about_file.is_file():
+        tokens, grids = [], []
         starts = range(0, len(distinct), IMAGES_AT_ONCE)
-        for start in tqdm(starts, desc="images", disable=not progress, leave=False):
-            chunk = distinct[start : start + IMAGES_AT_ONCE]
-            pixels, grid = preprocess_images(processor, chunk)
-            found = model.get_image_features(
-                pixels.to(model.device), grid.to(model.device)
-            ).pooler_output
-            sizes = torch.tensor([len(one) for one in found])
-            made.append((sizes, torch.cat(found).cpu(), grid))
-        tokens, features, grids = map(torch.cat, zip(*made, strict=True))
         with io.open_atomically(file, "wb") as handle:
-            torch.save((tokens, features, grids), handle)
-    parts = zip(features.split(tokens.tolist()), grids.split(1), strict=True)
-    return dict(zip(distinct, parts, strict=True))
+            for start in tqdm(starts, desc="images", disable=not progress, leave=False):
+                chunk = distinct[start : start + IMAGES_AT_ONCE]
+                pixels, grid = preprocess_images(processor, chunk)
+                found = model.get_image_features(
+                    pixels.to(model.device), grid.to(model.device)
+                ).pooler_output
+                tokens += [len(one) for one in found]
+                grids.append(grid)
+                made = torch.cat(found).cpu()
+                handle.write(made.view(torch.uint8).numpy().data)
+        about = {
+            "tokens": torch.tensor(tokens),
+            "grids": torch.cat(grids),
+            "shape": (sum(tokens), made.shape[1]),
+            "dtype": made.dtype,
+        }
+        with io.open_atomically(about_file, "wb") as handle:
+            torch.save(about, handle)  # last: with it the features are whole
+    return KeptFeatures(file, distinct, torch.load(about_file))
 
 
 def features_fit(dataset: Dataset, hidden: int) -> bool:

@@ -6,12 +6,12 @@ tokenized once, an image goes through a frozen vision tower once where its featu
 in memory, and a sample that is too long is an error that names it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,6 +22,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import EncodedImage, preprocess_images
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
+ROWS_AT_ONCE = 1000  # as Python objects, which take some ten times Arrow's memory
 WINDOW = 8  # batches sorted together: little padding, and still random batches
 
 
@@ -51,7 +52,8 @@ def tokenize(
     """
     tokenizer, marker = processor.tokenizer, processor.image_token_id
     sizes: dict[str, int] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    parts: list[Dataset] = []
     for index, sample in enumerate(samples):
         name = f"{sample.source} sample {sample.id}".strip()
         prompt = processor.apply_chat_template(
@@ -89,9 +91,12 @@ def tokenize(
                 "length": length,
             }
         )
-    if not rows:
+        if len(rows) == ROWS_AT_ONCE or index + 1 == len(samples):
+            parts.append(Dataset.from_list(rows))
+            rows.clear()
+    if not parts:
         raise ValueError("no training samples; check the data section of the scale")
-    return Dataset.from_list(rows)
+    return concatenate_datasets(parts)
 
 
 @dataclass
@@ -109,7 +114,7 @@ class VisionCollator:
     """
 
     processor: ProcessorMixin
-    features: dict[str, EncodedImage] | None = None
+    features: Mapping[str, EncodedImage] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows; see the class."""

@@ -178,7 +178,7 @@ def train(
     config = {**config, "sft": {**config["sft"], "adapter": adapter}}
     with models.ignore_rename_warnings():
         trainer = build_trainer(config, out, samples, chains)
-    made_from = [[asdict(sample) for sample in samples], chains]
+    made_from = [[io.config_hash(asdict(sample)) for sample in samples], chains]
     summary = checkpoints.run_training(
         trainer, config, "sft", out, made_from, callbacks
     )
