@@ -58,7 +58,6 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "max_zero_updates": int,
         "shared_prefix": bool,
         "row_tokens": int,
-        "norm_learning_rate": float | None,  # null: the last norm stays as it is
         "freeze_vision": bool,
     },
     "evaluate": {"max_new_tokens": int, "batch_size": int},

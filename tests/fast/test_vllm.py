@@ -124,8 +124,7 @@ def test_other_log_probs_than_the_policys_end_the_training():
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ([], "grpo.norm_learning_rate=null"),
-        (["grpo.norm_learning_rate=null", "sft.adapter=qlora"], "sft.adapter=lora"),
+        (["sft.adapter=qlora"], "sft.adapter=lora"),
     ],
 )
 def test_what_trl_cannot_hand_over_is_refused_before_anything_loads(
@@ -166,7 +165,7 @@ class Version(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_trl_cannot_read_is_refused_before_anything_loads(tmp_path):
-    config = runs.override(runs.load_scale("tiny"), "grpo.norm_learning_rate=null")
+    config = runs.load_scale("tiny")
     with ThreadingHTTPServer(("127.0.0.1", 0), Version) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for change in (

@@ -34,11 +34,6 @@ def find_conflict(config: Mapping[str, Any]) -> str:
     grpo = config["grpo"]
     if not grpo.get("use_vllm"):
         return ""
-    if grpo.get("norm_learning_rate") is not None:
-        return (
-            "grpo.norm_learning_rate: TRL cannot hand a norm that PEFT trains beside "
-            "LoRA to vLLM; set grpo.norm_learning_rate=null"
-        )
     if config["sft"].get("adapter") == "qlora":
         return (
             "sft.adapter=qlora: TRL sends merged weights at full size to an engine "

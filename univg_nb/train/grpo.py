@@ -40,7 +40,6 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
 from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
-from univg_nb.train.final_norm import load_with_trained_norm
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
 
@@ -115,9 +114,7 @@ def build_trainer(
     arguments = grpo_config(config, out, len(train))
     four_bit = config["sft"].get("adapter") == "qlora"
     quantize: models.Quantization | None = "nf4" if four_bit else None
-    with_norm = section.get("norm_learning_rate") is not None
-    load = load_with_trained_norm if with_norm else models.load_for_training
-    model, processor = load(config["model"], sft_adapter, quantize)
+    model, processor = models.load_for_training(config["model"], sft_adapter, quantize)
     own = {key: section[key] for key in OWN_SECTIONS["grpo"] if key in section}
     if own.pop("freeze_vision", True):
         models.freeze_vision(model)

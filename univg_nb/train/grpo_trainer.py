@@ -31,7 +31,6 @@ from univg_nb.train.difficulty import (
     is_silent,
     rescale_factor,
 )
-from univg_nb.train.final_norm import find_trained_norm, set_norm_learning_rate
 from univg_nb.train.rewards import format_reward, iou_reward
 
 IOU, FORMAT = 0, 1  # columns of the reward matrix
@@ -49,7 +48,6 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
             `power`, `unit_mean` and `constant`.
         rescale: the way of `difficulty.rescale_factor`.
         max_zero_updates: so many generations in a row without any reward are an error.
-        norm_learning_rate: see `final_norm`.
         rollout_log: rollouts.jsonl, or None.
         **others: further arguments; for the rows see `grpo.to_rows`.
     """
@@ -65,7 +63,6 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         constant: float = 1.0,
         rescale: str = "none",
         max_zero_updates: int = 20,
-        norm_learning_rate: float | None = None,
         rollout_log: Path | None = None,
         **others: Any,
     ) -> None:
@@ -80,17 +77,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         )
         self.rollout_log = rollout_log
         self.max_zero_updates = max_zero_updates
-        self.norm_learning_rate = norm_learning_rate
         self.zero_updates = 0
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create TRL's, with the last norm in a group of its own if it is trained."""
-        made = self.optimizer
-        optimizer = super().create_optimizer(model)
-        if made is None and self.norm_learning_rate is not None:
-            norm = find_trained_norm(self.model)
-            set_norm_learning_rate(optimizer, norm, self.norm_learning_rate)
-        return optimizer
 
     # ------------------------------------------------------------ rewards and weights
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +26,12 @@ from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
 from univg_nb.config import add_scale_arguments, load_scale, make_parser
 from univg_nb.data.sample import GroundingSample
-from univg_nb.fast.vision_features import features_fit, vision_features
+from univg_nb.fast.vision_features import (
+    features_fit,
+    get_feature_width,
+    make_feature_inputs,
+    vision_features,
+)
 from univg_nb.runs import resolve_run_dir
 from univg_nb.train import checkpoints
 from univg_nb.train.collator import LengthGroupedBatches, VisionCollator, tokenize
@@ -66,10 +70,11 @@ class GroundingSFTTrainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Hand computed vision features to the model in Qwen2-VL's own way."""
+        """Hand computed vision features to the model in its own way."""
         if "image_features" in inputs:
-            image = SimpleNamespace(pooler_output=(inputs.pop("image_features"),))
-            inputs["mm_encoder_outputs"] = {"image": image}
+            features = inputs.pop("image_features")
+            config = models.get_base_model(self.model).config
+            inputs |= make_feature_inputs([features], config)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -129,8 +134,7 @@ def build_trainer(
     model = base if adapter == "none" else models.add_lora(base, section.get("lora"))
     dataset = tokenize(samples, processor, chains, section.get("max_length"))
     features = None
-    hidden = base.config.get_text_config().hidden_size
-    if frozen and features_fit(dataset, hidden):
+    if frozen and features_fit(dataset, get_feature_width(base.config)):
         base.to(models.get_device())
         paths = [path for sample in samples for path in sample.images]
         progress = not section.get("disable_tqdm")
