@@ -206,21 +206,63 @@ def test_E8_reasonvos_boxes_with_decimals(tmp_path):
 def test_revos_frames_in_number_order(tmp_path):
     for n in (2, 10, 1, 20):
         picture(tmp_path / f"videos/v/{n}.png")
-    row = {
-        "video_id": "v",
-        "frames": [0, 1, 3],
-        "question": "who runs",
-        "bbox_list": [[], [], [20, 10, 100, 50]],
-    }
-    path = dump(tmp_path / "f.json", [row])
+    path = dump(tmp_path / "f.json", [REVOS | {"frames": [0, 1, 3]}])
     (got,) = read(path, image_root=tmp_path / "videos")
     assert [Path(p).name for p in got.images] == ["1.png", "2.png", "20.png"]
+
+
+REVOS = {
+    "video_id": "v",
+    "frames": [0, 1, 2],
+    "question": "who runs",
+    "bbox_list": [[], [], [20, 10, 100, 50]],
+}
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        ["frame-1.png", "frame-2.png", "frame-10.png"],  # no negative numbers
+        ["v2_f1.png", "v2_f9.png", "v2_f10.png"],  # the first number is the video's
+        ["00001.JPG", "00002.jpeg", "00003.png"],
+        ["1.webp", "2.tif", "3.BMP"],
+        ["2020-12-31 9.png", "2021-01-01 8.png", "2021-01-01 10.png"],
+    ],
+)
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, frames):
+    for name in reversed(frames):
+        picture(tmp_path / "v" / name)
+    (tmp_path / "v" / "._00001.jpg").write_bytes(b"left by macOS")
+    (tmp_path / "v" / "readme.txt").write_text("no picture")
+    (got,) = read(dump(tmp_path / "f.json", [REVOS]), image_root=tmp_path)
+    assert [Path(path).name for path in got.images] == frames
+    picture(tmp_path / "v" / frames[2]).unlink()  # a folder that changes is read anew
+    with pytest.raises(ValueError, match="row 0: frame 2 of 2 in v; fetch it again"):
+        read(tmp_path / "f.json", image_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["1.png", "01.jpg", "2.png"], "01.jpg and 1.png in .* have no order"),
+        (["1.png", "2.png", "mask_2.png"], "2.png and mask_2.png in .* no order"),
+        (["a.png", "b.png", "c.png"], "a.png and b.png in .* no order"),
+        (["._1.png", "1.mp4"], r"no picture \(.jpg, .*\) in folder .*; fetch it"),
+    ],
+)
+def test_frames_without_an_order_are_refused(tmp_path, names, problem):
+    (tmp_path / "v").mkdir()
+    for name in names:
+        (tmp_path / "v" / name).touch()
+    with pytest.raises(ValueError, match=rf"f\.json, row 0: {problem}"):
+        read(dump(tmp_path / "f.json", [REVOS]), image_root=tmp_path)
 
 
 # ---------------------------------------------------------------- round trips
 
 names = st.text(st.characters(categories=("L", "N"), include_characters=" ._-"))
-words = st.text(min_size=1, max_size=40).filter(
+letters = st.characters(exclude_categories=["Cs"], exclude_characters="\uffff")
+words = st.text(letters, min_size=1, max_size=40).filter(
     lambda t: "<image>" not in t and t[0] != "\n"
 )
 
@@ -239,7 +281,7 @@ def any_sample(draw):
     )
     answer = draw(ordered_boxes())
     more = draw(st.lists(ordered_boxes(), max_size=2))
-    chain = st.none() | st.text(max_size=30).filter(lambda t: "<" not in t)
+    chain = st.none() | st.text(letters, max_size=30).filter(lambda t: "<" not in t)
     suffix = st.sampled_from(["", COT_SUFFIX])
     images = tuple(draw(st.lists(paths, min_size=1, max_size=4)))
     return GroundingSample(
@@ -449,6 +491,24 @@ def test_wherever_the_chunks_end(tmp_path, monkeypatch, chunk):
             list(iter_rows(path))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 64])
+def test_half_of_a_surrogate_pair_is_found_wherever_the_chunks_end(
+    tmp_path, monkeypatch, chunk
+):
+    monkeypatch.setattr(files, "_CHUNK", chunk)
+    texts = [
+        r"a\ud83d\ude00b",
+        r"\\ud83d",
+        r"\uD83D",
+        r"\\\udc00\"",
+        r"\ud83d\ud83d\ude00",
+    ]
+    path = tmp_path / "f.json"
+    path.write_text("".join(f'{{"a": "{text}"}}\n' for text in texts))
+    got = [row["a"] for row in iter_rows(path)]
+    assert got == ["a😀b", "\\ud83d", "\uffff", '\\\uffff"', "\uffff😀"]
+
+
 @pytest.mark.parametrize("layout", ["array", "one line", "indented", "lines"])
 def test_memory_does_not_grow_with_the_file(tmp_path, layout):
     rows = [MGROUNDING | {"id": str(n), "note": "n" * 600} for n in range(9000)]
@@ -626,6 +686,73 @@ BROKEN = {
         None,
         "size 0 x 9",
     ),
+    "marker in a sentence": (
+        [turns("Look at <image>. Find the same in <image>, not in the first.")],
+        None,
+        'in .Look at <image>.*; put every <image> first and name a picture as "image',
+    ),
+    "marker in a question": (
+        [STAGE2 | {"question": "Find the cup of <image>"}],
+        None,
+        "<image> within the text",
+    ),
+    "marker in a later turn": (
+        [
+            MGROUNDING
+            | turns("<image>Q", "(1,2),(3,4)")
+            | {
+                "conversations": [
+                    *turns("<image>Q", "(1,2),(3,4)")["conversations"],
+                    *turns("<image>R", "(1,2),(3,4)")["conversations"],
+                ]
+            }
+        ],
+        None,
+        "<image> within the text, in '<image>R'",
+    ),
+    "two chains": (
+        [turns(gpt="<think>a</think><think>b</think><answer>(1,2),(3,4)</answer>")],
+        None,
+        "has several <think>; give one chain",
+    ),
+    "image token": (
+        [STAGE2 | {"question": "Find <|image_pad|> there"}],
+        None,
+        r"row 0: .*remove <\|image_pad\|>, which is a token of the model's own",
+    ),
+    "end of a turn in a chain": (
+        [turns(gpt="<think>a<|im_end|></think><answer>(1,2),(3,4)</answer>")],
+        None,
+        r"remove <\|im_end\|>, which",
+    ),
+    "lone surrogate": (
+        r'[{"images": ["a"], "question": "bad \ud83d where", "answer": [1, 2, 3, 4]}]',
+        None,
+        "remove the half of a surrogate pair from question",
+    ),
+    "surrogates in the wrong order": (
+        json.dumps([STAGE2])[:-2] + r', "id": "\ude00\ud83d"}]',
+        None,
+        "remove the half of a surrogate pair",
+    ),
+    "surrogate as bytes": (
+        b'[{"a": "\xed\xa0\xbd"}]',
+        None,
+        "row 0: .*codec can't dec",
+    ),
+    "width is true": (
+        [
+            {"image_path": "a", "instruction": "x", "boxes": [[1, 2, 3, 4]]}
+            | {"width": True, "height": 9}
+        ],
+        None,
+        "'width' is True, expected int",
+    ),
+    "same key, once escaped": (
+        r'[{"question": "q", "\u0071uestion": "r"}]',
+        None,
+        "key 'question' appears twice",
+    ),
     "no video": (
         [{"video_id": "v", "frames": [0], "question": "q", "bbox_list": []}],
         None,
@@ -634,8 +761,8 @@ BROKEN = {
 }
 
 
-def test_there_are_fifty_kinds():
-    assert len(BROKEN) >= 50
+def test_there_are_sixty_kinds():
+    assert len(BROKEN) >= 60
     inputs = [repr((content, format)) for content, format, _ in BROKEN.values()]
     assert len(set(inputs)) == len(inputs)
 
@@ -693,6 +820,11 @@ def test_a_sample_the_format_cannot_hold(tmp_path, format, changes, message):
         {"answer": (0.0, 0.0, 1.0, 1.0)},
         {"answer": (0, 0, 10)},
         {"chain": "a</think>"},
+        {"chain": "a<|im_end|>"},
+        {"question": "<|vision_start|>Q"},
+        {"question": "\ud83d"},
+        {"id": "a\ud83d"},
+        {"images": ("\udce9.png",)},
         {"boxes": ((1, 2, 300, 400),)},
         {"boxes": ((1, 1, 2, 2), (1, 2, 300, 400))},
         {"target_image": 0},

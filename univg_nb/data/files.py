@@ -6,6 +6,7 @@ docs/paper_facts.md#files. `python -m univg_nb audit FILE` checks a file.
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,11 @@ _MAX_DEPTH = 100  # rows have a depth of four
 # ijson's events
 _STARTS = frozenset(("start_map", "start_array"))
 _ENDS = frozenset(("end_map", "end_array"))
+# An escape in a JSON string; "lone" is half of a surrogate pair without the other.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL
+)
+_LONGEST_ESCAPE = 12  # bytes, of a pair
 # Keys that make a row of each format; shown when detection fails.
 _EXPECTED = {
     "stage1_cotsft": "conversations or messages with <answer> in the reply; images",
@@ -72,14 +78,34 @@ def detect_format(row: dict[str, Any], where: str = "row") -> str:
     raise ValueError(f"{where}: {problem}; pass format=, one of:{expected}")
 
 
+class _Marked:
+    """A stream of JSON in which half of a surrogate pair reads as U+FFFF.
+
+    ijson would make a question mark of it, which nobody could tell from a typed one.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        """Return at least `size` bytes if there are so many; no escape is cut."""
+        data = more = self.stream.read(size)
+        while more and b"\\" in data[-_LONGEST_ESCAPE:]:
+            data += (more := self.stream.read(_LONGEST_ESCAPE))
+        if b"\\ud" not in data and b"\\uD" not in data:
+            return data
+        return _ESCAPE.sub(lambda m: rb"\uffff" if m["lone"] else m[0], data)
+
+
 def _build_rows(stream: BinaryIO, level: int) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file that stand `level` containers deep.
 
     ijson's own builder takes any depth and lets a repeated key replace the first; here
     both raise ValueError, and so does a row that is no object.
     """
+    marked, several = _Marked(stream), level == 0
     events = ijson.basic_parse(
-        stream, buf_size=_CHUNK, use_float=True, multiple_values=level == 0
+        marked, buf_size=_CHUNK, use_float=True, multiple_values=several
     )
     stack: list[Any] = []  # the containers around `top`
     top: Any = []  # the container that is being filled
@@ -140,7 +166,9 @@ def iter_rows(path: StrPath) -> Iterator[dict[str, Any]]:
                 yield row
                 number += 1
         except (ValueError, ijson.JSONError) as error:
-            text = error.args[0]  # of ijson with the text around the broken place
+            # ijson's with the text around the broken place; Unicode's begins otherwise
+            is_coding = isinstance(error, UnicodeError)
+            text = str(error) if is_coding else error.args[0]
             text = text if isinstance(text, str) else text.decode(errors="replace")
             problem = " ".join(text.partition("(right here)")[0].split())
             problem += "; expected an array of objects or an object a line, whole"

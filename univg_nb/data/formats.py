@@ -66,7 +66,7 @@ class RowContext:
     def get(self, row: Row, key: str, kind: type) -> Any:
         """Return `row[key]` or raise a `RowError` if it is missing or not of `kind`."""
         value = row.get(key)  # None is of no type that is ever asked for
-        if isinstance(value, kind):
+        if type(value) is kind:  # true is no number
             return value
         remedy = "or pass the right format="
         if key not in row:
@@ -98,7 +98,8 @@ class RowContext:
 
     def sample_id(self, row: Row) -> str:
         """Return the row's id, or file and row number where it has none."""
-        return str(row["id"]) if "id" in row else f"{Path(self.file).stem}#{self.row}"
+        name = row.get("id")
+        return f"{Path(self.file).stem}#{self.row}" if name is None else str(name)
 
     def numbers(self, value: Any) -> list[float]:
         """Return the four finite numbers of a box, or raise a `RowError`."""
@@ -220,7 +221,16 @@ def own_keys(sample: GroundingSample, *without: str) -> Row:
     return {k: v for k, v in keys.items() if v is not None and k not in without}
 
 
-def _strip_markers(text: str) -> str:
+def _strip_markers(text: str, context: RowContext, first: bool = True) -> str:
+    """Remove the markers at the beginning: in front of it the pictures will stand.
+
+    Of a dialogue that is the beginning of the `first` question.
+    """
+    last = text.rfind(IMAGE_MARKER)
+    if last >= 0 and (not first or text[:last].replace(IMAGE_MARKER, "").strip()):
+        problem = f"{IMAGE_MARKER} within the text, in {text[:80]!r}"
+        remedy = f'put every {IMAGE_MARKER} first and name a picture as "image 1"'
+        raise context.error("marker_place", f"{problem}; {remedy}")
     return text.replace(IMAGE_MARKER, "").lstrip("\n")
 
 
@@ -232,7 +242,7 @@ def _add_markers(sample: GroundingSample, text: str) -> str:
 
 
 def _read_stage2(row: Row, context: RowContext) -> Samples:
-    question = _strip_markers(context.get(row, "question", str))
+    question = _strip_markers(context.get(row, "question", str), context)
     answer = parse_training_box(context.get(row, "answer", list), context)
     yield build_sample(row, context, context.images(row), question, answer)
 
@@ -258,7 +268,7 @@ def _read_mig(row: Row, context: RowContext) -> Samples:
     highest = GRID - 1 if context.scale == 1 else GRID
     box = clip_to_grid(numbers, (context.scale, context.scale), context, highest)
     context.get(row, "task", str)
-    question = _strip_markers(context.get(row, "question", str))
+    question = _strip_markers(context.get(row, "question", str), context)
     yield build_sample(row, context, context.images(row), question, box)
 
 
@@ -289,7 +299,7 @@ _TURNS = {
 def _read_turns(
     row: Row, context: RowContext, images: tuple[str, ...]
 ) -> list[tuple[str, str]]:
-    """Return (question, reply) pairs; system turns are skipped.
+    """Return (question, reply) pairs without markers; system turns are skipped.
 
     LLaMA-Factory pairs markers and images in order, so they must agree in number.
     """
@@ -312,7 +322,8 @@ def _read_turns(
     if markers != len(images):
         problem = f"{markers} {IMAGE_MARKER} markers for {len(images)} images"
         raise context.error("marker_mismatch", f"{problem}; write one for each image")
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    questions = [_strip_markers(t, context, not i) for i, t in enumerate(texts[::2])]
+    return list(zip(questions, texts[1::2], strict=True))
 
 
 def _read_stage1(row: Row, context: RowContext) -> Samples:
@@ -321,7 +332,7 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
     if len(pairs) != 1:
         problem = f"{len(pairs)} turns; files with several are format='mgrounding'"
         raise context.error("bad_turn", problem)
-    text, reply = _strip_markers(pairs[0][0]), pairs[0][1]
+    ((text, reply),) = pairs
     if row.get("cot") is not None:
         cot = context.get(row, "cot", bool)
     else:
@@ -329,6 +340,9 @@ def _read_stage1(row: Row, context: RowContext) -> Samples:
         cot = text.endswith(COT_SUFFIX) or not simple
     fields: dict[str, Any] = {"cot": cot}
     think, closed, rest = reply.partition("</think>")
+    if "<think>" in rest or "</think>" in rest:
+        problem = f"reply {reply[:60]!r} has several <think>; give one chain"
+        raise context.error("bad_reply", problem)
     if closed and "<think>" in think:
         fields["chain"] = think.partition("<think>")[2]
     boxes = find_boxes(rest if closed else reply)
@@ -359,12 +373,11 @@ def _read_mgrounding(row: Row, context: RowContext) -> Samples:
     pairs = _read_turns(row, context, images)
     fields = {"task": context.get(row, "type", str)} if row.get("type") else {}
     name = context.sample_id(row)
-    for turn, (text, reply) in enumerate(pairs):
+    for turn, (question, reply) in enumerate(pairs):
         if found := find_boxes(reply):
             boxes = tuple([parse_training_box(box, context) for box in found])
             fields["id"] = name if len(pairs) == 1 else f"{name}/{turn}"
             fields["boxes"] = boxes if len(boxes) > 1 else ()
-            question = _strip_markers(text)
             yield build_sample(row, context, images, question, boxes[0], **fields)
 
 

@@ -10,6 +10,11 @@ from univg_nb.data.boxes import GRID, Box
 
 IMAGE_MARKER = "<image>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# Tokens that no text may hold: an image or the end of a turn would begin there. Those
+# around boxes and names of objects are part of the questions of MGrounding-630k.
+_RESERVED = re.compile(r"<\|(?!box_|object_ref_|quad_)\w+\|>")
+# Half of a surrogate pair, which no file can hold; `files` reads it as U+FFFF.
+_NO_TEXT = re.compile(r"[\ud800-\udfff\uffff]")
 _GRID_VALUES = frozenset(range(GRID + 1))
 
 
@@ -45,6 +50,10 @@ class GroundingSample:
             )
         elif self.chain is not None and any(tag in self.chain for tag in TAGS):
             problem = "chain must be the text inside <think>, without tags"
+        elif found := _find_unusable(
+            " ".join((question, self.chain or "", self.id, self.task, *images))
+        ):
+            problem = f"remove {found} from question, chain, id, task or image path"
         elif not _is_on_grid(self.answer) or not all(map(_is_on_grid, self.boxes)):
             boxes = [self.answer, *self.boxes]
             problem = f"boxes {boxes} must each be four integers 0-{GRID}"
@@ -57,6 +66,15 @@ class GroundingSample:
         else:
             return
         raise ValueError(f"sample {self.id} {self.source}: {problem}")
+
+
+def _find_unusable(text: str) -> str:
+    """Return what no text may hold, or "" if there is none."""
+    if "<|" in text and (token := _RESERVED.search(text)):
+        return f"{token[0]}, which is a token of the model's own,"
+    if not text.isascii() and _NO_TEXT.search(text):
+        return "the half of a surrogate pair"
+    return ""
 
 
 def _is_on_grid(box: Box) -> bool:

@@ -7,6 +7,7 @@ on reading and unwrapped on writing. Schemas: docs/paper_facts.md#files.
 
 import re
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ VIDEO_INSTRUCTION = (
     "instruction: ",
     ".",
 )
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SCORED_FRAME = 2  # the third image, whatever the number of frames
 _NUMBER = re.compile(r"-?\d++(?:\.\d++)?+(?:[eE][+-]?\d++)?+")
 
@@ -176,12 +178,23 @@ def _write_reasonvos(sample: GroundingSample, context: RowContext) -> Row:
 
 
 @lru_cache(maxsize=4096)
-def _list_frames(folder: Path) -> tuple[str, ...]:
-    """Return a folder's pictures in the order of the first number in their names."""
-    pictures = [path for path in folder.iterdir() if path.suffix in (".jpg", ".png")]
-    numbers = [(re.findall(r"\d+", path.name), path) for path in pictures]
-    found = sorted((int(n[0]), str(path)) for n, path in numbers if n)
-    return tuple(path for _, path in found)
+def _list_frames(folder: Path, changed: int) -> tuple[str, ...]:
+    """Return a folder's pictures in the order of the numbers in their names.
+
+    Another time of change, in nanoseconds, lists the folder anew. The names must differ
+    by their numbers only; hidden files (macOS leaves "._1.jpg") are no frames.
+    """
+    names = [
+        (tuple(map(int, re.findall(r"\d+", path.stem))), path)
+        for path in folder.iterdir()
+        if path.suffix.lower() in _PICTURES and path.name[0] != "."
+    ]
+    for (number, path), (following, other) in pairwise(sorted(names)):
+        texts = [re.split(r"\d+", one.stem) for one in (path, other)]
+        if number == following or texts[0] != texts[1]:
+            problem = f"{path.name} and {other.name} in {folder} have no order"
+            raise ValueError(f"{problem}; give frames one name and a number each")
+    return tuple(str(path) for _, path in sorted(names))
 
 
 def _find_frames(video: str, context: RowContext) -> tuple[str, ...]:
@@ -190,7 +203,14 @@ def _find_frames(video: str, context: RowContext) -> tuple[str, ...]:
     if not folder.is_dir():
         problem = f"no video folder {folder}; pass its parent as image_root="
         raise context.error("bad_image", problem)
-    return _list_frames(folder)
+    try:
+        frames = _list_frames(folder, folder.stat().st_mtime_ns)
+    except ValueError as error:
+        raise context.error("bad_frames", str(error)) from error
+    if not frames:
+        problem = f"no picture ({', '.join(_PICTURES)}) in folder {folder}; fetch it"
+        raise context.error("bad_frames", problem)
+    return frames
 
 
 def _read_revos(row: Row, context: RowContext) -> Samples:
@@ -198,7 +218,7 @@ def _read_revos(row: Row, context: RowContext) -> Samples:
     video = context.get(row, "video_id", str)
     frames, picked = _find_frames(video, context), context.get(row, "frames", list)
     for index in picked:
-        if not isinstance(index, int) or not 0 <= index < len(frames):
+        if type(index) is not int or not 0 <= index < len(frames):
             problem = f"frame {index!r} of {len(frames)} in {video}; fetch it again"
             raise context.error("bad_frames", problem)
     yield from _read_video(row, context, tuple(frames[index] for index in picked))
