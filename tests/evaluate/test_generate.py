@@ -274,7 +274,7 @@ def test_E9_truncated_replies_are_counted(loaded, items, tmp_path):
     # a reply that ends by itself is not: let the model's second token be an end token
     made = replies.reply(model, processor, items[:1], max_new_tokens=6)
     inputs = replies.encode(processor, items[:1])
-    banned = sampling.get_vision_token_ids(processor.tokenizer)
+    banned = sampling.get_vision_token_ids(processor)
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": banned}
     tokens = model.generate(**inputs, **options)[0]
     second = int(tokens[inputs["input_ids"].shape[1] + 1])

@@ -9,16 +9,10 @@ import importlib.util
 import pytest
 import torch
 from test_shared_prefix import as_batch, gradient_of, shared_rows, whole_rows
-from tiny_models import END, TOKENS, TOWER, WORDS, make_prompt
+from tiny_models import END, TOKENS, WORDS, make_prompt
 from tiny_models import TEXT as NARROW
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from trl.trainer.utils import add_fused_lm_head
+from tiny_models import build as build_tiny
+from transformers import GenerationConfig
 
 from univg_nb import models
 from univg_nb.fast import check, packed_rows
@@ -34,11 +28,11 @@ needs_bitsandbytes = pytest.mark.skipif(
     reason="bitsandbytes is not installed",
 )
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2", "qwen2_5", "qwen3")
 VISION = sorted(TOKENS.values())  # never sampled
 ATTENTION = ("sdpa", FLEX)  # that take our masks on a GPU
 # FlexAttention takes heads of at least 16 dimensions.
-TEXT = NARROW | {
+TEXT = {
     "hidden_size": 128,
     "intermediate_size": 192,
     "rope_parameters": NARROW["rope_parameters"] | {"mrope_section": [4, 6, 6]},
@@ -66,23 +60,7 @@ def compile_anew(request):
 
 def build(family: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """A small random model with LoRA and TRL's fused head; the tower is frozen."""
-    torch.manual_seed(0)
-    if family == "qwen2_5_vl":
-        tower = TOWER | {"hidden_size": 32, "out_hidden_size": 128, "window_size": 32}
-        tower |= {"intermediate_size": 64, "fullatt_block_indexes": [0]}
-        config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=tower, **TOKENS)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    else:
-        tower = TOWER | {"embed_dim": 32, "hidden_size": 128, "mlp_ratio": 2}
-        config = Qwen2VLConfig(text_config=TEXT, vision_config=tower, **TOKENS)
-        model = Qwen2VLForConditionalGeneration(config)
-    add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
-    models.freeze_vision(model)
-    model = models.add_lora(model, {"r": 4, "lora_alpha": 8})
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.to(device, dtype).train()
+    return build_tiny(family, **TEXT).to(device, dtype)
 
 
 def on_device(prompt: Prompt, device: str) -> Prompt:
@@ -178,10 +156,11 @@ def test_the_same_check_on_the_cpu(family):
     assert errors["log_prob"] <= ATOL and errors["gradient"] <= GRADIENT
 
 
-def test_flex_attention_takes_packed_rows_on_the_cpu():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_attention_takes_packed_rows_on_the_cpu(family):
     # its own code, not compiled: FlexAttention has no backward pass on a CPU
     batch = as_batch(make_groups(2, "cpu"))
-    model = build("qwen2_vl", "cpu", torch.float32)
+    model = build(family, "cpu", torch.float32)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = whole_rows(model, batch)
         attend_with(model, FLEX)  # transformers' own name refuses Qwen2-VL
@@ -225,8 +204,9 @@ def test_the_shared_rollout_samples_what_generate_does(family, images):
     assert ours == theirs
 
 
-def test_the_same_rollout_on_the_cpu():
-    ours, theirs = sampled("qwen2_vl", 2, "cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_rollout_on_the_cpu(family):
+    ours, theirs = sampled(family, 2, "cpu")
     assert ours == theirs
 
 
@@ -254,7 +234,7 @@ def test_the_trainers_own_check_passes(family, dtype, attention, record_property
 @needs_gpu
 @pytest.mark.gpu
 def test_the_trainer_prefers_flex_attention_on_a_gpu():
-    backbone = models.get_base_model(build("qwen2_vl", "cuda", torch.float32)).model
+    backbone = models.get_base_model(build("qwen2", "cuda", torch.float32)).model
     assert check.list_attention(backbone)[0] == FLEX
 
 

@@ -18,6 +18,7 @@ from univg_nb.fast.prompts import split_rows
 from univg_nb.fast.vision_features import VisionCache
 from univg_nb.train import grpo
 
+KINDS = ("qwen2", "qwen2_full", "qwen2_tower", "qwen2_5", "qwen3", "qwen3_tower")
 FIELDS = ("mm_token_type_ids", "pixel_values", "image_grid_thw", "num_images")
 
 
@@ -28,7 +29,7 @@ def folder(grpo_folder):
 
 @pytest.fixture(scope="module")
 def built():
-    return {kind: build(kind) for kind in ("lora", "full", "tower", "qwen2_5")}
+    return {kind: build(kind) for kind in KINDS}
 
 
 def as_batch(groups) -> dict:
@@ -127,7 +128,7 @@ GROUP = st.tuples(
 
 @settings(max_examples=40, derandomize=True)
 @given(
-    kind=st.sampled_from(["lora", "full", "tower", "qwen2_5"]),
+    kind=st.sampled_from(KINDS),
     layout=st.lists(GROUP, min_size=1, max_size=3),
     max_tokens=st.sampled_from([1, 60, packed_rows.UNLIMITED]),
     attention=st.sampled_from(["sdpa", SEGMENTS]),
@@ -145,7 +146,7 @@ def test_shared_rows_equal_whole_rows(built, kind, layout, max_tokens, attention
         ]
         groups.append((make_prompt(sizes, before, after, number), replies))
     batch = as_batch(groups)
-    vision = None if kind == "tower" else VisionCache(backbone)
+    vision = None if "tower" in kind else VisionCache(backbone)
     expected = whole_rows(model, batch)
     backbone.language_model.set_attn_implementation(attention)
     made = shared_rows(model, batch, max_tokens, vision)
@@ -181,7 +182,7 @@ def test_a_reply_sees_the_prompt_and_its_own_past():
 def test_segments_know_the_pieces_and_read_other_masks_as_sdpa_does(built):
     rows = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 3, -1, -1]])
     assert Segments(rows).sizes == [[3, 2, 3, 0], [2, 1, 2, 1, 2]]
-    backbone = models.get_base_model(built["full"]).model
+    backbone = models.get_base_model(built["qwen2_full"]).model
     ids = torch.randint(2, WORDS, (2, 8), generator=torch.Generator().manual_seed(0))
     real = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])  # left-padded
     states = []
@@ -201,7 +202,7 @@ def image_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_image_is_computed_once_and_equals_the_models_own(built):
-    backbone = models.get_base_model(built["full"]).model
+    backbone = models.get_base_model(built["qwen2_full"]).model
     cache = VisionCache(backbone)
     images = [image_of(seed) for seed in (1, 2, 1)]
     pixels, grids = map(torch.cat, zip(*images, strict=True))
@@ -219,7 +220,7 @@ def test_an_image_is_computed_once_and_equals_the_models_own(built):
 
 
 def test_the_cache_forgets_the_image_not_used_for_longest(built):
-    backbone = models.get_base_model(built["full"]).model
+    backbone = models.get_base_model(built["qwen2_full"]).model
     size = 4 * TEXT["hidden_size"] * 4  # bytes of 4 tokens in float32
     cache = VisionCache(backbone, limit_bytes=2 * size)
     for seed in (1, 2, 1, 3, 1, 2):  # 3 drives 2 out, 2 drives 3 out
@@ -229,7 +230,7 @@ def test_the_cache_forgets_the_image_not_used_for_longest(built):
 
 
 def test_features_of_a_tower_that_trains_are_refused(built):
-    backbone = models.get_base_model(built["tower"]).model
+    backbone = models.get_base_model(built["qwen2_tower"]).model
     with pytest.raises(AssertionError, match="the vision tower trains"):
         VisionCache(backbone)
 

@@ -77,7 +77,7 @@ def reply(
     groups = split_rows(groups=range(len(samples)), num_images=counts, **inputs)
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
-    banned = sampling.get_vision_token_ids(processor.tokenizer)
+    banned = sampling.get_vision_token_ids(processor)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,

@@ -60,7 +60,7 @@ def reply(
         timeout=600,  # seconds that a reply may take
         http_client=openai.DefaultHttpxClient(trust_env=not local),
     )
-    banned = get_vision_token_ids(processor.tokenizer)
+    banned = get_vision_token_ids(processor)
 
     def ask(sample: GroundingSample, seed: int) -> Reply:
         content: list[dict[str, Any]] = []

@@ -24,11 +24,15 @@ from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "univg_segments"
 FLEX = "univg_flex"
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")  # where the shared prompt was checked
+# Where the shared prompt was checked.
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-class Segments:
+class Segments(BlockMask):
     """The pieces of packed rows, given to `packed_attention` in place of a mask.
+
+    By its type only a BlockMask, which every model of transformers hands to its layers
+    as it is.
 
     Args:
         ids: (B, S) 0 for the prompt, 1..G for the replies in order, -1 for padding.
@@ -38,11 +42,17 @@ class Segments:
     """
 
     def __init__(self, ids: Tensor) -> None:
+        self._rows, self._length = ids.shape
         self.sizes = [
             [row.count(number) for number in [*range(max(row) + 1), -1]]
             for row in ids.tolist()
         ]
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a mask, (B, 1, S, S)."""
+        return self._rows, 1, self._length, self._length
 
     def get_mask(self, prompt: int, reply: int, like: Tensor) -> Tensor:
         """Return what is added to a reply's scores, (reply, prompt + reply).
@@ -72,11 +82,11 @@ def packed_attention(
     D) with K heads that divide H; the result is (B, S, H, D).
     """
     tensors = module, query, key, value
-    if isinstance(attention_mask, BlockMask):
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(*tensors, attention_mask, **others)
+    if not isinstance(attention_mask, Segments):
         options = {name: others[name] for name in ("scaling", "dropout")}
         return flex_attention_forward(*tensors, attention_mask, **options)[0], None
-    if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(*tensors, attention_mask, **others)
     options = {"dropout_p": others["dropout"], "scale": others["scaling"]}
     options["enable_gqa"] = True
     rows = []

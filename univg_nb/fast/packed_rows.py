@@ -62,18 +62,15 @@ def make_mask_rule(segments: Tensor) -> Callable[..., Tensor]:
     return sees
 
 
-def make_attention_mask(
-    segments: Tensor, backbone: Module
-) -> Tensor | BlockMask | dict[str, Segments]:
+def make_attention_mask(segments: Tensor, backbone: Module) -> Tensor | BlockMask:
     """Return the mask in the form that the model's attention takes.
 
     FLEX and SEGMENTS skip what nobody sees and never make a mask of length x length;
     sdpa and eager get one that is added to the scores.
     """
     attention = get_attention(backbone)
-    if attention == SEGMENTS:  # a dict reaches the layers as it is
-        kinds = backbone.config.get_text_config().layer_types
-        return dict.fromkeys(kinds, Segments(segments))
+    if attention == SEGMENTS:
+        return Segments(segments)
     if attention != FLEX:
         return make_additive_mask(block_mask(segments), backbone)
     rows, length = segments.shape
@@ -130,7 +127,7 @@ def compute_log_probs(
 ) -> dict[int, tuple[Tensor, ...]]:
     """Compute log-probs and entropies of the replies of `groups`, packed.
 
-    model: has TRL's fused head; backbone: its Qwen2VLModel; replies: (L,) of every row,
+    model: has TRL's fused head; backbone: what is below it; replies: (L,) of every row,
     without padding. Returns {row: (log-probs, entropies)}, each (L,) in float32;
     (log-probs,) where the head computes no entropies.
     """

@@ -24,7 +24,7 @@ from univg_nb.fast.prompts import Prompt, compute_positions
 from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
 # Never sampled: such a token has no image behind it, and the next forward pass fails
-# (docs/paper_facts.md#vision-tokens).
+# (docs/paper_facts.md#vision-tokens). A processor may have other names for some.
 VISION_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
@@ -34,15 +34,17 @@ VISION_TOKENS = (
 )
 
 
-def get_vision_token_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of those VISION_TOKENS that the tokenizer has, sorted."""
-    known = tokenizer.get_vocab()
-    return sorted(known[token] for token in VISION_TOKENS if token in known)
+def get_vision_token_ids(processor: Any) -> list[int]:
+    """Return the ids of VISION_TOKENS and of the processor's own, sorted."""
+    known = processor.tokenizer.get_vocab()
+    kinds = ("image", "video", "vision_start", "vision_end")
+    own = {getattr(processor, f"{kind}_token", None) for kind in kinds}
+    return sorted(known[token] for token in {*VISION_TOKENS, *own} if token in known)
 
 
-def ban_vision_tokens(args: GRPOConfig, tokenizer: Any) -> list[int]:
+def ban_vision_tokens(args: GRPOConfig, processor: Any) -> list[int]:
     """Ban vision tokens in `args`, for TRL's own sampling; return all banned ids."""
-    banned = get_vision_token_ids(tokenizer)
+    banned = get_vision_token_ids(processor)
     options = dict(args.generation_kwargs or {})
     if args.use_vllm:
         bias = dict.fromkeys(banned, -100.0)
@@ -83,7 +85,7 @@ def sample_replies(
     Rows whose replies have all ended leave the batch.
 
     Args:
-        model: a model with Qwen2-VL's positions, in eval mode.
+        model: a model of one of MODEL_TYPES, in eval mode.
         prompts: the prompts, on the model's device.
         num_replies: replies to each prompt, G. Several need an attention
             implementation that takes a mask of our own.

@@ -49,7 +49,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         processing_class: the model's processor.
         shared_prefix: False takes TRL's own passes. True computes one group both ways
             at first use, and falls back to them where log-probs differ (`check`). So
-            do models without Qwen2-VL's positions, and weights sharded by FSDP.
+            do models that are none of `attention.MODEL_TYPES`, and weights sharded by
+            FSDP.
         row_tokens: most tokens in a pass of the model, in whole groups.
         **others: further arguments.
 
@@ -75,8 +76,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if refused := {"tools", "rollout_func", "environment_factory"} & others.keys():
             raise ValueError(f"{', '.join(refused)}: not supported with shared prompts")
         self.row_tokens = row_tokens
-        tokenizer = processing_class.tokenizer
-        self.banned_tokens = sampling.ban_vision_tokens(args, tokenizer)
+        self.banned_tokens = sampling.ban_vision_tokens(args, processing_class)
         super().__init__(
             model=model, args=args, processing_class=processing_class, **others
         )

@@ -75,10 +75,11 @@ class VisionCache:
 
 
 def encode_images(backbone: Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
-    """Compute the features of each image, (tokens, width of `get_feature_width`).
+    """Compute the features of each image, (tokens, `get_feature_width`).
 
-    The first hidden size of columns stands in the place of the image's tokens. Further
-    ones of Qwen3-VL (deepstack) are added there to the states after its first layers.
+    The first columns, as many as the language model's hidden size, stand in the place
+    of the image tokens. Qwen3-VL has as many again for each of its first layers, after
+    which they are added to the states of these tokens (deepstack).
     """
     output = backbone.get_image_features(pixels, grids, return_dict=True)
     levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
@@ -91,7 +92,9 @@ def get_feature_width(config: PreTrainedConfig) -> int:
     return config.get_text_config().hidden_size * (1 + len(deepstack))
 
 
-def make_feature_inputs(features: Sequence[Tensor], config: PreTrainedConfig) -> dict[str, Any]:
+def make_feature_inputs(
+    features: Sequence[Tensor], config: PreTrainedConfig
+) -> dict[str, Any]:
     """Return features of `encode_images` as the model input that replaces pixels."""
     hidden = config.get_text_config().hidden_size
     levels = zip(*(one.split(hidden, dim=1) for one in features), strict=True)
@@ -163,7 +166,7 @@ def vision_features(
     that changes with the tower, the processor and the images.
 
     Returns:
-        {path: (features (tokens, hidden size), grid (1, 3))}, mapped from the file.
+        {path: (features as of `encode_images`, grid (1, 3))}, mapped from the file.
     """
     distinct = list(dict.fromkeys(paths))
     stats = [(path, Path(path).stat()) for path in distinct]
@@ -182,9 +185,9 @@ def vision_features(
             for start in tqdm(starts, desc="images", disable=not progress, leave=False):
                 chunk = distinct[start : start + IMAGES_AT_ONCE]
                 pixels, grid = preprocess_images(processor, chunk)
-                found = model.get_image_features(
-                    pixels.to(model.device), grid.to(model.device)
-                ).pooler_output
+                found = encode_images(
+                    model.model, pixels.to(model.device), grid.to(model.device)
+                )
                 tokens += [len(one) for one in found]
                 grids.append(grid)
                 made = torch.cat(found).cpu()
@@ -200,13 +203,13 @@ def vision_features(
     return KeptFeatures(file, distinct, torch.load(about_file))
 
 
-def features_fit(dataset: Dataset, hidden: int) -> bool:
+def features_fit(dataset: Dataset, width: int) -> bool:
     """Return whether the features of a data set's images fit in FEATURE_BYTES.
 
-    Its rows have `images` (paths) and `image_tokens` (of each); `hidden` is the hidden
-    size of the language model.
+    Its rows have `images` (paths) and `image_tokens` (of each); `width` is that of
+    `get_feature_width`.
     """
     tokens: dict[str, int] = {}
     for row in dataset:
         tokens |= zip(row["images"], row["image_tokens"], strict=True)
-    return sum(tokens.values()) * hidden * 4 <= FEATURE_BYTES
+    return sum(tokens.values()) * width * 4 <= FEATURE_BYTES

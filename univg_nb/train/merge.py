@@ -65,7 +65,7 @@ def merge_check(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=processor.tokenizer.eos_token_id,
-        suppress_tokens=get_vision_token_ids(processor.tokenizer),
+        suppress_tokens=get_vision_token_ids(processor),
     )
     for start in range(0, len(dataset), BATCH_SIZE):
         rows = list(dataset.skip(start).take(BATCH_SIZE))
