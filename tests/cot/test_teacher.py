@@ -211,3 +211,16 @@ def test_wrong_settings_and_samples(rows, tmp_path):
 def test_large_images_are_sent_smaller(rows):
     path = rows[0].images[0]
     assert len(load_data_url(path, max_pixels=64 * 64)) < len(load_data_url(path)) / 2
+
+
+def test_two_samples_with_one_id_never_share_a_chain(rows, tmp_path):
+    first, second = rows[0], replace(rows[1], id=rows[0].id)
+    with pytest.raises(ValueError, match=f"have the same id '{first.id}', and chains"):
+        write_chains([first, second], tmp_path / "f.jsonl", teacher_at("x"))
+    assert not list(tmp_path.iterdir())
+    mine = write_chain(StandInTeacher(error_rate=0).reply, first, teacher_at("x"))
+    assert insert_chains([first], [mine])[0].id == first.id
+    moved = replace(first, answer=(1, 2, 30, 40))  # drawn again, with the same id
+    for other in (second, moved, rows[1]):
+        with pytest.raises(ValueError, match=f"sample {other.id} .* for another quest"):
+            insert_chains([other], [mine])

@@ -920,6 +920,53 @@ def test_audit_of_a_benchmark_goes_on_after_rows_with_several_faults(tmp_path):
     assert (report["rows"], report["samples"]) == (6, 5)
 
 
+def test_audit_reports_what_is_read_and_yet_goes_wrong(tmp_path):
+    pair = {"images": ["a.png", "a.png"], "answer": [1, 2, 3, 4]}
+    rows = [
+        pair | {"id": "7", "question": "Where is the cup in image 2?"},
+        pair | {"id": "7", "question": "Where is the dog in image 2?"},
+        pair | {"id": "7", "question": "Where is the cup in image 2?"},
+        pair | {"id": None, "question": "no id"},
+        pair | {"id": None, "question": "no id either" + COT_SUFFIX},
+        pair | {"id": 8, "question": SINGLE_IMAGE_PREFIX + "the cat"},
+    ]
+    report = audit(dump(tmp_path / "f.json", rows))
+    found = [(p["row"], p["kind"], p["id"]) for p in report["problems"]]
+    assert found == [
+        (1, "duplicate_id", "7"),
+        (2, "duplicate", "7"),  # the same question once more
+        (4, "request_twice", "f#4"),
+        (5, "request_twice", "8"),
+    ]
+    assert "same id as row 0; chains are kept by id" in report["problems"][0]["detail"]
+    assert not report["breaks_training"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ([], "no_samples"),
+        ([MGROUNDING | turns("<image><image>Q", "no box")], "no_samples"),
+        ([turns(gpt="<answer>(1,2),(3,4)</answer>")], "no_chain"),
+        ([turns(gpt="<think>Not closed. <answer>(1,2),(3,4)</answer>")], "no_chain"),
+    ],
+)
+def test_audit_of_rows_that_no_training_could_start_with(tmp_path, rows, kind):
+    report = audit(dump(tmp_path / "f.json", rows))
+    assert [(p["row"], p["kind"]) for p in report["problems"]] == [(0, kind)]
+    assert report["breaks_training"]
+
+
+def test_a_benchmark_is_trained_on_without_its_boxes_without_area(tmp_path):
+    clipped = MIG | {"answer": [0.1, 0.2, 0.3, 1.2]}
+    path = dump(tmp_path / "f.json", [MIG, clipped])
+    assert len(read(path, training=True)) == 2
+    path = dump(tmp_path / "f.json", [clipped, MIG | {"answer": [0.3, 0.2, 0.1, 0.4]}])
+    assert len(read(path)) == 2
+    with pytest.raises(ValueError, match=r"f\.json, row 1: box .* is inverted; order"):
+        read(path, training=True)
+
+
 def test_audit_of_a_good_file(tmp_path):
     Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "a.png")
     path = dump(tmp_path / "f.json", [STAGE2])

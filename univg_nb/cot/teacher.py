@@ -234,13 +234,20 @@ def write_chains(
         not answer), tokens (prompt, new), made_with.
 
     Raises:
-        ValueError: for a sample that takes no chain, an image that cannot be opened,
-            rows made with other settings, a missing key, an endpoint that cannot be
-            reached or stays busy, and one that refuses several samples in a row.
+        ValueError: for a sample that takes no chain, an id of two samples, an image
+            that cannot be opened, rows made with other settings, a missing key, an
+            endpoint that cannot be reached or stays busy, and one that refuses several
+            samples in a row.
     """
     out = Path(out)
+    known: dict[str, GroundingSample] = {}
     for sample in samples:
         checks.require_chain(sample)
+        if (other := known.setdefault(sample.id, sample)) != sample:
+            raise ValueError(
+                f"{other.source} and {sample.source} have the same id {sample.id!r}, "
+                "and chains are kept by id: give each sample its own"
+            )
     found = _read_rows(out, teacher)
     missing = [sample for sample in samples if sample.id not in found]
     totals = summarize(list(found.values()), teacher)
@@ -292,10 +299,20 @@ def insert_chains(
     Args:
         samples: the samples.
         rows: the row of each, from `write_chains`.
+
+    Raises:
+        ValueError: a row belongs to another sample, or its sample has changed since.
     """
     kept = []
     for sample, row in zip(samples, rows, strict=True):
         if row["chosen"] is not None:
             text = row["candidates"][row["chosen"]]["text"]
+            wrong = [p for p in checks.check_chain(sample, text) if p.kind == "answer"]
+            if wrong or row["id"] != sample.id:
+                raise ValueError(
+                    f"sample {sample.id} ({sample.source}): the chain of {row['id']!r} "
+                    f"was written for another question or box ({text[-60:]!r}); write "
+                    "it again, into a new file"
+                )
             kept.append(replace(sample, chain=checks.extract_thinking(text)))
     return kept

@@ -10,16 +10,22 @@ import numpy as np
 from PIL import Image
 
 from univg_nb import io
-from univg_nb.config import make_parser
+from univg_nb.config import make_parser, number, output_file
 from univg_nb.data.files import detect_format, iter_rows
 from univg_nb.data.formats import RowContext, RowError, StrPath
 from univg_nb.data.images import estimate_image_tokens, open_image
-from univg_nb.data.prompts import user_text
+from univg_nb.data.prompts import (
+    COT_SUFFIX,
+    SINGLE_IMAGE_PREFIX,
+    reply_text,
+    user_text,
+)
 from univg_nb.data.sample import IMAGE_MARKER, GroundingSample, find_target_image
 from univg_nb.data.zero_shot_formats import ALL_FORMATS
 
 _HASH_SIDE = 16
 _HASH_NEAR = 10  # of 256 bits: re-encoded or rescaled copies, not similar scenes
+_REQUESTS = (COT_SUFFIX, SINGLE_IMAGE_PREFIX)
 _CHARS_PER_TOKEN = 3  # low on purpose: English has about four in Qwen2's tokenizer
 
 
@@ -37,6 +43,7 @@ class _FileScan:
         self.target_images: Counter[str] = Counter()
         self.problems: list[dict[str, Any]] = []
         self.seen: dict[int, tuple[int, str]] = {}
+        self.ids: dict[str, tuple[int, int]] = {}  # row and content
         self.images: dict[str, tuple[int, int] | None] = {}
         self.hashes: dict[str, np.ndarray] = {}
         self.tokens: list[int] = []
@@ -46,6 +53,12 @@ class _FileScan:
                 self.rows += 1
         except RowError as error:  # the file itself is broken from here on
             self.add(error.kind, str(error), error=True)
+        if not self.tokens and not self.has_errors():
+            detail = "the file holds no sample; check that it is the right one"
+            self.add("no_samples", detail, error=True)
+
+    def has_errors(self) -> bool:
+        return any(problem["severity"] == "error" for problem in self.problems)
 
     def add(self, kind: str, detail: str, id: str = "", error: bool = False) -> None:
         severity = "error" if error else "warning"
@@ -67,9 +80,8 @@ class _FileScan:
         except RowError as error:
             context.doubts.append(error)
         for doubt in context.doubts:
-            clipped = doubt.kind == "box_out_of_range" and not entry.training
             detail = str(doubt).removeprefix(f"{context.place}: ")
-            self.add(doubt.kind, detail, row_id, error=not clipped)
+            self.add(doubt.kind, detail, row_id, error=not doubt.clipped)
         self.rows_without_sample += not samples
         for sample in samples:
             self.check_sample(sample)
@@ -85,6 +97,7 @@ class _FileScan:
             detail = f"same images and question as row {row} ({name})"
             self.add("duplicate", detail, sample.id)
         self.seen.setdefault(key, (self.context.row, sample.id))
+        self.check_texts(sample)
         tokens = -(-len(user_text(sample)) // _CHARS_PER_TOKEN)
         side = int(self.max_pixels**0.5)
         for path in sample.images:
@@ -97,6 +110,21 @@ class _FileScan:
         if tokens > self.max_tokens:
             detail = f"about {tokens} prompt tokens, more than {self.max_tokens}"
             self.add("over_token_budget", detail, sample.id, error=True)
+
+    def check_texts(self, sample: GroundingSample) -> None:
+        content = hash((sample.images, sample.question, sample.answer))
+        row, other = self.ids.setdefault(sample.id, (self.context.row, content))
+        if content != other:
+            detail = f"same id as row {row}; chains are kept by id: give each its own"
+            self.add("duplicate_id", detail, sample.id)
+        if any(text.strip() in sample.question for text in _REQUESTS):
+            detail = "the question holds the request that every prompt gets; remove it"
+            self.add("request_twice", detail, sample.id)
+        if self.format == "stage1_cotsft":
+            try:
+                reply_text(sample)
+            except ValueError as error:
+                self.add("no_chain", str(error), sample.id, error=True)
 
     def check_image(self, path: str, sample_id: str) -> tuple[int, int] | None:
         """Return the size of an image and keep its hash; None if it is not read."""
@@ -198,7 +226,7 @@ def audit(
         },
         "counts": dict(counts.most_common()),
         "problems": scan.problems,
-        "breaks_training": any(p["severity"] == "error" for p in scan.problems),
+        "breaks_training": scan.has_errors(),
     }
 
 
@@ -238,10 +266,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--image-root", help="folder of the images; else unchecked")
     parser.add_argument("--format", choices=list(ALL_FORMATS))
     parser.add_argument("--against", nargs="*", default=[], help="test files (leakage)")
-    parser.add_argument("--max-tokens", type=int, default=6000)
-    parser.add_argument("--max-pixels", type=int, default=401_408)
-    parser.add_argument("--out", help="write the report here as JSON")
-    parser.add_argument("--show", type=int, default=5, help="examples of each problem")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=6000)
+    parser.add_argument("--max-pixels", type=number(int, 1), default=401_408)
+    parser.add_argument("--out", type=output_file, help="write the report here as JSON")
+    parser.add_argument(
+        "--show", type=number(int, 0), default=5, help="examples of each problem"
+    )
     options = vars(parser.parse_args(arguments))
     out, examples = options.pop("out"), options.pop("show")
     report = audit(**options)

@@ -182,7 +182,11 @@ def _get_format(name: str) -> Format:
 
 
 def iter_samples(
-    path: StrPath, format: str | None = None, image_root: StrPath | None = None
+    path: StrPath,
+    format: str | None = None,
+    image_root: StrPath | None = None,
+    *,
+    training: bool = False,
 ) -> Iterator[GroundingSample]:
     """Yield the samples of a file; memory does not grow with the file.
 
@@ -193,19 +197,28 @@ def iter_samples(
         path: the file; ValueError with file, row and remedy if a row cannot be used.
         format: one of `ALL_FORMATS`; None detects it from the first row.
         image_root: folder that relative image paths are joined to.
+        training: also refuse what can be evaluated and not trained on: the few boxes
+            without area that benchmarks hold.
     """
     entry = _get_format(format) if format else None
     context = RowContext(path, image_root)
     for context.row, row in enumerate(iter_rows(path)):
         entry = entry or ALL_FORMATS[detect_format(row, context.place)]
+        context.doubts.clear()
         yield from entry.read(row, context)
+        if training and (wrong := [d for d in context.doubts if not d.clipped]):
+            raise wrong[0]
 
 
 def read(
-    path: StrPath, format: str | None = None, image_root: StrPath | None = None
+    path: StrPath,
+    format: str | None = None,
+    image_root: StrPath | None = None,
+    *,
+    training: bool = False,
 ) -> list[GroundingSample]:
     """Return all samples of a file; arguments and errors as in `iter_samples`."""
-    return list(iter_samples(path, format, image_root))
+    return list(iter_samples(path, format, image_root, training=training))
 
 
 def write(

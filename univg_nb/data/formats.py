@@ -32,7 +32,12 @@ _OWN_NAMES = frozenset(_OWN_KEYS)
 
 
 class RowError(ValueError):
-    """A row that cannot be used; `kind` is what the audit counts it under."""
+    """A row that cannot be used; `kind` is what the audit counts it under.
+
+    `clipped`: it can be used after all, with its box cut at the edge of the image.
+    """
+
+    clipped = False
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -168,6 +173,7 @@ def clip_to_grid(
     if any(not 0 <= v <= m for v, m in pairs):
         problem = f"box {numbers} leaves 0-{size[0]:g} x 0-{size[1]:g}; it is clipped"
         context.doubts.append(context.error("box_out_of_range", problem))
+        context.doubts[-1].clipped = True
     elif error := _check_area(numbers, (x1, y1, x2, y2), context):
         context.doubts.append(error)
     return (x1, y1, x2, y2)
