@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from univg_nb.data.sample import GroundingSample
@@ -37,6 +38,27 @@ def killed(folder: Path, stage: str, config: dict, rows, out: Path, **job) -> in
     return subprocess.run(
         [sys.executable, __file__, str(path)], env={**os.environ, "PYTHONPATH": root}
     ).returncode
+
+
+HOLDER = """
+import sys, time
+from univg_nb import io
+with io.locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+@contextmanager
+def held_by_another_process(path):
+    """Yield the id of a process that works on `path` until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process.pid
+    process.kill()
+    process.wait()
 
 
 def main(path: str) -> None:

@@ -1,11 +1,15 @@
 """Run folders, stages and scale files."""
 
 import argparse
+import errno
 import json
+import os
+import socket
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupted import held_by_another_process
 
 from univg_nb import config, io, runs
 from univg_nb.train import checkpoints
@@ -34,15 +38,46 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path, mode, old, new):
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
-def test_a_lock_is_held_once_and_free_afterwards(tmp_path):
-    with (
-        io.locked(tmp_path / "a" / "lock", "busy"),
-        pytest.raises(ValueError, match="busy"),
-        io.locked(tmp_path / "a" / "lock", "busy"),
-    ):
-        pass
-    with io.locked(tmp_path / "a" / "lock", "busy"):
-        pass
+def test_a_lock_says_who_holds_it_and_is_free_after_a_kill(tmp_path):
+    place = tmp_path / "a" / "run"
+    with held_by_another_process(place) as pid:
+        said = (
+            rf"run: {socket.gethostname()}, process {pid}, since 20\d\d-.* works on it"
+        )
+        with pytest.raises(ValueError, match=said), io.locked(place):
+            pass
+    assert (tmp_path / "a" / ".run.lock").is_file()  # what the killed process left
+    with io.locked(place):
+        assert f"process {os.getpid()}" in (tmp_path / "a" / ".run.lock").read_text()
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_lock_is_shared_with_child_processes_and_other_ranks(tmp_path, monkeypatch):
+    with io.locked(tmp_path / "run"), io.locked(tmp_path / "run"):
+        with held_by_another_process(tmp_path / "run"):
+            pass
+        assert (tmp_path / ".run.lock").is_file()
+    with held_by_another_process(tmp_path / "run"):
+        monkeypatch.setenv("RANK", "1")
+        with io.locked(tmp_path / "run"):
+            pass
+
+
+def test_without_locks_of_the_file_system_work_goes_on(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(io.fcntl, "flock", refuse)
+    with io.locked(tmp_path / "run"):
+        assert "another writer would not be noticed" in capsys.readouterr().out
+
+
+def test_what_is_set_aside_is_never_lost(tmp_path):
+    for text in "abc":
+        io.write_text(tmp_path / "p.jsonl", text)
+        io.set_aside(tmp_path / "p.jsonl", tmp_path / "replaced" / "p.jsonl")
+    kept = {p.name: p.read_text() for p in (tmp_path / "replaced").iterdir()}
+    assert kept == {"p.jsonl": "a", "p.jsonl.1": "b", "p.jsonl.2": "c"}
 
 
 def test_read_json_names_file_and_line(tmp_path):
@@ -69,6 +104,8 @@ def test_jsonl_survives_a_cut_at_any_byte(tmp_path_factory, rows, data):
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     kept = whole[:cut].count(b"\n")
+    # A last line that lacks only its newline is whole.
+    kept += cut < len(whole) and whole[cut : cut + 1] == b"\n"
     assert io.read_jsonl(path) == rows[:kept]
     io.append_jsonl(path, {"after": 1})
     assert io.read_jsonl(path) == [*rows[:kept], {"after": 1}]
@@ -79,6 +116,8 @@ def test_jsonl_with_a_bad_line_inside_is_refused(tmp_path):
     path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
         io.read_jsonl(path)
+    path.write_text('{"a": 1}\n\n{"a": 2}\n\n')  # as an editor leaves it
+    assert io.read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
 # ---------------------------------------------------------------- stages

@@ -1,9 +1,11 @@
-"""Files written whole: text, JSON, JSON lines; assets read; hashes of contents."""
+"""Files written whole: text, JSON, JSON lines; locks, assets, hashes of contents."""
 
 import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import IO, Any
 import yaml
 
 ASSETS = Path(__file__).parent / "assets"
+HELD = "UNIVG_NB_LOCKS"  # in the environment: lock files that this process may pass
 
 
 @contextmanager
@@ -63,28 +66,49 @@ def read_json(path: str | Path) -> Any:
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one row, after cutting off what an interrupted write left at the end."""
+    """Append one row to a file whose last line is ended first (`end_last_line`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with path.open("a+b") as handle:
-        end = handle.seek(0, os.SEEK_END)
-        if end:
-            handle.seek(end - 1)
-            if handle.read(1) != b"\n":
-                handle.seek(0)
-                handle.truncate(handle.read().rfind(b"\n") + 1)
-        handle.write(line)
+    end_last_line(path)
+    with path.open("ab") as handle:
+        handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def end_last_line(path: Path) -> None:
+    """Give the last line of a JSONL file its newline, or cut off an unfinished one."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        if handle.read() == b"\n":
+            return
+        handle.seek(0)
+        content = handle.read()
+        start = content.rfind(b"\n") + 1
+        if _is_whole_row(content[start:]):
+            handle.write(b"\n")
+        else:
+            handle.truncate(start)
+
+
+def _is_whole_row(line: bytes) -> bool:
+    """Return whether a line without newline is an object, which no part of one is."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line without its newline is a cut-off write: left out."""
+    """Read all rows; a last line without newline counts if it is a whole object."""
     rows = []
-    with Path(path).open(encoding="utf-8", errors="replace") as handle:
+    with Path(path).open("rb") as handle:
         for number, line in enumerate(handle, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n") and not _is_whole_row(line):
                 break
-            rows.append(_parse_json(line.strip(), path, number))
+            text = line.decode(errors="replace").strip()
+            if text:
+                rows.append(_parse_json(text, path, number))
     return rows
 
 
@@ -116,17 +140,73 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(path: str | Path, message: str) -> Iterator[IO[str]]:
-    """Hold a lock file, open for appending; a child that inherits it holds it too.
+# ---------------------------------------------------------------- who writes where
 
-    Raises ValueError with `message` if another process holds it.
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[tuple[int, ...]]:
+    """Let no other process work on a file or folder during the `with` block.
+
+    `.NAME.lock` beside it is locked and says by whom. The system frees it when its
+    holder ends, however it ends, so what a killed process left is taken over. The
+    processes that the holder starts share it, and so do those of a distributed
+    training, whose first process takes it.
+
+    Yields the file descriptors (one or none) to hand to a process that may outlive this
+    one (`pass_fds`): it holds the lock too then.
+
+    Raises:
+        ValueError: another process works there; says which and since when.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    path = Path(path).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    held = os.environ.get(HELD, "")
+    if str(lock) in held.split(os.pathsep) or int(os.environ.get("RANK", 0)):
+        yield ()
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _take(lock, path) as handle:
+        handle.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        handle.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}\n")
+        handle.flush()
+        os.environ[HELD] = f"{held}{os.pathsep}{lock}"
+        try:
+            yield (handle.fileno(),)
+        finally:
+            os.environ[HELD] = held
+            lock.unlink(missing_ok=True)
+
+
+def _take(lock: Path, path: Path) -> IO[str]:
+    """Return the lock file of `path`, open and locked."""
+    while True:
+        handle = lock.open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(message) from error
-        yield handle
+        except BlockingIOError as error:
+            handle.seek(0)
+            who = handle.read().strip() or "another process"
+            handle.close()
+            raise ValueError(
+                f"{path}: {who} works on it; wait until that ends or end it, or choose "
+                "another place"
+            ) from error
+        except OSError as error:  # a file system without locks
+            print(f"{lock}: {error.strerror}; another writer would not be noticed")
+            return handle
+        # Its last holder may have removed it after it was opened here.
+        if lock.is_file() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+            return handle
+        handle.close()
+
+
+def set_aside(path: Path, target: Path) -> None:
+    """Move a file or folder to `target`, or to TARGET.1, .2, ... if there is one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free, number = target, 0
+    while free.exists():
+        number += 1
+        free = target.with_name(f"{target.name}.{number}")
+    path.replace(free)
+    print(f"{path.name}: what was there is kept in {free}")

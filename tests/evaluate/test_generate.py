@@ -14,8 +14,9 @@ from pathlib import Path
 
 import builders
 import pytest
+from interrupted import held_by_another_process
 
-from univg_nb import models
+from univg_nb import io, models
 from univg_nb.config import load_scale
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
@@ -237,8 +238,42 @@ def test_the_command_continues_a_file(folder, tmp_path):
     out.write_bytes(whole.replace(b'"response": "', b'"response": "kept', 1)[:-9])
     main(arguments)
     assert out.read_bytes().count(b"kept") == 1
+    out.write_bytes(whole[:-1])  # all but the last newline
+    main(arguments)
+    assert out.read_bytes() == whole
     main([*arguments, "--fresh"])
     assert out.read_bytes() == whole
+    kept = sorted(path.name for path in (tmp_path / "replaced").iterdir())
+    assert kept == ["p.jsonl", "p.settings.json"]
+
+
+def test_what_can_be_known_is_said_before_the_model_is_loaded(
+    folder, tmp_path, monkeypatch
+):
+    items = builders.questions(tmp_path, 3)
+    files.write(items, tmp_path / "r.json", "mig_bench")
+    monkeypatch.setattr(models, "load_for_inference", None)
+    words = ["--records", str(tmp_path / "r.json"), "--model", str(folder)]
+    words += ["--scale", "tiny", "--out"]
+    with (
+        held_by_another_process(tmp_path / "p.jsonl") as pid,
+        pytest.raises(ValueError, match=f"process {pid}, since .* works on it"),
+    ):
+        main([*words, str(tmp_path / "p.jsonl")])
+    Path(items[2].images[0]).unlink()
+    with pytest.raises(
+        ValueError, match=r"lack an image, first sample .*\.png does not"
+    ):
+        main([*words, str(tmp_path / "p.jsonl")])
+
+
+def test_a_file_that_was_made_into_an_array_is_not_continued(loaded, items, tmp_path):
+    out = tmp_path / "p.jsonl"
+    run(loaded, items[:2], out, max_new_tokens=2)
+    out.write_text(json.dumps(io.read_jsonl(out)))
+    assert sorted(responses(out)) == [0, 1]
+    with pytest.raises(ValueError, match="a JSON array, which cannot be continued"):
+        run(loaded, items[:2], out, max_new_tokens=2)
 
 
 def test_E5_questions_stay_as_they_are(loaded, items, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import compare as comparison
 from univg_nb.evaluate import score as score_module
 from univg_nb.evaluate import scoring
-from univg_nb.evaluate.predictions import Reply
+from univg_nb.evaluate.predictions import Reply, get_settings_path, hash_items
 from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.evaluate.scoring import ScoringOptions, score_items, summarize_items
 from univg_nb.paper import MIG_TASKS
@@ -109,7 +110,11 @@ def test_missing_predictions_are_an_error_unless_allowed(tmp_path, records):
         ('{"index": 1.0, "response": ""}\n', "line 1: expected"),
         ('{"index": 0}\n', "line 1: expected"),
         ('{"index"\n{"index": 0, "response": ""}\n', "line 1: malformed JSON"),
-        ("[]\n", "line 1: expected"),
+        ('"[]"\n', "line 1: expected"),
+        ('{"0": ""}\n', "line 1: expected"),
+        ('[{"index": 0, "response": ""}, 3]', "row 2: expected"),
+        ('[{"index": 0, "response": ""}', "line 1: malformed JSON"),
+        ('{"index": 0, "id": "diff1", "response": ""}', "is 'diff1', but 'diff0' in"),
     ],
 )
 def test_malformed_predictions_name_the_line(tmp_path, records, lines, message):
@@ -117,6 +122,37 @@ def test_malformed_predictions_name_the_line(tmp_path, records, lines, message):
     path.write_text(lines)
     with pytest.raises(ValueError, match=message):
         score(Benchmark.read(records), path, SOME)
+
+
+@pytest.mark.parametrize("layout", ["no last newline", "array", "indented array"])
+def test_predictions_of_other_tools_are_read(tmp_path, records, layout):
+    rows = [{"index": i, "response": RIGHT} for i in range(12)]
+    texts = {
+        "no last newline": "\n".join(map(json.dumps, rows)),
+        "array": json.dumps(rows),
+        "indented array": "\n" + json.dumps(rows, indent=2),
+    }
+    path = tmp_path / "p.jsonl"
+    path.write_text(texts[layout])
+    assert score(Benchmark.read(records), path)["pooled"]["hit_05"] == 12
+
+
+def test_predictions_of_another_version_of_the_records_are_refused(tmp_path, records):
+    """Same ids, but one box was corrected since."""
+    bench = Benchmark.read(records)
+    path = write_predictions(tmp_path / "p.jsonl", [RIGHT] * 12)
+    settings = {"items_hash": hash_items(bench.items)}
+    io.write_json(get_settings_path(path), settings)
+    assert score(bench, path)["pooled"]["n"] == 12
+    bench.items[3] = replace(bench.items[3], answer=(0, 0, 5, 5))
+    other = tmp_path / "other.json"
+    files.write(bench.items, other, "mig_bench")
+    for main, words in (
+        (score_module.main, ["--predictions", str(path)]),
+        (comparison.main, [str(path), str(path)]),
+    ):
+        with pytest.raises(ValueError, match="generated for other questions or boxes"):
+            main([*words, "--records", str(other)])
 
 
 def test_benchmarks_are_told_apart():

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import nbformat
 import pytest
+from interrupted import held_by_another_process
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from univg_nb import io, runs
@@ -40,6 +42,15 @@ def call(*arguments):
 
 
 # ---------------------------------------------------------------- before a kernel
+
+
+def test_a_run_folder_that_somebody_works_on_is_refused(repo, capsys):
+    write(repo, "00_a", "print(1)")
+    folder = repo / "runs" / "smoke"
+    with held_by_another_process(folder) as pid:
+        assert call("--set", "sft.max_steps=1") == 2
+    assert f"smoke: {socket.gethostname()}, process {pid}" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -274,7 +285,7 @@ def test_sigterm_ends_a_sweep_and_the_next_call_goes_on(repo, capsys):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     assert call("-p", "N", "2,3") == 2
-    assert "another call works on this queue" in capsys.readouterr().err
+    assert f"process {process.pid}, since" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=180) == 128 + signal.SIGTERM
     assert states(repo) == {"N=2": "interrupted"}

@@ -118,8 +118,8 @@ def evaluate(
     """Evaluate one of `list_models` on benchmarks of `find_files`.
 
     Replies are greedy and read by the answer parser. What an interrupted call left is
-    continued, if model and settings are still the same, and replaced otherwise; `fresh`
-    also replaces what is finished.
+    continued, if model and settings are still the same; else, and with `fresh`, all is
+    generated again, and the old file is kept in replaced/.
 
     Returns:
         The content of scores.json for each benchmark by name.
@@ -137,6 +137,7 @@ def evaluate(
             if found["records_sha256"] == bench.sha256 and made_by == stage:
                 scores[name] = found
                 continue
+        path.unlink(missing_ok=True)  # or an interrupted call would leave it behind
         if network is None:
             network, _ = load_model(run, model)
         began = time.perf_counter()

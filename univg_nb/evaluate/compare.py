@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args(arguments)
     bench, how = read_scoring_arguments(options)
-    a, b = read_predictions(options.a), read_predictions(options.b)
+    a, b = (read_predictions(path, bench.items) for path in (options.a, options.b))
     result = scoring.compare_items(
         scoring.score_items(bench.items, a, how),
         scoring.score_items(bench.items, b, how),

@@ -24,10 +24,20 @@ from transformers import PreTrainedModel, ProcessorMixin
 from univg_nb import io, models
 from univg_nb.config import add_scale_arguments, load_scale, make_parser, override
 from univg_nb.data import files, prompts
-from univg_nb.data.images import count_image_tokens, find_missing_images
+from univg_nb.data.images import (
+    check_images,
+    count_image_tokens,
+    find_missing_images,
+)
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import replies, served
-from univg_nb.evaluate.predictions import get_settings_path, read_generation_settings
+from univg_nb.evaluate.predictions import (
+    get_settings_path,
+    hash_items,
+    is_json_array,
+    read_generation_settings,
+    read_rows,
+)
 from univg_nb.evaluate.score import Benchmark
 from univg_nb.evaluate.served import ServedModel
 from univg_nb.fast.sampling import noise_seed
@@ -90,7 +100,7 @@ def generate(
         out: predictions.jsonl.
         options: how replies are generated.
         indices: items to answer; None for all.
-        fresh: replace what the file holds.
+        fresh: begin again; what the file holds is kept in replaced/.
         facts: further settings, as the name of the model.
 
     Returns:
@@ -101,26 +111,9 @@ def generate(
         SettingsMismatchError: `out` was made under other settings.
     """
     indices = sorted(set(range(len(samples)) if indices is None else indices))
-    if missing := find_missing_images(samples, indices):
-        index, path = next(iter(missing.items()))
-        raise ValueError(
-            f"{len(missing)} of {len(indices)} items lack an image, first item "
-            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
-            "image root, or leave these items out with --allow-missing"
-        )
+    check_images(samples, indices)
     out = Path(out)
     settings = _collect_settings(model, processor, samples, options) | (facts or {})
-    rows = {} if fresh else _read_rows(out, settings)
-    batches = plan_batches(processor, samples, indices, options)
-    # A batch cut short by a kill is regenerated whole, and only its missing rows are
-    # added: the file ends up as that of an undisturbed run.
-    todo = [batch for batch in batches if not rows.keys() >= set(batch)]
-    state = PartialState(cpu=not torch.cuda.is_available())
-    is_first = state.is_main_process
-    if is_first and (fresh or not out.is_file()):
-        out.unlink(missing_ok=True)
-        io.write_json(get_settings_path(out), settings)
-        io.write_text(out, "")
     reply: Any = served.reply if isinstance(model, ServedModel) else replies.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
 
@@ -134,27 +127,50 @@ def generate(
             for i, one in zip(batch, made, strict=True)
         ]
 
-    began, new = time.perf_counter(), []
-    count, name = sum(map(len, todo)), out.parent.name
-    with tqdm(total=count, desc=name, unit="reply", disable=not is_first) as bar:
-        for start in range(0, len(todo), state.num_processes):
-            turn = todo[start : start + state.num_processes]  # a batch for each process
-            mine = turn[state.process_index : state.process_index + 1]
-            made = [row for batch in mine for row in answer(batch)]
-            added = [row for row in gather_object(made) if row["index"] not in rows]
-            if is_first:
-                for row in added:
-                    io.append_jsonl(out, row)
-            rows |= {row["index"]: row for row in added}
-            new += added
-            bar.update(sum(map(len, turn)))
+    with io.locked(out):
+        rows = {} if fresh else _read_rows(out, settings)
+        batches = plan_batches(processor, samples, indices, options)
+        # A batch cut short by a kill is regenerated whole, and only its missing rows
+        # are added: the file ends up as that of an undisturbed run.
+        todo = [batch for batch in batches if not rows.keys() >= set(batch)]
+        state = PartialState(cpu=not torch.cuda.is_available())
+        is_first = state.is_main_process
+        if is_first:
+            _prepare_file(out, settings, fresh)
+        began, new = time.perf_counter(), []
+        count, name = sum(map(len, todo)), out.parent.name
+        with tqdm(total=count, desc=name, unit="reply", disable=not is_first) as bar:
+            for start in range(0, len(todo), state.num_processes):
+                turn = todo[start : start + state.num_processes]  # one for each process
+                mine = turn[state.process_index : state.process_index + 1]
+                made = [row for batch in mine for row in answer(batch)]
+                added = [row for row in gather_object(made) if row["index"] not in rows]
+                if is_first:
+                    for row in added:
+                        io.append_jsonl(out, row)
+                rows |= {row["index"]: row for row in added}
+                new += added
+                bar.update(sum(map(len, turn)))
     return {
         "replies": len(rows),
         "new": len(new),
-        "truncated": sum(row["truncated"] for row in rows.values()),
+        "truncated": sum(row.get("truncated", False) for row in rows.values()),
         "tokens": sum(row["tokens"] for row in new),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _prepare_file(out: Path, settings: dict[str, Any], fresh: bool) -> None:
+    """Begin a predictions file, or end the last line of the one that goes on."""
+    if out.is_file():
+        if not fresh:
+            io.end_last_line(out)
+            return
+        for old in (out, get_settings_path(out)):
+            if old.is_file():  # the settings are missing beside a file of another tool
+                io.set_aside(old, out.parent / "replaced" / old.name)
+    io.write_json(get_settings_path(out), settings)
+    io.write_text(out, "")
 
 
 def _collect_settings(
@@ -164,12 +180,10 @@ def _collect_settings(
     options: GenerationOptions,
 ) -> dict[str, Any]:
     """Return everything that replies depend on, of a server as far as it is known."""
-    # image folders may differ from place to place
-    content = [(s.id, s.task, s.question, s.answer) for s in samples]
     settings = asdict(options) | {
         "seed": options.seed if options.temperature > 0 else None,
         "image_size": dict(processor.image_processor.size),
-        "items_hash": io.config_hash(content),
+        "items_hash": hash_items(samples),
     }
     del settings["batch_size"]  # replies do not depend on it
     if isinstance(model, ServedModel):
@@ -184,6 +198,11 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]
     """Read the rows that were made under `settings`, by item; {} without a file."""
     if not out.is_file():
         return {}
+    if is_json_array(out):
+        raise ValueError(
+            f"{out} is a JSON array, which cannot be continued; choose another file, "
+            "or replace it with --fresh"
+        )
     before = read_generation_settings(out) or {}
     differ = [key for key in settings if before.get(key) != settings[key]]
     if differ:
@@ -193,7 +212,7 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]
             f"{key} = {before.get(key)!r} there, now {settings[key]!r}; choose another "
             "file, or replace it with --fresh"
         )
-    return {row["index"]: row for row in io.read_jsonl(out)}
+    return read_rows(out)
 
 
 def plan_batches(
@@ -300,13 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         absent = find_missing_images(bench.items, indices)
         indices = [i for i in indices if i not in absent]
         print(f"{len(absent)} items left out: an image is missing")
-    config = _load_config(options)
-    if options.server:
-        model, processor = _connect(config["model"], options)
     else:
-        model, processor = models.load_for_inference(
-            config["model"], options.adapter, options.quantize
-        )
+        check_images(bench.items)  # here too: loading the model takes minutes
+    config = _load_config(options)
     how = GenerationOptions(
         options.style,
         temperature=options.temperature,
@@ -315,12 +330,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     facts = {"model": options.model, "adapters": options.adapter}
     facts |= {"quantize": options.quantize, "records": bench.records.name}
-    summary = generate(
-        *(model, processor, bench.items, options.out, how),
-        indices=indices,
-        fresh=options.fresh,
-        facts=facts,
-    )
+    with io.locked(options.out):
+        if options.server:
+            model, processor = _connect(config["model"], options)
+        else:
+            model, processor = models.load_for_inference(
+                config["model"], options.adapter, options.quantize
+            )
+        summary = generate(
+            *(model, processor, bench.items, options.out, how),
+            indices=indices,
+            fresh=options.fresh,
+            facts=facts,
+        )
     state = PartialState()
     if state.is_main_process:
         print(

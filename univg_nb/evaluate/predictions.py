@@ -1,11 +1,12 @@
 """Recorded replies: the rows of `predictions.jsonl` and the settings beside them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from univg_nb.io import read_json, read_jsonl
+from univg_nb.data.sample import GroundingSample
+from univg_nb.io import config_hash, read_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class Reply:
     tokens: int = 0
 
 
-def read_predictions(path: str | Path) -> dict[int, Reply]:
-    """Read `predictions.jsonl` into {index of the item: its reply}, sorted.
+def read_rows(path: str | Path) -> dict[int, dict[str, Any]]:
+    """Read the rows of a predictions file into {index of the item: its row}, sorted.
 
-    A last line cut short by a kill is left out; the next `generate` writes it again.
+    A file of JSON lines, as `generate` writes it, or one array. A last line cut short
+    by a kill is left out; the next `generate` writes it again.
 
     Raises:
         ValueError: for a missing file, a malformed row or an index given twice.
@@ -34,23 +36,74 @@ def read_predictions(path: str | Path) -> dict[int, Reply]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such predictions file; run `generate` first")
-    found: dict[int, Reply] = {}
-    for line, row in enumerate(read_jsonl(path), start=1):
+    is_array, found = is_json_array(path), {}
+    rows = read_json(path) if is_array else read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, {'row' if is_array else 'line'} {number}"
         known: dict[str, Any] = row if isinstance(row, dict) else {}
         index, text = known.get("index"), known.get("response")
         if type(index) is not int or index < 0 or not isinstance(text, str):
             raise ValueError(
-                f'{path}, line {line}: expected {{"index": i, "response": "..."}} with '
-                f"i >= 0, got {str(row)[:80]}"
+                f'{where}: expected {{"index": i, "response": "..."}} with i >= 0, got '
+                f"{str(row)[:80]}"
             )
         if index in found:
             raise ValueError(
-                f"{path}, line {line}: index {index} is predicted twice; two runs "
-                "wrote into one file: generate it again with --fresh"
+                f"{where}: index {index} is predicted twice; two runs wrote into one "
+                "file: generate it again with --fresh"
             )
-        truncated, tokens = known.get("truncated", False), known.get("tokens", 0)
-        found[index] = Reply(text, truncated, tokens)
+        found[index] = row
     return dict(sorted(found.items()))
+
+
+def is_json_array(path: Path) -> bool:
+    """Return whether a file holds one JSON array and not a row in each line."""
+    with path.open("rb") as handle:
+        return handle.read(64).lstrip().startswith(b"[")
+
+
+def read_predictions(
+    path: str | Path, items: Sequence[GroundingSample] | None = None
+) -> dict[int, Reply]:
+    """Read a predictions file into {index of the item: its reply}, sorted.
+
+    Args:
+        path: the file; see `read_rows`.
+        items: what the replies must belong to, if given.
+
+    Raises:
+        ValueError: as `read_rows`; or the replies are to other items.
+    """
+    rows = read_rows(path)
+    if items is not None:
+        _check_items(Path(path), rows, items)
+    return {
+        index: Reply(row["response"], row.get("truncated", False), row.get("tokens", 0))
+        for index, row in rows.items()
+    }
+
+
+def _check_items(
+    path: Path, rows: Mapping[int, Mapping[str, Any]], items: Sequence[GroundingSample]
+) -> None:
+    remedy = "score with the records that were used, or generate the replies again"
+    for index, row in rows.items():
+        if index < len(items) and row.get("id", items[index].id) != items[index].id:
+            raise ValueError(
+                f"{path}: index {index} is {row['id']!r}, but {items[index].id!r} in "
+                f"the records: these predictions belong to another file; {remedy}"
+            )
+    settings = read_generation_settings(path) or {}
+    if settings.get("items_hash", made := hash_items(items)) != made:
+        raise ValueError(
+            f"{path}: generated for other questions or boxes than the records have, as "
+            f"{get_settings_path(path).name} says; {remedy}"
+        )
+
+
+def hash_items(items: Sequence[GroundingSample]) -> str:
+    """Return a hash of what is asked, without folders, which differ between places."""
+    return config_hash([(s.id, s.task, s.question, s.answer) for s in items])
 
 
 def get_settings_path(predictions: str | Path) -> Path:

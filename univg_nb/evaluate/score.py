@@ -69,7 +69,7 @@ def score(
     Raises:
         ValueError: as `read_predictions` and `scoring.score_items`.
     """
-    items, replies = bench.items, read_predictions(predictions)
+    items, replies = bench.items, read_predictions(predictions, bench.items)
     scored = scoring.score_items(items, replies, options, indices)
     wanted = range(len(items)) if indices is None else indices
     missing = Counter(items[i].task for i in wanted if i not in replies)

@@ -149,13 +149,8 @@ def train(
     folder, path = out / "launch", out / "launch" / "request.json"
     worker = ["-m", "univg_nb.launch.worker", str(path)]
     arguments = command(launch, gpu or strategy in ZERO, worker)
-    busy = (
-        f"{out}: an earlier call still trains there; call again when it has ended with "
-        "its checkpoint"
-    )
-    # The processes inherit the log and with it the lock, should they outlive this one.
-    with locked(folder / LOG, busy) as console:
-        console.truncate(0)
+    # The processes hold the lock too, should they outlive this one.
+    with locked(out) as passed:
         if path.is_file() and any(out.glob("checkpoints/checkpoint-*")):
             vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
             before = read_json(path)["processes"]
@@ -177,14 +172,16 @@ def train(
             gc.collect()
             torch.cuda.empty_cache()
         extra = {"DS_ACCELERATOR": "cpu"} if strategy in ZERO and not gpu else {}
-        agent = subprocess.Popen(
-            arguments,
-            env={**os.environ, **extra},
-            stdin=subprocess.PIPE,  # closed with this process: the sign to end
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through us
-        )
+        with (folder / LOG).open("w") as console:
+            agent = subprocess.Popen(
+                arguments,
+                env={**os.environ, **extra},
+                stdin=subprocess.PIPE,  # closed with this process: the sign to end
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through us
+                pass_fds=passed,
+            )
         _wait(agent, out)
     return read_json(out / "summary.json")
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from univg_nb.io import locked, read_json, write_json
+from univg_nb.io import read_json, write_json
 
 RANGE = re.compile(r"(-?\d+):(-?\d+)")
 
@@ -123,8 +123,7 @@ def run_jobs(
             print("\n".join(lines[-15:]), f"\nlog: {log}", file=sys.stderr)
         return not failed
 
-    busy = f"{run_dir}: another call works on this queue; wait for it to end"
-    with locked(run_dir / ".queue.lock", busy), ThreadPoolExecutor(len(free)) as pool:
+    with ThreadPoolExecutor(len(free)) as pool:
         try:
             return all(list(pool.map(work, jobs)))
         finally:

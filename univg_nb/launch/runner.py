@@ -33,7 +33,7 @@ from univg_nb.config import (
     scale_path,
     suggestion,
 )
-from univg_nb.io import write_text
+from univg_nb.io import locked, write_text
 from univg_nb.launch.notebooks import (
     fill_parameters,
     ran_to_end,
@@ -242,13 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for job in jobs.values():
         texts = common | job
         values = [fill_parameters(own[path], texts, path.stem) for path in paths]
-    if options.set:
-        write_text(scale, dump(load_scale(options.scale, options.set)))
-    if len(jobs) > 1:
-        command = [sys.executable, "-m", "univg_nb", "run", *options.names]
-        command += ["--scale", scale, *["--fresh"] * options.fresh]
-        return int(not run_jobs(target, jobs, command, options.gpus, options.fresh))
-    done = run(paths, target, values)
+    with locked(target):
+        if options.set:
+            write_text(scale, dump(load_scale(options.scale, options.set)))
+        if len(jobs) > 1:
+            command = [sys.executable, "-m", "univg_nb", "run", *options.names]
+            command += ["--scale", scale, *["--fresh"] * options.fresh]
+            return int(not run_jobs(target, jobs, command, options.gpus, options.fresh))
+        done = run(paths, target, values)
     if done:
         report(target, time.perf_counter() - began)
     return int(not done)
