@@ -12,7 +12,7 @@ from univg_nb.base_model.architecture import (
 )
 from univg_nb.base_model.data import Albums, Lessons, Plan
 from univg_nb.base_model.dialogue import IMAGE_TOKENS, tokenize_lesson
-from univg_nb.base_model.evaluate import evaluate_base
+from univg_nb.base_model.evaluate import evaluate_model
 from univg_nb.base_model.guide import NUMBER, AttentionGuide
 from univg_nb.base_model.lessons import sample_lesson
 from univg_nb.base_model.training import (
@@ -24,8 +24,10 @@ from univg_nb.base_model.training import (
 )
 from univg_nb.base_model.vision import find_covered_cells, patchify
 from univg_nb.data.boxes import format_box
+from univg_nb.evaluate.generate import GenerationOptions
 from univg_nb.io import read_jsonl
 from univg_nb.minimig.scenes import render
+from univg_nb.train.difficulty import BINS
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,9 @@ def test_all_stages_run_and_a_finished_stage_is_loaded(tokenizer, tmp_path):
     assert [row["stage"] for row in log] == ["vision", "language", "words", "albums"]
     model.save_pretrained(tmp_path / "model")
     build_processor(tokenizer).save_pretrained(tmp_path / "model")
-    few = {"single_test": 2, "test_per_task": 1, "stage1": 0, "stage2": 0, "single": 0}
-    tests = evaluate_base(tmp_path / "model", sizes=few | {"zero_shot": 0})["tests"]
-    assert [test["n"] for test in tests.values()] == [2, 10]
+    few = {"single_test": 2, "test_per_task": 1}
+    how = GenerationOptions("direct", max_new_tokens=32)
+    made = evaluate_model(tmp_path / "model", how, sizes=few, groups=1)
+    assert [test["n"] for test in made["tests"].values()] == [2, 10]
+    assert made["groups"]["n"] == 10
+    assert sum(made["groups"][name] for name in BINS) == pytest.approx(1)

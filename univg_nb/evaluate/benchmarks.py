@@ -23,7 +23,15 @@ from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.runs import Run
 
 # The models of a run in training order.
-MODELS = ("base", "sft_nocot", "sft_lora", "sft_qlora", "grpo_none", "grpo_exp")
+MODELS = (
+    "base",
+    "sft_nocot",
+    "sft_lora",
+    "sft_qlora",
+    "shipped",
+    "grpo_none",
+    "grpo_exp",
+)
 # Zero-shot benchmarks and the key of the scale's `data` section that names their file.
 ZERO_SHOT_FILES = {
     "lisa": "lisa_file",
@@ -79,6 +87,21 @@ def find_files(run: Run) -> dict[str, Path]:
         paths = [root / data["refcoco_dir"] / f"{k}.json" for k in paper.REFCOCO_FILES]
         found |= {path.stem: path for path in paths if path.is_file()}
     return found
+
+
+def find_chains(run: Run) -> Path:
+    """Return the training file of stage 1: notebook 02's, or a released one.
+
+    Raises ValueError if the scale draws its data and notebook 02 has not been run.
+    """
+    if run.config["data"]["source"] != "minimig":
+        return find_files(run)["stage1"]
+    marker = _read_marker(run, "chains")
+    if marker.get("status") != "finished":
+        raise ValueError(
+            f"{run.dir}: stage 'chains' is not finished there; run notebook 02 first"
+        )
+    return run.dir / "chains" / marker["results"]["stage1"]
 
 
 def load_benchmark(run: Run, name: str) -> Benchmark:
