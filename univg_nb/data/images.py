@@ -267,3 +267,30 @@ def find_missing_images(
     is_file = cache(os.path.isfile)  # items share images
     missing = ((i, [p for p in samples[i].images if not is_file(p)]) for i in indices)
     return {i: paths[0] for i, paths in missing if paths}
+
+
+_usable: set[tuple[str, int]] = set()  # paths and times of change
+
+
+def check_images(
+    samples: Sequence[GroundingSample], indices: Iterable[int] | None = None
+) -> None:
+    """Raise ValueError if an image of any sample (of `indices`) cannot be used.
+
+    All are decoded, as training and evaluation will do it, so that none of them ends
+    there. What opened once in this process is not opened again until it changes.
+    """
+    wanted = range(len(samples)) if indices is None else list(indices)
+    if missing := find_missing_images(samples, wanted):
+        index, path = next(iter(missing.items()))
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} samples lack an image, first sample "
+            f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
+            "image root, or leave these samples out (generate: --allow-missing)"
+        )
+    for index in wanted:
+        for path in samples[index].images:
+            version = (path, os.stat(path).st_mtime_ns)
+            if version not in _usable:
+                open_image(path, samples[index].id)
+                _usable.add(version)
