@@ -11,14 +11,18 @@ import dataclasses
 import difflib
 import enum
 import functools
+import math
+import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
+
+from univg_nb.io import read_text
 
 SCALES = Path(__file__).parent / "scales"
 WEIGHTS = ("none", "exp", "power", "log", "log_released", "peak", "constant")
@@ -37,6 +41,7 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "dtype": Literal["float32", "bfloat16", "float16"],
         "min_pixels": int,  # pixels of an image after resizing, both ends inclusive
         "max_pixels": int,
+        "boxes": Literal["auto", "thousandths", "pixels"],  # see models.box_convention
     },
     "data": {
         "source": Literal["minimig", "released"],
@@ -77,10 +82,13 @@ FORMER_NAMES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 1e-3 as a number and refuses a key written twice.
+    """A SafeLoader with the scalars of YAML 1.2 that refuses a key written twice.
 
-    YAML 1.1 takes the one for a string; of the other PyYAML keeps the last silently.
+    PyYAML's own are of YAML 1.1: 010 is 8, 1:30 is 90, 1e-3 a string, 2026-01-02 a
+    date, and `no` is false. Of a key written twice it keeps the last silently.
     """
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -90,20 +98,71 @@ class _Loader(yaml.SafeLoader):
             )
         return super().construct_mapping(node, deep)
 
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+    def construct_yaml_int(self, node: Any) -> int:
+        based = node.value.lstrip("+-")[:2] in ("0x", "0o")
+        return int(node.value, 0 if based else 10)
 
 
-def parse_value(text: str) -> Any:
-    """Read one value as in a scale file: a number, true, null, a list, or a string."""
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that `_Loader` or another YAML reader takes for no string."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:merge", _Loader.construct_yaml_str)
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?([0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)",  # 1_000 as in Python
+    "float": r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None
+        )
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    """Parse YAML; ValueError names `where` and the problem in one line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value {text!r}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{where}{line}: not readable as YAML: {problem}") from error
+
+
+def parse_value(text: str, wanted: Any = Any) -> Any:
+    """Read one value from a command line, for an option of the type `wanted`.
+
+    It is read as in a scale file: a number, true, null, a [list] or a {key: value}.
+    Numbers are decimal, as typed: 010 is ten; 1:30, a date, inf and nan are texts. All
+    else is text, whole and as typed, and so is everything where only text is wanted.
+    A flag may also be yes, no, on or off. The caller checks the type.
+    """
+    if wanted is str:
+        return text
+    word = text.strip()
+    value: Any = text
+    if word[:1] not in ("[", "{"):
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, word, (True, False))
+        value = loader.construct_object(yaml.ScalarNode(tag, word))
+    elif accepts(wanted, []) or accepts(wanted, {}):
+        value = _load_yaml(text, f"the value {text!r}")
+    if isinstance(value, str) or not accepts(wanted, value):
+        value = _as_flag(text if accepts(wanted, text) else value, wanted)
+    return value
+
+
+def _as_flag(value: Any, wanted: Any) -> Any:
+    """Return true or false for yes, no, on and off where a type has no texts."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    flag = words.get(value.lower()) if isinstance(value, str) else None
+    fits = not accepts(wanted, value) and accepts(wanted, flag)
+    return flag if flag is not None and fits else value
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -119,14 +178,19 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 # ---------------------------------------------------------------- checking
 
 
-def _accepts(annotation: Any, value: Any) -> bool:
-    """Return whether a value fits a type; types that are not understood accept all."""
+def accepts(annotation: Any, value: Any) -> bool:
+    """Return whether a value fits a type; types that are not understood accept all.
+
+    inf and nan fit none: they are no options, and JSON cannot hold them.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         parts = list(typing.get_args(annotation))
         if any(map(_is_enum, parts)):  # `| str` stands for the values of the enum
             parts = [part for part in parts if part is not str]
-        return any(_accepts(part, value) for part in parts)
+        return any(accepts(part, value) for part in parts)
     if _is_enum(annotation):
         return value in [member.value for member in annotation]
     if origin is Literal:
@@ -144,13 +208,16 @@ def _is_enum(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 
-def _describe(annotation: Any) -> str:
+_EXAMPLES = {bool: " (true or false)", list: ", as [a, b]", dict: ", as {a: 1}"}
+
+
+def describe(annotation: Any) -> str:
     """Return a type in words for an error message."""
     for part in (annotation, *typing.get_args(annotation)):
         if _is_enum(part):
             return f"one of {', '.join(repr(member.value) for member in part)}"
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:
-        return annotation.__name__
+        return annotation.__name__ + _EXAMPLES.get(annotation, "")
     return str(annotation).replace("typing.", "").replace("NoneType", "None")
 
 
@@ -188,15 +255,16 @@ def _check_section(section: str, values: Any, where: str) -> None:
             f"not {values!r}; write 'key: value' lines under it"
         )
     allowed = schema(section)
-    for key, value in values.items():
+    for key, found in values.items():
         if key not in allowed:
             raise ValueError(
                 f"{where}: unknown key {section}.{key}{suggestion(str(key), allowed)}"
             )
-        if not _accepts(allowed[key], value):
+        values[key] = value = _as_flag(found, allowed[key])
+        if not accepts(allowed[key], value):
             raise ValueError(
                 f"{where}: {section}.{key} = {value!r} has the wrong type or value; "
-                f"expected {_describe(allowed[key])}"
+                f"expected {describe(allowed[key])}"
             )
     if section == "sft" and "lora" in values:
         _check_section("sft.lora", values["lora"], where)
@@ -243,14 +311,73 @@ def load_scale(
         ValueError: for an unknown scale, unreadable YAML, unknown keys or wrong types.
     """
     path = scale_path(name_or_path)
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    config = _check(config, str(path))
+    config = _check(_load_yaml(read_text(path), str(path)), str(path))
     for assignment in overrides:
         config = override(config, assignment)
     return config
+
+
+# ---------------------------------------------------------------- command lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError: all errors of a command are shown in the same way."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+class UnfitError(argparse.ArgumentTypeError, ValueError):
+    """An argument is wrong; argparse shows the text of this exception."""
+
+
+class AppendOnce(argparse.Action):
+    """Append KEY VALUE, or KEY=VALUE; a key that was given before is an error."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, _: Any = None) -> None:
+        """Do so for one occurrence of the option."""
+        given = [*getattr(namespace, self.dest), values]
+        keys = [
+            v.partition("=")[0].strip() if isinstance(v, str) else v[0] for v in given
+        ]
+        if keys[-1] in keys[:-1]:
+            raise argparse.ArgumentError(self, f"{keys[-1]} is given twice")
+        setattr(namespace, self.dest, given)
+
+
+def within(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Return the `type` of an argument that is an int or a float within limits."""
+
+    def read(text: str) -> Any:
+        value = parse_value(text, kind)
+        if not accepts(kind, value) or not least <= value <= most:
+            limits = (
+                f"{least:g} or more" if most == math.inf else f"{least:g}..{most:g}"
+            )
+            raise UnfitError(f"{text!r} is wrong; expected {kind.__name__}, {limits}")
+        return kind(value)
+
+    return read
+
+
+def output_file(text: str) -> str:
+    """Return the name of a file to write, or raise UnfitError before any work."""
+    if Path(text).is_dir():
+        raise UnfitError(f"{text} is a folder; name a file")
+    output_folder(Path(text).absolute().parent)
+    return text
+
+
+def output_folder(path: str | Path) -> Path:
+    """Return a folder to write into, or raise UnfitError before any work."""
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UnfitError(
+            f"{path} cannot be made: {there} is a file; name another folder"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UnfitError(f"{path} cannot be written: no permission for {there}")
+    return path
 
 
 def make_parser(
@@ -261,12 +388,15 @@ def make_parser(
     `example` holds the arguments of `python -m univg_nb COMMAND`.
     """
     prog = f"python -m univg_nb {command}"
-    return argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=description,
         epilog=f"example: {prog} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # What is a value and no option: as from Python 3.14 on, -1e-3 too.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+    return parser
 
 
 def add_scale_arguments(
@@ -284,7 +414,7 @@ def add_scale_arguments(
         parser.add_argument("--scale", default=default, help=shown)
     parser.add_argument(
         "--set",
-        action="append",
+        action=AppendOnce,
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="set an option of the scale; may be repeated",
@@ -308,18 +438,18 @@ def override(config: dict[str, Any], assignment: str) -> dict[str, Any]:
     target = changed.setdefault(section, {})
     if len(keys) == 2:
         target["lora"] = target = dict(target.get("lora", {}))
-    value = parse_value(text)
-    wanted = schema("sft.lora" if len(keys) == 2 else section).get(keys[-1])
-    if wanted and not _accepts(wanted, value) and _accepts(wanted, text):
-        value = text  # "no", a word that YAML reads as false
-    target[keys[-1]] = value
+    wanted = schema("sft.lora" if len(keys) == 2 else section).get(keys[-1], Any)
+    try:
+        target[keys[-1]] = parse_value(text, wanted)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     _check_section(section, changed[section], where)
     return changed
 
 
 def dump(config: dict[str, Any]) -> str:
     """Return a scale as YAML text that `load_scale` reads back equal."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------- several processes

@@ -24,18 +24,30 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     The content goes to a temporary file in the same folder, which is renamed to `path`
     at the end of the `with` block and deleted if the block raises. So `path` holds
     either the old or the whole new content at any time. Missing folders are created.
-    The mode is "w" for text in UTF-8 or "wb" for bytes.
+    The mode is "w" for text in UTF-8 or "wb" for bytes. What is no file, as /dev/null
+    or a pipe, is written to directly.
     """
-    path = Path(path)
+    path, encoding = Path(path), None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with path.open(mode, encoding=encoding) as handle:
+            yield handle
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        encoding = None if "b" in mode else "utf-8"
         with temporary.open(mode, encoding=encoding) as handle:
             yield handle
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file of text in UTF-8; ValueError names it if it is something else."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -62,7 +74,7 @@ def _parse_json(text: str, path: str | Path, line: int = 1) -> Any:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; ValueError names the file and line if it is malformed."""
-    return _parse_json(Path(path).read_text(encoding="utf-8"), path)
+    return _parse_json(read_text(path), path)
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:

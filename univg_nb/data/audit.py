@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from univg_nb import io
-from univg_nb.config import make_parser, number, output_file
+from univg_nb.config import make_parser, output_file, within
 from univg_nb.data.files import detect_format, iter_rows
 from univg_nb.data.formats import RowContext, RowError, StrPath
 from univg_nb.data.images import estimate_image_tokens, open_image
@@ -266,11 +266,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--image-root", help="folder of the images; else unchecked")
     parser.add_argument("--format", choices=list(ALL_FORMATS))
     parser.add_argument("--against", nargs="*", default=[], help="test files (leakage)")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=6000)
-    parser.add_argument("--max-pixels", type=number(int, 1), default=401_408)
+    parser.add_argument("--max-tokens", type=within(int, 1), default=6000)
+    parser.add_argument("--max-pixels", type=within(int, 1), default=401_408)
     parser.add_argument("--out", type=output_file, help="write the report here as JSON")
     parser.add_argument(
-        "--show", type=number(int, 0), default=5, help="examples of each problem"
+        "--show", type=within(int, 0), default=5, help="examples of each problem"
     )
     options = vars(parser.parse_args(arguments))
     out, examples = options.pop("out"), options.pop("show")

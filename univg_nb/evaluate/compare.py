@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from univg_nb import io
-from univg_nb.config import make_parser
+from univg_nb.config import make_parser, output_file
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.predictions import read_predictions
 from univg_nb.evaluate.score import (
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("a", metavar="A", help="predictions.jsonl of the first model")
     parser.add_argument("b", metavar="B", help="predictions.jsonl of the second model")
     add_scoring_arguments(parser)
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--out", type=output_file, help="JSON file to write")
     options = parser.parse_args(arguments)
     bench, how = read_scoring_arguments(options)
     a, b = (read_predictions(path, bench.items) for path in (options.a, options.b))

@@ -22,7 +22,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models
-from univg_nb.config import add_scale_arguments, load_scale, make_parser, override
+from univg_nb.config import (
+    add_scale_arguments,
+    load_scale,
+    make_parser,
+    output_file,
+    override,
+    within,
+)
 from univg_nb.data import files, prompts
 from univg_nb.data.images import (
     check_images,
@@ -299,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--records", required=True, help="annotation file in any released format")
     add("--image-root", help="folder that image paths start from")
-    add("--out", required=True, help="predictions.jsonl; continued if it exists")
-    add("--fresh", action="store_true", help="replace an existing --out")
+    add("--out", required=True, type=output_file, help="continued if it exists")
+    add("--fresh", action="store_true", help="begin again; keep the old in replaced/")
     add("--allow-missing", action="store_true", help="leave out items without image")
     add("--model", required=True, help='"tiny", a local folder or a hub name')
     add("--adapter", nargs="+", default=[], help="adapters, each on top of the last")
@@ -309,8 +316,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_scale_arguments(parser, "tiny")
     parser.set_defaults(scale=None)  # required for another --model
     add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
-    add("--max-new-tokens", type=int, help="default: the scale's")
-    add("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    add("--max-new-tokens", type=within(int, 1), help="default: the scale's")
+    add(
+        "--temperature",
+        type=within(float, 0),
+        default=0.0,
+        help="0 (default) is greedy",
+    )
     add("--seed", type=int, default=0, help="of sampling")
     options = parser.parse_args(arguments)
     bench = Benchmark.read(options.records, options.image_root)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from univg_nb import io
-from univg_nb.config import make_parser
+from univg_nb.config import make_parser, output_file
 from univg_nb.data import files
 from univg_nb.data.boxes import MODES
 from univg_nb.data.sample import GroundingSample
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--predictions", required=True, help="predictions.jsonl")
     add("--migician-stretch", action="store_true", help="as for Migician's row only")
-    add("--out", help="scores.json to write")
+    add("--out", type=output_file, help="scores.json to write")
     options = parser.parse_args(arguments)
     bench, how = read_scoring_arguments(options)
     how = replace(how, stretch=options.migician_stretch)

@@ -16,13 +16,14 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import models
-from univg_nb.config import load_scale, make_parser
+from univg_nb.config import UnfitError, load_scale, make_parser, output_file, within
 from univg_nb.data import prompts
 from univg_nb.data.boxes import Box, ParsedBox, parse_box
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 from univg_nb.evaluate import replies
 from univg_nb.figures import drawing
+from univg_nb.io import open_atomically
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -163,6 +164,13 @@ def build_panel(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask a model from the command line, print its reply and write the image."""
+def _picture_file(text: str) -> str:
+    kind = Image.registered_extensions().get(Path(text).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UnfitError(f"{text}: no picture file; name it .png or .jpg")
+    return output_file(text)
+
+
     parser = make_parser(
         "ask",
         "Ask a model about one to six images.",
@@ -176,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--adapter", action="append", default=[], help="folder; may be repeated")
     add("--style", choices=prompts.STYLES, default="univg", help="of the prompt")
     add("--no-think", action="store_true", help="ask for a box alone")
-    add("--max-new-tokens", type=int, default=256, help="default: 256")
-    add("--out", default="answer.png", help="image to write (default: answer.png)")
+    add("--max-new-tokens", type=within(int, 1), default=256, help="default: 256")
+    add("--out", default="answer.png", type=_picture_file, help="image to write")
     options = parser.parse_args(arguments)
     found = ask(
         *load_model(options.model, options.adapter),
@@ -187,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         think=not options.no_think,
         max_new_tokens=options.max_new_tokens,
     )
-    found.picture.save(options.out)
+    kind = Image.registered_extensions()[Path(options.out).suffix.lower()]
+    with open_atomically(options.out, "wb") as file:
+        found.picture.save(file, format=kind)
     print(f"{found.reply}\nbox {found.parsed.box}: {found.parsed.status}")
     print(f"drawn in {options.out}")

@@ -15,7 +15,7 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from univg_nb.config import make_parser
+from univg_nb.config import make_parser, output_file, within
 from univg_nb.evaluate import score, scoring
 from univg_nb.evaluate.predictions import Reply, parse_named_files, read_predictions
 from univg_nb.evaluate.scoring import ItemScore, ScoringOptions
@@ -204,8 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("predictions", nargs="+", metavar="[NAME=]FILE", help="one for each model")
     score.add_scoring_arguments(parser)
-    add("--out", required=True, help="page; the .md goes beside it")
-    add("--cases", type=int, default=6, help="items shown of each kind (default: 6)")
+    add("--out", required=True, type=output_file, help="page; the .md goes beside it")
+    add(
+        "--cases",
+        type=within(int, 0),
+        default=6,
+        help="items shown of each kind (default: 6)",
+    )
     options = parser.parse_args(arguments)
     bench, how = score.read_scoring_arguments(options)
     files = parse_named_files(options.predictions)

@@ -6,6 +6,7 @@ program cannot fetch is listed with the reason.
 """
 
 import shutil
+import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.file_download import http_get
 
-from univg_nb.config import add_scale_arguments, load_scale, make_parser
+from univg_nb.config import (
+    add_scale_arguments,
+    load_scale,
+    make_parser,
+    output_folder,
+)
 from univg_nb.io import read_asset, write_text
 
 LISTED = read_asset("downloads.yaml")
@@ -89,13 +95,18 @@ def download(model: str, to: Path, confirmed: bool) -> int:
     print(f"{needed / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free at {place}")
     if free < needed:
         raise OSError("not enough room; free some, or choose another disk (DATA=)")
-    if not confirmed and input("fetch all this? [y/N] ").strip().lower() != "y":
+    if not confirmed and not _ask():
         return 1
     for source, commit in planned:
         fetch(source, to, commit)
     fetch_url(COCO, to / "images" / "coco_train2014.zip", coco)
     print(f"\n{LISTED['by_hand']}", end="")
     return 0
+
+
+def _ask() -> bool:
+    print("fetch all this? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() == "y"  # nobody there: no
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full --to data",
     )
     add_scale_arguments(parser)
-    parser.add_argument("--to", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument(
+        "--to", type=output_folder, default="data", help="default: data"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
     config = load_scale(options.scale, options.set)

@@ -16,7 +16,7 @@ import nbformat
 from nbformat import NotebookNode
 from PIL import Image
 
-from univg_nb.config import parse_value
+from univg_nb.config import accepts, describe, parse_value
 from univg_nb.io import hash_text, write_text
 from univg_nb.runs import repo_root
 
@@ -79,17 +79,18 @@ def parse_parameter(name: str, text: str, default: Any, where: str) -> Any:
 
     A default of None takes any value. Raises ValueError with name, text and type.
     """
-    if isinstance(default, str):
-        return text
-    value, kind = parse_value(text), type(default)
-    if (kind, type(value)) in ((float, int), (tuple, list)):
-        value = kind(value)
-    if default is not None and type(value) is not kind:
+    kind: Any = Any if default is None else type(default)
+    wanted = list if kind is tuple else kind
+    try:
+        value = parse_value(text, wanted)
+    except ValueError as error:
+        raise ValueError(f"{where}: -p {name}: {error}") from error
+    if not accepts(wanted, value):
         raise ValueError(
-            f"{where}: -p {name} {text}: expected {kind.__name__} "
-            f"as in the notebook's {name} = {default!r}"
+            f"{where}: -p {name} {text}: expected {describe(wanted)}; "
+            f"the notebook has {name} = {default!r}"
         )
-    return value
+    return kind(value) if kind in (float, tuple) else value
 
 
 def fill_parameters(

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from univg_nb.config import add_scale_arguments, load_scale, make_parser, spread
+from univg_nb.config import add_scale_arguments, load_scale, make_parser, spread, within
 from univg_nb.data.audit import audit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
@@ -275,10 +275,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_scale_arguments(parser)
     parser.add_argument("--gpu", default="H100-80G", help=", ".join(cost.GPUS))
-    parser.add_argument("--gpus", type=int, help="default: the scale's")
+    parser.add_argument("--gpus", type=within(int, 1), help="default: the scale's")
     parser.add_argument("--stage", choices=tuple(DATA), help="default: both")
-    parser.add_argument("--mfu", type=float, default=0.35, help="assumed, 0..1")
-    parser.add_argument("--price", type=float, help="of one GPU hour, any currency")
+    parser.add_argument(
+        "--mfu", type=within(float, 0.01, 1), default=0.35, help="assumed"
+    )
+    parser.add_argument(
+        "--price", type=within(float, 0), help="of one GPU hour, any currency"
+    )
     parser.add_argument("--out", default="runs", help="where the run will be written")
     parser.add_argument(
         "--measured",

@@ -20,14 +20,15 @@ from typing import Any
 
 from univg_nb.io import read_json, write_json
 
-RANGE = re.compile(r"(-?\d+):(-?\d+)")
+RANGE = re.compile(r"(-?[0-9]+):(-?[0-9]+)")
 
 
 def split_values(text: str, default: Any) -> list[str]:
     """Return the values that `-p NAME TEXT` lists.
 
-    They are separated by commas, but for a default that is a list. START:STOP counts
-    (STOP left out) where the default is an integer. Raises ValueError for an empty one.
+    They are separated by commas, but for a [list] or a default that is one. START:STOP
+    counts (STOP left out) where the default is an integer. Raises ValueError for an
+    empty one.
     """
     counted = RANGE.fullmatch(text)
     if counted and type(default) is int:
@@ -35,7 +36,8 @@ def split_values(text: str, default: Any) -> list[str]:
         if stop <= start:
             raise ValueError(f"{text}: an empty range; write START:STOP, as 0:3")
         return [str(value) for value in range(start, stop)]
-    if "," not in text or isinstance(default, (list, tuple)):
+    one = isinstance(default, (list, tuple)) or text.lstrip().startswith(("[", "{"))
+    if "," not in text or one:
         return [text]
     parts = [part.strip() for part in text.split(",")]
     if "" in parts:

@@ -26,10 +26,12 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from univg_nb.config import (
+    AppendOnce,
     add_scale_arguments,
     dump,
     load_scale,
     make_parser,
+    output_folder,
     scale_path,
     suggestion,
 )
@@ -199,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p",
         dest="given",
         nargs=2,
-        action="append",
+        action=AppendOnce,
         default=[],
         metavar=("KEY", "VALUE"),
         help="set a notebook parameter (true, false, numbers, lists are understood); "
@@ -229,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, began = dict(options.given), time.perf_counter()
     scale_path(options.scale)  # before anything is written
     target = resolve_run_dir(options.run_dir, options.scale)
+    output_folder(target / "notebooks")
     # Every notebook reads the same changed scale.
     scale = str(target / "scale.yaml") if options.set else options.scale
     own = {path: read_parameters(read_notebook(path), path.stem) for path in paths}

@@ -31,7 +31,12 @@ import numpy as np
 import torch
 
 from univg_nb import models, runs
-from univg_nb.config import add_scale_arguments, make_parser
+from univg_nb.config import (
+    add_scale_arguments,
+    make_parser,
+    output_folder,
+    within,
+)
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import predictions, scoring
 from univg_nb.evaluate.benchmarks import Benchmark
@@ -131,15 +136,16 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         "--scale tiny --seeds 0 1 2",
     )
     add_scale_arguments(parser, default="tiny")
+    count, share = within(int, 0), within(float, 0, 1)
     parser.add_argument("--run-dir", default="", help="default runs/SCALE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", help="of file and folder; default weights_SCALE")
-    parser.add_argument("--questions", type=int, default=0, help="drawn for stage 2")
-    parser.add_argument("--per-task", type=int, default=0, help="test items drawn")
-    parser.add_argument("--replies", type=int, default=8, help="sampled to each item")
-    parser.add_argument("--chains", type=int, default=0, help="drawn for a stage 1")
-    parser.add_argument("--hasty", type=float, default=0.0, help="share of --chains")
-    parser.add_argument("--out", type=Path, help="default notebooks/reference_runs/")
+    parser.add_argument("--questions", type=count, default=0, help="drawn for stage 2")
+    parser.add_argument("--per-task", type=count, default=0, help="test items drawn")
+    parser.add_argument("--replies", type=count, default=8, help="sampled to each item")
+    parser.add_argument("--chains", type=count, default=0, help="drawn for a stage 1")
+    parser.add_argument("--hasty", type=share, default=0.0, help="share of --chains")
+    parser.add_argument("--out", type=output_folder, help="default: reference_runs")
     options = parser.parse_args(arguments)
     if not 1 <= len(options.seeds) <= len(T_975) + 1:
         parser.error(f"--seeds: 1 to {len(T_975) + 1} seeds, got {len(options.seeds)}")

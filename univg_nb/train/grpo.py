@@ -34,7 +34,13 @@ from trl import GRPOConfig
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import OWN_SECTIONS, add_scale_arguments, load_scale, make_parser
+from univg_nb.config import (
+    OWN_SECTIONS,
+    add_scale_arguments,
+    load_scale,
+    make_parser,
+    output_folder,
+)
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -195,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add_scale_arguments(parser)
     add("--sft-adapter", type=Path, required=True, help="adapter of stage 1")
-    add("--out", type=Path, help="stage folder; default: runs/SCALE/grpo_WEIGHT")
+    add("--out", type=output_folder, help="default: runs/SCALE/grpo_WEIGHT")
     add("--data", type=Path, help="default: data.stage2_file, else runs/SCALE/data")
     options = parser.parse_args(arguments)
     config = load_scale(options.scale, options.set)

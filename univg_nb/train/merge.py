@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from univg_nb import models
-from univg_nb.config import load_scale, make_parser
+from univg_nb.config import load_scale, make_parser, output_folder
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.prompts import split_rows
 from univg_nb.fast.sampling import get_vision_token_ids, sample_replies
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, help='"tiny", a local folder or a hub name')
     add("--adapter", nargs="+", required=True, help="each on top of the last")
-    add("--out", required=True, help="folder to write; must not exist")
+    add("--out", required=True, type=output_folder, help="a new folder")
     add("--scale", required=True, help="name or .yaml file, for the dtype")
     options = parser.parse_args(arguments)
     section = {**load_scale(options.scale)["model"], "name_or_path": options.model}

@@ -24,7 +24,12 @@ from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
 from univg_nb.__main__ import main as run_command
-from univg_nb.config import add_scale_arguments, load_scale, make_parser
+from univg_nb.config import (
+    add_scale_arguments,
+    load_scale,
+    make_parser,
+    output_folder,
+)
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import (
     features_fit,
@@ -212,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add_scale_arguments(parser)
-    add("--out", type=Path, help="stage folder; default: runs/SCALE/sft_ADAPTER")
+    add("--out", type=output_folder, help="default: runs/SCALE/sft_ADAPTER")
     add("--data", type=Path, help="default: data.stage1_file, else runs/SCALE/data")
     add("--no-chains", action="store_true", help="the control without reasoning")
     options = parser.parse_args(arguments)
