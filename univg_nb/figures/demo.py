@@ -162,8 +162,6 @@ def build_panel(
     return form
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Ask a model from the command line, print its reply and write the image."""
 def _picture_file(text: str) -> str:
     kind = Image.registered_extensions().get(Path(text).suffix.lower())
     if kind not in Image.SAVE:
@@ -171,6 +169,8 @@ def _picture_file(text: str) -> str:
     return output_file(text)
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask a model from the command line, print its reply and write the image."""
     parser = make_parser(
         "ask",
         "Ask a model about one to six images.",
