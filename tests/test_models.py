@@ -1,5 +1,7 @@
 """Loading, adapters, quantization and the count of parameters."""
 
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -7,10 +9,20 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import Qwen2VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+)
 
-from univg_nb import models
+from univg_nb import io, models
+from univg_nb.__main__ import main as run_command
 from univg_nb.base_model import architecture
+from univg_nb.evaluate.generate import GenerationOptions, generate
 
 SENTENCES = [
     "Find the red cup in image 2. <think>In image 1 there is a lamp.</think>",
@@ -153,16 +165,297 @@ def test_loading_mistakes_are_named(tiny, tmp_path):
         models.load_for_inference(tiny, [folder, folder], quantize="nf4")
 
 
+def trained_on(section: dict, folder: Path, adapters=()) -> Path:
+    """Say in an adapter's folder what it was trained on, as a training does."""
+    model, _ = models.load_for_inference(section, adapters)
+    io.write_json(folder / models.BASE_FILE, models.sample_base(model))
+    return folder
+
+
 def test_adapters_are_merged_in_order_and_onto_a_whole_model(tiny, batch, tmp_path):
-    folder = saved_adapter(tiny, tmp_path / "adapter")
-    once, _ = models.load_for_inference(tiny, folder)
+    first = trained_on(tiny, saved_adapter(tiny, tmp_path / "first"))
+    second = saved_adapter(tiny, tmp_path / "second")
+    trained_on(tiny, second, first)
+    once, _ = models.load_for_inference(tiny, first)
     once.save_pretrained(tmp_path / "whole")
-    twice, _ = models.load_for_inference(tiny, [folder, folder])
-    on_whole, _ = models.load_for_inference(tiny, [tmp_path / "whole", folder])
+    twice, _ = models.load_for_inference(tiny, [first, second])
+    on_whole, _ = models.load_for_inference(tiny, [tmp_path / "whole", second])
     with torch.no_grad():
         a, b, c = (m(**batch).logits for m in (once, twice, on_whole))
     assert torch.equal(b, c)
     assert (a - b).abs().max() > 0.1
+    with pytest.raises(ValueError, match="is a whole model, which replaces"):
+        models.load_for_inference(tiny, [first, tmp_path / "whole"])
+
+
+def test_an_adapter_that_contains_the_one_before_is_refused(tiny, tmp_path):
+    """Stage 2 trains the adapter of stage 1 further: both are of the same base."""
+    sft = saved_adapter(tiny, tmp_path / "sft")
+    grpo = shutil.copytree(sft, tmp_path / "grpo")
+    with pytest.raises(ValueError, match=r"grpo: nothing says .* give the last one"):
+        models.load_for_inference(tiny, [sft, grpo])
+    for folder in (sft, grpo):
+        trained_on(tiny, folder)
+    for order in ([sft, grpo], [grpo, sft]):
+        found = rf"{order[1].name}: was trained on other weights .* give the last one"
+        with pytest.raises(ValueError, match=found):
+            models.load_for_inference(tiny, order)
+    models.load_for_inference(tiny, grpo)
+
+
+def test_an_adapter_goes_on_its_own_base_only(tiny, tmp_path):
+    """Whatever the dtype; the name of the base may differ, as when folders move."""
+    folder = trained_on(tiny, saved_adapter(tiny, tmp_path / "adapter"))
+    moved = shutil.copytree(tiny["name_or_path"], tmp_path / "moved")
+    for options in ({}, {"dtype": "bfloat16"}, {"dtype": "float16"}):
+        models.load_for_inference({"name_or_path": str(moved), **options}, folder)
+    models.load_for_inference(tiny, folder, quantize="nf4")
+    tokenizer = models.load_processor(tiny).tokenizer
+    other = architecture.build_model(tokenizer, seed=1)
+    other.save_pretrained(moved)
+    for load in (models.load_for_inference, models.load_for_training):
+        for quantize in (None, "nf4"):
+            with pytest.raises(ValueError, match=r"other weights .*Give its own base"):
+                load({"name_or_path": str(moved)}, folder, quantize)
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+BROKEN_ADAPTERS = {
+    # huggingface/peft warns of the one and says nothing of the other
+    "all renamed": (lambda k, v: (k.replace("layers", "blocks"), v), "56 weights of"),
+    "one too many": (lambda k, v: (k.replace("layers.3", "layers.4"), v), "14 weights"),
+    "rank": (lambda k, v: (k, torch.cat([v, v], int("lora_B" in k))), "size mismatch"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_refused(tiny, tmp_path, name):
+    change, message = BROKEN_ADAPTERS[name]
+    folder = saved_adapter(tiny, tmp_path)
+    weights = load_file(folder / ADAPTER_FILE)
+    weights = dict(change(key, value) for key, value in weights.items())
+    save_file(weights, folder / ADAPTER_FILE)
+    for load in (models.load_for_inference, models.load_for_training):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tiny, folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_more_layers_or_with_gaps_is_refused(tiny, tmp_path):
+    folder = saved_adapter(tiny, tmp_path)
+    weights = load_file(folder / ADAPTER_FILE)
+    kept = {key: value for key, value in weights.items() if "layers.2" not in key}
+    save_file(kept, folder / ADAPTER_FILE)
+    with pytest.raises(ValueError, match=r"14 weights missing in the adapter of .*lay"):
+        models.load_for_inference(tiny, folder)
+    more = {k.replace("layers.2", "layers.7"): v.clone() for k, v in weights.items()}
+    save_file(weights | more, folder / ADAPTER_FILE)
+    base = re.escape(tiny["name_or_path"])
+    with pytest.raises(ValueError, match=rf"14 weights .* fit none of {base}.*\.7\."):
+        models.load_for_inference(tiny, folder)
+    data = (folder / ADAPTER_FILE).read_bytes()
+    (folder / ADAPTER_FILE).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cannot be loaded .*whole"):
+        models.load_for_inference(tiny, folder)
+    (folder / ADAPTER_FILE).unlink()
+    with pytest.raises(ValueError, match=f"no {ADAPTER_FILE} in it"):
+        models.load_for_inference(tiny, folder)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "qkv", "fc1"], r".*(qkv|o_proj)"]
+)
+def test_lora_leaves_out_the_frozen_tower(tiny, targets):
+    model, _ = models.load_for_training(tiny)
+    language = set(models.find_language_linears(model))
+    models.freeze_vision(model)
+    model = models.add_lora(model, {**LORA, "target_modules": targets})
+    names = {n.split(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n}
+    found = {name.removeprefix("base_model.model.") for name in names}
+    assert found and found <= language
+    assert targets != "all-linear" or found == language
+
+
+def test_nothing_else_is_trained_in_the_frozen_tower(tiny):
+    for lora in (
+        {"target_modules": ["qkv", "q_proj"], "exclude_modules": ["k_proj"]},
+        {"modules_to_save": ["merger"]},
+    ):
+        model, _ = models.load_for_training(tiny)
+        models.freeze_vision(model)
+        with pytest.raises(ValueError, match=r"sft\.lora: \d+ weights .* frozen"):
+            models.add_lora(model, {**LORA, **lora})
+
+
+# ---------------------------------------------------------------- folders
+
+
+def copy_of(tiny: dict, folder: Path, **changes) -> Path:
+    """The folder of `tiny`, with values of its config.json changed."""
+    shutil.copytree(tiny["name_or_path"], folder)
+    config = io.read_json(folder / "config.json")
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        config[section] = config[section] | {inner: value} if inner else value
+    io.write_json(folder / "config.json", config)
+    return folder
+
+
+def depth(layers: int) -> dict:
+    kinds = {"text_config__layer_types": ["full_attention"] * layers}
+    return kinds | {"text_config__num_hidden_layers": layers}
+
+
+WRONG_MODELS = {
+    "deeper": (depth(5), "12 weights .* are missing"),
+    "cut": (depth(3), "12 weights .* not in its archit"),
+    "wider": ({"text_config__intermediate_size": 640}, "12 weights have other shapes"),
+    "vocabulary": ({"text_config__vocab_size": 1100}, "other shapes .*embed_tokens"),
+    "image token": ({"image_token_id": 3}, "image token .* in the processor, 3 in the"),
+    "patches": (
+        {"vision_config__spatial_merge_size": 4},
+        "shapes|merged patch",
+    ),
+    "text only": ({"model_type": "qwen2"}, r"cannot be loaded \("),
+    "unknown": ({"model_type": "no_such_model"}, r"cannot be loaded \("),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MODELS)
+def test_a_model_that_is_not_what_its_folder_says_is_refused(tiny, tmp_path, name):
+    changes, message = WRONG_MODELS[name]
+    folder = copy_of(tiny, tmp_path / "model", **changes)
+    if name == "text only":  # as saved by a training of the language model alone
+        for path in folder.glob("*processor*"):
+            path.unlink()
+    for load in (models.load_for_inference, models.load_for_training):
+        with pytest.raises(ValueError, match=message) as caught:
+            load({"name_or_path": str(folder)})
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_broken_files_of_a_model_are_named(tiny, tmp_path):
+    section = {"name_or_path": str(copy_of(tiny, tmp_path / "model"))}
+    folder = tmp_path / "model"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match="model: cannot be loaded") as caught:
+            models.load_for_inference(section)
+        assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(data)
+        models.load_for_inference(section)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model: cannot be loaded"):
+        models.load_for_inference(section)
+
+
+def test_a_processor_of_another_model_is_refused(tiny, tmp_path):
+    folder = copy_of(tiny, tmp_path / "model")
+    tokenizer = architecture.train_tokenizer([*SENTENCES, "xylophone zebra quartz" * 9])
+    processor = architecture.build_processor(tokenizer)
+    processor.image_processor.patch_size = 14
+    processor.save_pretrained(folder)
+    with pytest.raises(ValueError, match="patch size 14 in the processor, 8 in the"):
+        models.load_for_inference({"name_or_path": str(folder)})
+
+
+def test_a_model_without_this_vision_tower_is_refused(tiny, tmp_path):
+    folder = copy_of(tiny, tmp_path / "model")
+    text = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 32}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 1024}
+    text |= {"num_key_value_heads": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=5)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="'llava' has no vision tower as this"):
+        models.load_for_inference({"name_or_path": str(folder)})
+
+
+def test_weights_that_are_stored_in_four_bits_are_refused(tiny, tmp_path):
+    folder = copy_of(tiny, tmp_path / "model")
+    models.load_for_inference(tiny, quantize="nf4")[0].save_pretrained(folder)
+    with pytest.raises(ValueError, match="stored quantized"):
+        models.load_for_inference({"name_or_path": str(folder)})
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "no/where/at/all", "a/b"])
+def test_a_folder_that_is_not_there_is_named(tiny, tmp_path, name, capsys):
+    """The hub's library would speak of alphanumeric characters in a Repo id."""
+    section = {"name_or_path": name}
+    for load in (models.load_processor, models.load_for_inference):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: .*no (such )?folder"
+        ) as caught:
+            load(section)
+        assert "alphanumeric" not in str(caught.value)
+    adapter = saved_adapter(tiny, tmp_path / "sft_lora" / "adapter")
+    for adapters in ([name], [adapter, name]):
+        with pytest.raises(ValueError, match=f"^{name}: no such folder; give"):
+            models.load_for_inference(tiny, adapters)
+    with pytest.raises(ValueError, match=f"here {adapter}$"):
+        models.load_for_training(tiny, adapter.parent)
+    with pytest.raises(ValueError, match="is an adapter; give its base"):
+        models.load_for_inference({"name_or_path": str(adapter)})
+    given = ["--scale", "tiny", "--adapter", str(adapter), "--out", str(tmp_path / "m")]
+    assert run_command(["merge", "--model", name, *given]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {name}: ") and not (tmp_path / "m").exists()
+    assert run_command(["plan", "tiny", "--set", f"model.name_or_path={name}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: ")
+
+
+# ---------------------------------------------------------------- how boxes are written
+
+
+def test_the_family_says_how_boxes_are_written():
+    assert models.box_convention(Qwen2_5_VLConfig()) == "pixels"
+    assert models.box_convention(Qwen3VLConfig()) == "thousandths"
+    assert models.box_convention(Qwen2_5_VLConfig(boxes="thousandths")) == "thousandths"
+    with pytest.raises(ValueError, match=r"type 'llava' .*set model\.boxes"):
+        models.box_convention(LlavaConfig())
+
+
+@pytest.fixture(scope="module")
+def qwen2_5(tiny, tmp_path_factory):
+    """A small Qwen2.5-VL; its family answers in pixels of the resized image."""
+    folder = copy_of(tiny, tmp_path_factory.mktemp("qwen2_5") / "model")
+    own = io.read_json(folder / "config.json")
+    tower = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    tower |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [0]}
+    tower |= {"out_hidden_size": own["text_config"]["hidden_size"]}
+    text = own["text_config"] | {"model_type": "qwen2_5_vl_text"}
+    tokens = {key: value for key, value in own.items() if key.endswith("_token_id")}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **tokens)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return {"name_or_path": str(folder)}
+
+
+def test_a_model_that_answers_in_pixels_must_be_trained_first(qwen2_5, tmp_path):
+    """Its training stays possible, and what is trained answers in thousandths."""
+    bare = models.load_for_inference(qwen2_5)
+    with pytest.raises(ValueError, match=r"pixels .* train it .*model\.boxes=thous"):
+        generate(*bare, [], tmp_path / "p.jsonl", GenerationOptions())
+    assert not any(tmp_path.iterdir())
+    models.check_boxes(models.load_config({**qwen2_5, "boxes": "thousandths"}))
+    adapter = saved_adapter(qwen2_5, tmp_path / "adapter")
+    tuned, _ = models.load_for_inference(qwen2_5, adapter)
+    in_training, _ = models.load_for_training(qwen2_5)
+    tuned.save_pretrained(tmp_path / "merged")
+    models.load_processor(qwen2_5).save_pretrained(tmp_path / "merged")
+    merged, _ = models.load_for_inference({"name_or_path": str(tmp_path / "merged")})
+    said, _ = models.load_for_inference({**qwen2_5, "boxes": "thousandths"})
+    for model in (tuned, in_training, merged, said):
+        models.check_boxes(model.config)
+    for section, adapters in (
+        ({**qwen2_5, "boxes": "pixels"}, adapter),
+        ({**qwen2_5, "name_or_path": "tiny", "boxes": "pixels"}, ()),
+    ):
+        model, _ = models.load_for_inference(section, adapters)
+        assert models.box_convention(model.config) == "pixels"
+    plain, _ = models.load_for_inference({"name_or_path": "tiny"})
+    assert not hasattr(plain.config, "boxes")  # saved as it always was
 
 
 def test_an_adapter_stays_on_four_bit_weights(tiny, tmp_path):

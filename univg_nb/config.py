@@ -42,6 +42,7 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "min_pixels": int,  # pixels of an image after resizing, both ends inclusive
         "max_pixels": int,
         "boxes": Literal["auto", "thousandths", "pixels"],  # see models.box_convention
+        "boxes": Literal["auto", "thousandths", "pixels"],  # see models.box_convention
     },
     "data": {
         "source": Literal["minimig", "released"],

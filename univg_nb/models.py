@@ -7,16 +7,26 @@ name "tiny" stands for the model that ships with this package.
 
 import hashlib
 import json
+import logging
 import os
+import re
+import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -24,6 +34,8 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from univg_nb import io
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
 
@@ -33,10 +45,20 @@ LANGUAGE_LINEARS = (
     r".*\blanguage_model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
+IN_TOWER = r".*\bvisual\..*"
 # bitsandbytes takes prefixes of the full module name; "visual" alone matches nothing.
 NOT_QUANTIZED = ["model.visual", "lm_head"]
 
 Quantization = Literal["nf4"]
+Boxes = Literal["thousandths", "pixels"]
+# How a family was taught to write boxes, by the model type: in thousandths of width and
+# height, or in pixels of the resized image.
+BOXES: dict[str, Boxes] = {
+    "qwen2_vl": "thousandths",
+    "qwen2_5_vl": "pixels",
+    "qwen3_vl": "thousandths",
+}
+BASE_FILE = "base.json"  # in an adapter's folder: `sample_base` of what it trained on
 
 
 def resolve_model_path(name_or_path: str) -> str:
@@ -62,16 +84,69 @@ def ignore_rename_warnings() -> Iterator[None]:
 # ---------------------------------------------------------------- loading
 
 
+@contextmanager
+def explain_loading(source: str) -> Iterator[None]:
+    """Raise what the libraries say of a broken or missing model as one line.
+
+    `source` is a folder or a hub name. A full disk or memory is not its fault.
+    """
+    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError(
+            f"{source}: no such folder, and no hub name (ORGANIZATION/NAME) either; "
+            'give a folder that exists, or "tiny"'
+        )
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    except Exception as error:
+        outside = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if outside or getattr(error, "errno", None):
+            raise
+        remedy = "is the folder whole, and what this command takes?"
+        if not Path(source).exists():
+            remedy = (
+                "it is no folder here; if it is not in the hub's cache either, fetch "
+                "it with HF_HUB_OFFLINE=0 and a network, or give a folder"
+            )
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{source}: cannot be loaded ({reason}); {remedy}") from error
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(entry: logging.LogRecord) -> bool:
+    """Return False for the table of weights that do not fit: an error names them."""
+    return "LOAD REPORT" not in entry.getMessage()
+
+
+def _refuse_names(source: str | Path, problem: str, names: Iterable[str]) -> None:
+    """Raise ValueError with a few of the names if there are any."""
+    if names := sorted(names):
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{source}: {len(names)} weights {problem}: {shown}")
+
+
 def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
     """Load the processor, with the pixel limits of a scale's `model` section.
 
     They bound the pixels of an image after resizing, both inclusive. On the processor
     itself they have no effect (docs/paper_facts.md#t4). Raises ValueError if min_pixels
-    is above max_pixels.
+    is above max_pixels, or for a processor of another kind of model.
     """
     name = resolve_model_path(model_section["name_or_path"])
-    processor = AutoProcessor.from_pretrained(name)
-    images = processor.image_processor
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name}: is an adapter; give its base as the model and it as --adapter"
+        )
+    with explain_loading(name):
+        processor = AutoProcessor.from_pretrained(name)
+    images = getattr(processor, "image_processor", None)
+    if images is None or "longest_edge" not in (images.size or {}):
+        raise ValueError(
+            f"{name}: holds a {type(processor).__name__}, which does not bound the "
+            "pixels of images; give the folder of a Qwen-VL model and its processor"
+        )
     size = dict(images.size)
     for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         size[edge] = model_section.get(key) or size[edge]
@@ -86,13 +161,105 @@ def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
 
 def is_adapter(folder: str | Path) -> bool:
     """Return True for a LoRA adapter, False for a whole model, or raise ValueError."""
-    found = (Path(folder) / "adapter_config.json").is_file()
-    if not found and not (Path(folder) / "config.json").is_file():
+    path = Path(folder)
+    found = (path / "adapter_config.json").is_file()
+    weights = [path / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+    problem = ""
+    if not path.is_dir():
+        problem = "no such folder"
+    elif found and not any(map(Path.is_file, weights)):
+        problem = f"no {weights[0].name} in it"
+    elif not found and not (path / "config.json").is_file():
+        problem = "neither adapter_config.json nor config.json in it"
+    if problem:
+        below = f", here {path / 'adapter'}" if (path / "adapter").is_dir() else ""
         raise ValueError(
-            f"{folder}: neither adapter_config.json nor config.json in it; "
-            "give the adapter folder of a finished training"
+            f"{folder}: {problem}; give the adapter folder of a finished "
+            f"training{below}"
         )
     return found
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    trainable: bool = False,
+    stacked: bool = False,
+) -> PeftModel:
+    """Put a LoRA adapter on a model; every weight of its file must find its place.
+
+    `stacked` says that `model` is not what `--model` names, because other adapters were
+    merged into it: this one must then tell that it was trained on such weights.
+
+    Raises:
+        ValueError: for an adapter of other weights, or one that is broken.
+    """
+    name = str(folder)
+    with explain_loading(name):
+        config = PeftConfig.from_pretrained(name)
+    if config.peft_type != "LORA":
+        raise ValueError(f"{folder}: a {config.peft_type} adapter; LoRA is expected")
+    _check_base(model, folder, config.base_model_name_or_path, stacked)
+    config.inference_mode = not trainable
+    # As PeftModel.from_pretrained does, which only warns of weights without a place.
+    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    with explain_loading(name), ignore_rename_warnings():
+        adapted = wrap(model, config)
+        found = adapted.load_adapter(name, "default", is_trainable=trainable)
+    base = f"of {model.name_or_path}; the adapter names as its base"
+    base = f"{base} {config.base_model_name_or_path}, give that as the model"
+    _refuse_names(folder, f"of the adapter fit none {base}", found.unexpected_keys)
+    _refuse_names(folder, f"missing in the adapter {base}", found.missing_keys)
+    return adapted
+
+
+def sample_base(model: torch.nn.Module) -> dict[str, list[float]]:
+    """Return first entries of embedding and layer 0, to know a base model by.
+
+    Adapters do not change them until they are merged. 4-bit weights are left out.
+    """
+    base = get_base_model(model)
+    found: dict[str, list[float]] = {}
+    for part in (base.get_input_embeddings(), base.model.language_model.layers[0]):
+        with gather_weights(part):
+            found |= {
+                name.replace(".base_layer.", "."): weight.flatten()[:8].tolist()
+                for name, weight in part.named_parameters()
+                if weight.is_floating_point() and not _of_adapter(name)
+            }
+    return found
+
+
+def _check_base(
+    model: PreTrainedModel, folder: str | Path, origin: str | None, stacked: bool
+) -> None:
+    """Raise ValueError if an adapter was trained on other weights than the model's."""
+    path, now = Path(folder) / BASE_FILE, sample_base(model)
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        return  # under FSDP only the first process has loaded the weights
+    remedy = (
+        "An adapter of stage 2 contains stage 1: give the last one alone. Otherwise "
+        "merge what it was trained on (python -m univg_nb merge) and give that as model"
+    )
+    if not path.is_file():
+        if stacked:
+            raise ValueError(
+                f"{folder}: nothing says that it was trained on top of the one before "
+                f"it (no {BASE_FILE}; its base is {origin}). {remedy}"
+            )
+        return
+    before = io.read_json(path)
+    # Rounding to bf16 changes a number by less than 2^-8 of it.
+    same = [
+        torch.allclose(torch.tensor(before[name]), torch.tensor(now[name]), 2**-7, 1e-6)
+        for name in before.keys() & now.keys()
+    ]
+    if not same or not all(same):
+        below = "the adapter before it is merged into" if stacked else "it is put on"
+        raise ValueError(
+            f"{folder}: was trained on other weights ({origin}) than those that {below}"
+            f" ({model.name_or_path}). {remedy if stacked else 'Give its own base'}"
+        )
 
 
 def load_for_training(
@@ -112,12 +279,14 @@ def load_for_training(
         quantize: "nf4" stores the language model's linear layers in 4 bits, frozen.
     """
     lora = adapter is not None and is_adapter(adapter)
+    processor = load_processor(model_section)
     model = _load_weights(model_section, None if lora else adapter, quantize)
+    _check_fit(model, processor)
+    _set_boxes(model.config, model_section, trained=True)
     model.requires_grad_(quantize is None)
     if lora:
-        with ignore_rename_warnings():
-            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    return model.train(), load_processor(model_section)
+        model = load_adapter(model, str(adapter), trainable=True)
+    return model.train(), processor
 
 
 def load_for_inference(
@@ -138,18 +307,29 @@ def load_for_inference(
             one adapter; several raise ValueError.
     """
     paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    whole = paths.pop(0) if paths and not is_adapter(paths[0]) else None
+    trained, whole = bool(paths), None
+    kinds = [is_adapter(path) for path in paths]
+    if not all(kinds[1:]):
+        raise ValueError(
+            f"{paths[kinds.index(False, 1)]}: is a whole model, which replaces what "
+            "stands before it; give it first or alone"
+        )
+    if kinds and not kinds[0]:
+        whole = paths.pop(0)
     if quantize and len(paths) > 1:
         raise ValueError("4-bit weights take one adapter: they cannot be merged")
+    processor = load_processor(model_section)
     model = _load_weights(model_section, whole, quantize)
+    _check_fit(model, processor)
+    _set_boxes(model.config, model_section, trained)
     if quantize is None:
         model.to(get_device())
-    for path in paths:
-        with ignore_rename_warnings():
-            model = PeftModel.from_pretrained(model, str(path))
+    for position, path in enumerate(paths):
+        stacked = whole is not None or position > 0
+        model = load_adapter(model, path, stacked=stacked)
         if quantize is None:
             model = model.merge_and_unload()
-    return model.requires_grad_(False).eval(), load_processor(model_section)
+    return model.requires_grad_(False).eval(), processor
 
 
 def _load_weights(
@@ -175,12 +355,108 @@ def _load_weights(
     if get_device().type == "cpu":
         # Otherwise SDPA copies keys and values for every query head.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    return AutoModelForImageTextToText.from_pretrained(
-        source if folder is None else str(folder),
-        dtype=dtype,
-        attn_implementation=model_section.get("attn_implementation", "sdpa"),
-        **options,
-    )
+    source = source if folder is None else str(folder)
+    with explain_loading(source):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=model_section.get("attn_implementation", "sdpa"),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused here, by name
+            **options,
+        )
+    shapes = [name for name, *_ in found["mismatched_keys"]]
+    _refuse_names(source, "have other shapes than config.json says", shapes)
+    _refuse_names(source, "of its architecture are missing", found["missing_keys"])
+    _refuse_names(source, "are not in its architecture", found["unexpected_keys"])
+    if getattr(model, "is_quantized", False) and quantize is None:
+        raise ValueError(
+            f"{source}: its weights are stored quantized; give those at full precision "
+            "(4 bits are made of them by --quantize nf4 or sft.adapter=qlora)"
+        )
+    return model
+
+
+def _check_fit(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Raise ValueError if model and processor do not belong together."""
+    config, tokenizer = model.config, processor.tokenizer
+    images: Any = processor.image_processor
+    vision: Any = getattr(config, "vision_config", None)
+    if not hasattr(model.model, "visual") or not hasattr(vision, "spatial_merge_size"):
+        raise ValueError(
+            f"{model.name_or_path}: a model of type {config.model_type!r} has no "
+            f"vision tower as this package expects; known are {', '.join(BOXES)}"
+        )
+    image_token = tokenizer.convert_tokens_to_ids(processor.image_token)
+    facts = {
+        "image token": (image_token, config.image_token_id),
+        "patch size": (images.patch_size, vision.patch_size),
+        "merged patches": (images.merge_size, vision.spatial_merge_size),
+        "frames of a patch": (images.temporal_patch_size, vision.temporal_patch_size),
+    }
+    differ = [
+        f"{name} {mine} in the processor, {its} in the model"
+        for name, (mine, its) in facts.items()
+        if mine != its
+    ]
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        differ.append(f"{len(tokenizer)} tokens, but {rows} embeddings")
+    if differ:
+        raise ValueError(
+            f"{model.name_or_path}: its processor is of another model "
+            f"({'; '.join(differ)}); copy tokenizer and processor files of its own base"
+        )
+
+
+# ---------------------------------------------------------------- how boxes are written
+
+
+def box_convention(config: Any) -> Boxes:
+    """Return how a model with this configuration writes boxes.
+
+    `config.boxes` is there on weights that were fine-tuned to another way than their
+    family's. Raises ValueError for a family that is not known.
+    """
+    found = getattr(config, "boxes", None) or BOXES.get(config.model_type)
+    if found is None:
+        raise ValueError(
+            f"how models of type {config.model_type!r} write boxes is not known; set "
+            "model.boxes to thousandths or pixels"
+        )
+    return found
+
+
+def check_boxes(config: Any) -> None:
+    """Raise ValueError for a model whose replies would be read wrongly."""
+    if box_convention(config) == "pixels":
+        raise ValueError(
+            f"a model of type {config.model_type!r} writes boxes in pixels of the "
+            "resized image, but replies are read in thousandths; train it first (its "
+            "adapter answers in thousandths), or set model.boxes=thousandths if these "
+            "weights were trained so"
+        )
+
+
+def load_config(model_section: Mapping[str, Any]) -> Any:
+    """Load the configuration of a model that another process holds."""
+    name = resolve_model_path(model_section["name_or_path"])
+    with explain_loading(name):
+        config = AutoConfig.from_pretrained(name)
+    _set_boxes(config, model_section, trained=False)
+    return config
+
+
+def _set_boxes(config: Any, model_section: Mapping[str, Any], trained: bool) -> None:
+    """Note in the configuration if boxes are written otherwise than by the family.
+
+    That is as `model.boxes` says; with "auto" (default), weights that were trained on
+    top of the base answer in thousandths, as every training file has them.
+    """
+    boxes = model_section.get("boxes", "auto")
+    boxes = "thousandths" if boxes == "auto" and trained else boxes
+    if boxes not in ("auto", BOXES.get(config.model_type)):
+        config.boxes = boxes
 
 
 # ---------------------------------------------------------------- adapters, parameters
@@ -192,11 +468,19 @@ def add_lora(
     """Add new LoRA matrices to every linear layer of the language model.
 
     They are drawn from torch's global generator: seed it first. `lora` holds options of
-    PEFT's LoraConfig (r, lora_alpha, lora_dropout, ...).
+    PEFT's LoraConfig (r, lora_alpha, lora_dropout, ...). Other `target_modules` than
+    the default leave out the vision tower, whose features are computed once. Raises
+    ValueError if they say nothing else, or if something else would be trained there.
     """
     options = {"target_modules": LANGUAGE_LINEARS, "task_type": "CAUSAL_LM"}
+    if lora and "target_modules" in lora:
+        options["exclude_modules"] = IN_TOWER
     with ignore_rename_warnings():
-        return get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
+        model = get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
+    weights = model.named_parameters()
+    inside = [name for name, p in weights if p.requires_grad and "visual." in name]
+    _refuse_names("sft.lora", "would be trained in the frozen vision tower", inside)
+    return model
 
 
 def find_language_linears(model: torch.nn.Module) -> list[str]:

@@ -159,6 +159,10 @@ def test_train_writes_what_the_course_reads(folder, tmp_path):
     model, _ = models.load_for_training(config["model"], out / "adapter")
     sft, _ = models.load_for_training(config["model"], folder / "sft")
     assert models.hash_weights(model) == models.hash_weights(sft)
+    # Both are of the base alone: one on top of the other would count stage 1 twice.
+    assert io.read_json(out / "adapter" / models.BASE_FILE) == models.sample_base(sft)
+    with pytest.raises(ValueError, match="An adapter of stage 2 contains stage 1"):
+        models.load_for_inference(config["model"], [folder / "sft", out / "adapter"])
 
 
 def test_the_last_update_is_logged_whatever_logging_steps_is(folder, tmp_path):

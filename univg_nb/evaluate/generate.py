@@ -114,9 +114,12 @@ def generate(
         "replies", "truncated" (the file's), "new", "tokens", "seconds" (this call's).
 
     Raises:
-        ValueError: an image is missing.
+        ValueError: an image is missing, another process writes to `out`, or the model
+            writes boxes in another way.
         SettingsMismatchError: `out` was made under other settings.
     """
+    if not isinstance(model, ServedModel):
+        models.check_boxes(model.config)
     indices = sorted(set(range(len(samples)) if indices is None else indices))
     check_images(samples, indices)
     out = Path(out)
@@ -282,6 +285,7 @@ def _connect(
             "univg_nb merge), serve that folder and name it with --model, without "
             "--adapter and --quantize"
         )
+    models.check_boxes(models.load_config(section))
     processor = models.load_processor(section)
     own = models.load_processor({"name_or_path": options.model})
     most = own.image_processor.size["longest_edge"]

@@ -74,7 +74,8 @@ def ask(
     `think=False` the model is asked in single-image mode, for a box alone.
 
     Raises:
-        ValueError: no question, no or too many images, or a file that is no image.
+        ValueError: no question, no or too many images, a file that is no image, or a
+            model that writes boxes in another way.
     """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise ValueError(
@@ -82,6 +83,7 @@ def ask(
         )
     if not question.strip():
         raise ValueError("the question is empty; write what to look for")
+    models.check_boxes(model.config)
     paths = tuple(map(str, images))
     sample = GroundingSample("demo", "", paths, question.strip(), _ANYWHERE, cot=think)
     (made,) = replies.reply(

@@ -102,10 +102,11 @@ def choose_strategy(processes: int, strategy: str | None) -> str:
 
 def load_architecture(name_or_path: str) -> Any:
     """Load a model's configuration: "tiny", a folder, a shipped one, or the hub's."""
-    path = Path(models.resolve_model_path(name_or_path))
+    path = Path(name := models.resolve_model_path(name_or_path))
     shipped = SCALES / "models" / f"{path.name}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
-        return AutoConfig.from_pretrained(path if path.is_dir() else name_or_path)
+        with models.explain_loading(name):
+            return AutoConfig.from_pretrained(name)
     fields = read_json(shipped)
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 

@@ -131,9 +131,12 @@ def run_training(
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             if (out / name).is_file():
                 _drop_rows_after(out / name, first)
+    base = models.sample_base(trainer.model)  # before it is sharded over processes
     with models.ignore_rename_warnings():
         done = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(out / "adapter"))
+    if trainer.is_world_process_zero() and models.is_adapter(out / "adapter"):
+        io.write_json(out / "adapter" / models.BASE_FILE, base)
     seconds, updates = done.metrics["train_runtime"], done.global_step - first
     samples = updates * trainer.get_total_train_batch_size(trainer.args)
     return {

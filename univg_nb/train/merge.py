@@ -4,10 +4,11 @@
     vllm serve FOLDER
     python -m univg_nb generate --server http://127.0.0.1:8000/v1 --model FOLDER ...
 
-An adapter of stage 2 replaces that of stage 1, so one is enough. A fully trained model
-is given as `--adapter` too. Merging a LoRA adapter into the weights that it was trained
-on changes rounding only. After QLoRA it is merged into the weights before quantization,
-which it was not trained on; `merge_check` measures how much that changes.
+An adapter of stage 2 contains that of stage 1, and both together are refused. A fully
+trained model is given as `--adapter` too. Merging a LoRA adapter into the weights that
+it was trained on changes rounding only. After QLoRA it is merged into the weights
+before quantization, which it was not trained on; `merge_check` measures how much that
+changes.
 """
 
 from __future__ import annotations
