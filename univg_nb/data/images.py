@@ -31,13 +31,13 @@ _DECODE_ERRORS = (
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # What else lies where an image should be: how it begins, what it is, what to do.
 _OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
-    (rb"\Z", "is empty", "fetch it again"),
-    (rb"\s*<(!doctype\s+)?html", "is a web page", "fetch it again"),
-    (rb"version https://git-lfs", "is a Git LFS pointer", "run git lfs pull"),
-    (rb"....ftyp(hei|hev|mif1|msf1)", "is HEIC", "save it as PNG or JPEG"),
-    (rb"\xff\n|....JXL ", "is JPEG XL", "save it as PNG or JPEG"),
-    (rb"%PDF", "is PDF", "save it as PNG or JPEG"),
-    (rb".{,250}<svg", "is SVG", "save it as PNG or JPEG"),
+    (rb"\Z", "an empty file", "fetch it again"),
+    (rb"\s*<(!doctype\s+)?html", "a web page", "fetch it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "run git lfs pull"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", "save it as PNG or JPEG"),
+    (rb"\xff\n|....JXL ", "JPEG XL", "save it as PNG or JPEG"),
+    (rb"%PDF", "PDF", "save it as PNG or JPEG"),
+    (rb".{,250}<svg", "SVG", "save it as PNG or JPEG"),
 )
 _TURNS = {  # by the EXIF orientation; from 5 on, they exchange width and height
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -93,7 +93,7 @@ def _opened(
         for pattern, *known in _OTHER_FILES:
             if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
                 what, advice = known
-        problem = f"{what}, not an image Pillow can read; {advice}"
+        problem = f"is not an image Pillow can read ({what}); {advice}"
         raise ValueError(f"{name} {problem}") from error
     except _DECODE_ERRORS as error:
         problem = f"is not an image Pillow can read, or is damaged ({error})"
@@ -290,7 +290,7 @@ def check_images(
         )
     for index in wanted:
         for path in samples[index].images:
-            version = (path, os.stat(path).st_mtime_ns)
+            version = (path, Path(path).stat().st_mtime_ns)
             if version not in _usable:
                 open_image(path, samples[index].id)
                 _usable.add(version)
