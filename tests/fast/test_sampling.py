@@ -90,12 +90,15 @@ def test_a_sampled_reply_depends_on_its_seed_only(built):
 
 
 def test_noise_samples_the_softmax():
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0]) / 2
-    streams = [torch.Generator().manual_seed(seed) for seed in range(5_000)]
-    rows = logits.log_softmax(-1).expand(5_000, 4)
-    drawn = sampling.sample_tokens(rows, streams)
-    shares = torch.bincount(drawn, minlength=4) / 5_000
-    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.025, rtol=0)
+    probs = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    noise = sampling.draw_noise(range(5_000), 3)
+    for column in noise.T:
+        drawn = sampling.sample_tokens(probs.expand(5_000, 6), column)
+        shares = torch.bincount(drawn, minlength=6) / 5_000
+        torch.testing.assert_close(shares, probs, atol=0.025, rtol=0)
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    assert sampling.sample_tokens(probs.expand(2, 6), ends).tolist() == [1, 4]
+    assert torch.equal(sampling.draw_noise([7], 9)[0, :3], noise[7])
 
 
 def test_a_sampled_token_is_one_that_generate_could_sample(built):

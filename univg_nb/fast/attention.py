@@ -10,6 +10,8 @@ is not transformers' own "flex_attention", which refuses Qwen2-VL and would serv
 rows too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from univg_nb.fast import decoding
 
 SEGMENTS = "univg_segments"
 FLEX = "univg_flex"
@@ -76,12 +80,14 @@ def packed_attention(
     attention_mask: Any,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention by Segments or a BlockMask, or as sdpa with any other mask.
+    """Compute attention by Step, Segments or BlockMask, or as sdpa with another mask.
 
     The signature is that of transformers: query (B, H, S, D), key and value (B, K, S,
     D) with K heads that divide H; the result is (B, S, H, D).
     """
     tensors = module, query, key, value
+    if isinstance(attention_mask, decoding.Step):
+        return decoding.attend(module, query, attention_mask, others["scaling"]), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(*tensors, attention_mask, **others)
     if not isinstance(attention_mask, Segments):
@@ -135,3 +141,14 @@ def make_additive_mask(allowed: Tensor, model: Module) -> Tensor:
     dtype = get_compute_dtype(model)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+@contextmanager
+def use_attention(backbone: Module, name: str) -> Iterator[None]:
+    """Use another attention implementation of the language model for a while."""
+    before = get_attention(backbone)
+    backbone.language_model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        backbone.language_model.set_attn_implementation(before)

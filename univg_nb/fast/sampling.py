@@ -19,7 +19,8 @@ from transformers import DynamicCache, GenerationConfig
 from trl import GRPOConfig
 
 from univg_nb import models
-from univg_nb.fast.attention import make_additive_mask
+from univg_nb.fast.attention import SEGMENTS, get_compute_dtype, use_attention
+from univg_nb.fast.decoding import ReplyCache, Step
 from univg_nb.fast.prompts import Prompt, compute_positions
 from univg_nb.fast.vision_features import VisionCache, make_vision_inputs
 
@@ -61,12 +62,21 @@ def noise_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def sample_tokens(log_probs: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
-    """Draw a token for each row from its own stream: (N, V) -> (N,)."""
-    pairs = zip(log_probs, streams, strict=True)
-    noise = [torch.empty_like(row).exponential_(generator=one) for row, one in pairs]
-    # -log(Exp(1)) is Gumbel, and argmax(log p + Gumbel) a sample of p.
-    return (log_probs - torch.stack(noise).log()).argmax(-1)
+def draw_noise(seeds: Sequence[int], length: int) -> Tensor:
+    """Return the noise of replies, (N, length): each row from a stream of its own."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(length, generator=stream) for stream in streams])
+
+
+def sample_tokens(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draw a token for each row by its noise, in [0, 1): (N, V), (N,) -> (N,).
+
+    The token is where the cumulative probability rises above the noise, so one of
+    probability 0 is never drawn. Sums over a large vocabulary want double precision.
+    """
+    reached = probs.double().cumsum(-1)
+    wanted = noise.double()[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -87,8 +97,7 @@ def sample_replies(
     Args:
         model: a model of one of MODEL_TYPES, in eval mode.
         prompts: the prompts, on the model's device.
-        num_replies: replies to each prompt, G. Several need an attention
-            implementation that takes a mask of our own.
+        num_replies: replies to each prompt, G.
         config: `max_new_tokens` and `eos_token_id`; logits are shaped as by `generate`
             with it, but for options that look at the tokens before.
         seeds: one for each reply, those of a prompt adjacent; without, decoding is
@@ -99,23 +108,40 @@ def sample_replies(
         FloatingPointError: if the next-token probabilities are not finite.
     """
     base = models.get_base_model(model)
-    backbone, head = base.model, base.get_output_embeddings()
-    device, group = prompts[0].ids.device, num_replies
-    warpers = base._get_logits_processor(config, device=device)
+    backbone = base.model
     positions = [compute_positions(backbone, prompt) for prompt in prompts]  # (3, P)
-    cache, seen = _prefill(backbone, prompts, positions, vision)
-    tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].repeat(1, group)
+    cache = ReplyCache(*_prefill(backbone, prompts, positions, vision), num_replies)
+    tokens = torch.stack([prompt.ids[-1] for prompt in prompts])[:, None]
     last = torch.stack([place[:, -1] for place in positions], dim=1)  # (3, D)
-    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    noise = (
+        draw_noise(seeds, config.max_new_tokens).to(tokens.device) if seeds else None
+    )
+    with use_attention(backbone, SEGMENTS):
+        return _decode(base, cache, tokens.repeat(1, num_replies), last, config, noise)
+
+
+def _decode(
+    base: Module,
+    cache: ReplyCache,
+    tokens: Tensor,
+    last: Tensor,
+    config: GenerationConfig,
+    noise: Tensor | None,
+) -> list[list[list[int]]]:
+    """Generate after the prompts' last tokens, (D, G) at positions (3, D)."""
+    backbone, head, device = base.model, base.get_output_embeddings(), tokens.device
+    warpers = base._get_logits_processor(config, device=device)
     ends = [] if config.eos_token_id is None else config.eos_token_id
     eos = torch.tensor(ends, dtype=torch.long, device=device)
-    finished = torch.zeros(len(prompts), group, dtype=torch.bool, device=device)
-    alive = list(range(len(prompts)))  # the prompt of every row
-    replies: list[list[list[int]]] = [[[] for _ in range(group)] for _ in prompts]
+    rows, group = tokens.shape
+    finished = torch.zeros(rows, group, dtype=torch.bool, device=device)
+    alive = list(range(rows))  # the prompt of every row
+    replies: list[list[list[int]]] = [[[] for _ in range(group)] for _ in range(rows)]
     for step in range(config.max_new_tokens):
+        cache.length = step
         hidden = backbone(
             input_ids=tokens,
-            attention_mask=_make_step_mask(seen, group, step, backbone),
+            attention_mask=Step(cache, get_compute_dtype(backbone)),
             position_ids=(last + step)[:, :, None].expand(-1, -1, group),
             past_key_values=cache,
             use_cache=True,
@@ -126,9 +152,10 @@ def sample_replies(
                 "the model's next-token probabilities are not finite: its weights have "
                 "diverged; train with a lower learning_rate or max_grad_norm"
             )
-        tokens = logits.argmax(-1)
-        if streams:
-            tokens = sample_tokens(logits.softmax(-1).log(), streams)
+        if noise is None:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = sample_tokens(logits.softmax(-1), noise[:, step])
         tokens = tokens.view(-1, group)
         values = tokens.tolist()
         for row, reply in (~finished).nonzero().tolist():
@@ -138,11 +165,11 @@ def sample_replies(
         if not keep.any():
             break
         if not keep.all():
-            cache.batch_select_indices(keep)
-            streams = list(compress(streams, keep.repeat_interleave(group).tolist()))
+            cache.select_rows(keep)
             alive = list(compress(alive, keep.tolist()))
-            finished, seen, tokens = finished[keep], seen[keep], tokens[keep]
-            last = last[:, keep]
+            finished, tokens, last = finished[keep], tokens[keep], last[:, keep]
+            if noise is not None:
+                noise = noise[keep.repeat_interleave(group)]
     return replies
 
 
@@ -167,18 +194,3 @@ def _prefill(
         **make_vision_inputs(images, vision),
     )
     return cache, seen
-
-
-def _make_step_mask(seen: Tensor, group: int, step: int, backbone: Module) -> Tensor:
-    """Return the mask of one step, for G tokens of every row.
-
-    The cache holds the prompt, then G keys a step, one for each reply. A single reply
-    sees all of them: the usual mask (D, keys), which any attention takes.
-    """
-    size = len(seen)
-    if group == 1:
-        return torch.cat([seen, seen.new_ones(size, step + 1)], dim=1).long()
-    own = torch.eye(group, dtype=torch.bool, device=seen.device).repeat(1, step + 1)
-    prompt = seen[:, None, :].expand(-1, group, -1)
-    mask = torch.cat([prompt, own.expand(size, -1, -1)], dim=2)
-    return make_additive_mask(mask, backbone)
