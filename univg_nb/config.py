@@ -25,7 +25,10 @@ import yaml
 from univg_nb.io import read_text
 
 SCALES = Path(__file__).parent / "scales"
-WEIGHTS = ("none", "exp", "power", "log", "log_released", "peak", "constant")
+WEIGHTS = (
+    *("none", "exp", "power", "log", "log_released", "peak", "constant"),
+    *("softmax", "box_size"),
+)
 # Rows to take of a data set, None = all; files, and the folder that images lie in.
 COUNTS = ("stage1", "stage2", "single", "test_per_task", "zero_shot", "single_test")
 FILES = (
@@ -41,7 +44,6 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "dtype": Literal["float32", "bfloat16", "float16"],
         "min_pixels": int,  # pixels of an image after resizing, both ends inclusive
         "max_pixels": int,
-        "boxes": Literal["auto", "thousandths", "pixels"],  # see models.box_convention
         "boxes": Literal["auto", "thousandths", "pixels"],  # see models.box_convention
     },
     "data": {

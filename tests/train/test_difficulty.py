@@ -10,6 +10,7 @@ from univg_nb.train.difficulty import (
     difficulty_bin,
     difficulty_weight,
     group_mean_iou,
+    register_weight,
     rescale_factor,
 )
 
@@ -44,6 +45,21 @@ def test_power_and_constant_take_their_parameter():
 def test_weights_never_rise_with_mean_iou(form):
     m = torch.linspace(0, 1, 201)
     assert (difficulty_weight(m, form).diff() <= 1e-7).all()
+
+
+def test_softmax_has_the_mean_one_over_the_update():
+    m = torch.tensor([[0.0, 0.5], [0.9, 1.0]])
+    weight = difficulty_weight(m, "softmax", power=2.0)
+    assert weight.mean() == pytest.approx(1)
+    ratio = weight[0, 0] / weight[1, 1]
+    assert ratio == pytest.approx(math.exp(2), rel=1e-5)
+
+
+def test_box_size_looks_at_the_true_box_only():
+    share = torch.tensor([0.0, 0.25, 1.0])
+    for m in (torch.zeros(3), torch.ones(3)):
+        weight = difficulty_weight(m, "box_size", box_share=share)
+        torch.testing.assert_close(weight, torch.tensor([1.0, 0.5, 0.0]).exp())
 
 
 def test_peak_is_largest_in_the_middle():
@@ -104,10 +120,13 @@ def test_wrong_input_is_named():
 
 
 def test_a_user_adds_a_form(monkeypatch):
-    monkeypatch.setitem(FORMS, "square", lambda m, **_: (1 - m) ** 2)
-    assert difficulty_weight(M, "square").tolist() == pytest.approx(
-        [1, 0.64, 0.25, 0.04, 0]
-    )
+    monkeypatch.setitem(FORMS, "square", FORMS["exp"])  # is restored at the end
+    del FORMS["square"]
+    register_weight("square", lambda m, **_: (1 - m) ** 2)
+    weight = difficulty_weight(torch.tensor([0.0, 0.5]), "square")
+    assert weight.tolist() == [1.0, 0.25]
+    with pytest.raises(ValueError, match="'exp' is taken"):
+        register_weight("exp", lambda m, **_: m)
 
 
 def test_bins_of_figure_3():

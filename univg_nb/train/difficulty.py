@@ -17,12 +17,15 @@ from torch import Tensor
 
 from univg_nb.config import suggestion
 
-# phi as a function of m, any shape, and of the options power and constant. "exp" (1 to
-# 2.72) is what the released script runs; "log_released" is negative above m = 0.98,
-# where it pushes towards worse answers (docs/paper_facts.md#t3). "peak" and "constant"
-# are not in the paper. "peak" favors groups that succeed half of the time. "constant"
-# is a control: e^(1-m) is above 1 nearly everywhere, so it also raises the step size.
-FORMS: dict[str, Callable[..., Tensor]] = {
+Form = Callable[..., Tensor]
+# phi as a function of m, any shape, and of the options power, constant and box_share.
+# "exp" (1 to 2.72) is what the released script runs; "log_released" is negative above
+# m = 0.98, where it pushes towards worse answers (docs/paper_facts.md#t3). The rest is
+# not in the paper. "peak" favors groups that succeed half of the time. "constant" is a
+# control: e^(1-m) is above 1 nearly everywhere, so it also raises the step size.
+# "softmax" has the mean 1 over the groups of an update (arXiv 2601.20614). "box_size"
+# is static: the smaller the true box, the larger the weight, whatever the replies.
+FORMS: dict[str, Form] = {
     "none": lambda m, **_: torch.ones_like(m),
     "exp": lambda m, **_: torch.exp(1 - m),
     "power": lambda m, power, **_: (1.05 - m) ** power,
@@ -30,6 +33,10 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "log_released": lambda m, **_: -torch.log(0.02 + m),
     "peak": lambda m, **_: 4 * m * (1 - m),
     "constant": lambda m, constant, **_: torch.full_like(m, constant),
+    "softmax": lambda m, power, **_: (
+        (-power * m).flatten().softmax(0).view_as(m) * m.numel()
+    ),
+    "box_size": lambda m, box_share, **_: torch.exp(1 - box_share.sqrt()).to(m),
 }
 RESCALED = ("none", "mad", "drop_silent")
 BINS = ("hard", "medium", "easy")
@@ -38,23 +45,37 @@ EASY_ABOVE = 0.7
 STD_FLOOR = 1e-4  # GRPO adds it to a group's standard deviation
 
 
+def register_weight(name: str, form: Form) -> None:
+    """Add a weight: a function of m that takes the options as keywords.
+
+    Raises ValueError for a name that is taken.
+
+        register_weight("square", lambda m, **_: (1 - m) ** 2)
+    """
+    if name in FORMS:
+        raise ValueError(f"weight {name!r} is taken; choose another name")
+    FORMS[name] = form
+
+
 def difficulty_weight(
     group_iou: Tensor,
     form: str = "exp",
     power: float = 1.0,
     unit_mean: bool = False,
     constant: float = 1.0,
+    box_share: Tensor | None = None,
 ) -> Tensor:
     """Compute phi for each group, in the shape of `group_iou`.
 
     Args:
         group_iou: mean IoU of each group, in 0..1, any shape.
-        form: a name in `FORMS`, to which users may add.
-        power: exponent of "power"; 1 is the linear form.
+        form: a name in `FORMS`; see `register_weight`.
+        power: exponent of "power", where 1 is the linear form, and of "softmax".
         unit_mean: whether to divide by the mean over the groups given, so that only
             the difference between groups remains, another control. With several
             processes, give the groups of all. If all weights are 0 they stay 0.
         constant: value of "constant".
+        box_share: share of the image that each group's true box covers, for "box_size".
 
     Raises:
         ValueError: for an unknown form or a mean IoU outside 0..1.
@@ -67,7 +88,9 @@ def difficulty_weight(
         )
     if form not in FORMS:
         raise ValueError(f"unknown weight {form!r}{suggestion(form, FORMS)}")
-    weight = FORMS[form](m, power=power, constant=constant)
+    if box_share is None:
+        box_share = torch.ones_like(m)
+    weight = FORMS[form](m, power=power, constant=constant, box_share=box_share)
     if unit_mean and weight.mean() > 0:
         weight = weight / weight.mean()
     return weight

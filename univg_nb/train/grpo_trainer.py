@@ -94,18 +94,23 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         if self.model.training:
             factors = self.reward_weights.to(self.gathered_rewards)
             totals = (self.gathered_rewards @ factors).view(-1, self.num_generations)
-            weights = self._compute_weights(totals)
+            weights = self._compute_weights(inputs, totals)
             self._log_groups(inputs, totals, weights)
             self._check_rewards(totals)
             output["advantages"] = output["advantages"] * self._take_rows(weights)
             output["mean_iou"] = self._take_rows(self.mean_iou)
         return output
 
-    def _compute_weights(self, totals: Tensor) -> Tensor:
+    def _compute_weights(self, inputs: list, totals: Tensor) -> Tensor:
         """Compute the factor of the advantages of all processes' groups, (groups,)."""
         ious = self.gathered_rewards[:, IOU]
         self.mean_iou = group_mean_iou(ious, self.num_generations)
-        weights = difficulty_weight(self.mean_iou, **self.weight_options)
+        answers = gather_object([row["answer"] for row in inputs])
+        boxes = torch.tensor(answers[:: self.num_generations]).to(ious)  # (groups, 4)
+        share = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / 1000**2
+        weights = difficulty_weight(
+            self.mean_iou, **self.weight_options, box_share=share
+        )
         return weights * rescale_factor(totals, self.rescale)
 
     def _take_rows(self, values: Tensor) -> Tensor:
