@@ -210,6 +210,9 @@ def test_other_turns():
     box = "(10,20),(30,40)"
     assert found["m/1"] == f"Q0 {box} Q2 {box}"
     assert set(found) == {"m/0", "m/1", "m/2"}
+    # ids that only look like turns: these are questions about other pictures
+    named = [replace(turns[0], id=f"coco/{n}", images=(f"{n}.jpg",)) for n in range(3)]
+    assert checks.collect_other_turns(named) == {}
 
 
 @pytest.mark.parametrize(

@@ -942,6 +942,17 @@ def test_audit_reports_what_is_read_and_yet_goes_wrong(tmp_path):
     assert not report["breaks_training"]
 
 
+def test_audit_says_where_it_could_not_look_for_leaks(tmp_path):
+    picture(tmp_path / "a.png")
+    path = dump(tmp_path / "train.json", [STAGE2])
+    test = dump(tmp_path / "test.json", [STAGE2, STAGE2 | {"images": ["gone.png"]}])
+    report = audit(path, image_root=tmp_path, against=[test])
+    (problem,) = [p for p in report["problems"] if p["kind"] == "leak_unknown"]
+    assert "1 errors in" in problem["detail"]
+    assert "first row 1: image_missing" in problem["detail"]
+    assert not report["breaks_training"]
+
+
 @pytest.mark.parametrize(
     ("rows", "kind"),
     [

@@ -1,5 +1,7 @@
 """The benchmarks of a run: found, evaluated once, continued after an interruption."""
 
+import dataclasses
+
 import builders
 import pytest
 
@@ -46,6 +48,19 @@ def test_an_interrupted_evaluation_of_a_run_is_continued(run):
     run.config["evaluate"]["max_new_tokens"] = 1
     benchmarks.evaluate(run, "base", ["mig"])
     assert "kept" not in out.read_text()
+
+
+def test_a_late_benchmark_is_looked_at_before_the_first_is_generated(run, items):
+    gone = dataclasses.replace(items[0], id="gone", images=("no.png",))
+    files.write([items[0], gone], run.dir / "data" / "own.json", "mig_bench")
+    marker = {"mig_bench": "mig.json", "own": "own.json"}
+    marker = {"status": "finished", "results": {"files": marker}}
+    io.write_json(run.dir / "data" / "stage.json", marker)
+    with pytest.raises(ValueError, match=r"'gone' \(index 1\): .*no\.png does not"):
+        benchmarks.evaluate(run, "base", ["mig", "own"])
+    with pytest.raises(ValueError, match=r"benchmark 'lisa'.*it has own, mig"):
+        benchmarks.evaluate(run, "base", ["mig", "lisa"])
+    assert not benchmarks.get_predictions_path(run, "base", "mig").exists()
 
 
 def test_a_full_run_knows_all_zero_shot_and_refcoco_files(run, tmp_path):

@@ -395,16 +395,10 @@ def test_users_mistakes_are_named(model_cfg, data, tmp_path):
     gone = GroundingSample("gone", "toy", ("no.png",), "Cup?", (1, 2, 3, 4), cot=False)
     with pytest.raises(ValueError, match=r"gone.*no\.png"):
         sft.train(scale(model_cfg), tmp_path, [*data, gone])
-    with pytest.raises(ValueError, match="image markers"):
-        sft.train(
-            scale(model_cfg),
-            tmp_path,
-            [
-                GroundingSample(
-                    "m", "toy", data[0].images, "<|image_pad|>", (1, 2, 3, 4), chain="x"
-                )
-            ],
-        )
+    (tmp_path / "cut.png").write_bytes(Path(data[0].images[0]).read_bytes()[:-40])
+    cut = dataclasses.replace(data[0], id="cut", images=(str(tmp_path / "cut.png"),))
+    with pytest.raises(ValueError, match=r"sample cut: image .*cut\.png is .* damaged"):
+        sft.train(scale(model_cfg), tmp_path, [*data, cut])
     with pytest.raises(ValueError, match="no training samples"):
         sft.train(scale(model_cfg), tmp_path, [])
     with pytest.raises(ValueError, match="freeze_vision"):

@@ -58,12 +58,13 @@ def collect_other_turns(samples: Iterable[GroundingSample]) -> dict[str, str]:
             Samples of rows with one turn are left out of the result, and turns without
             a box are not samples and so not in it.
     """
-    rows: dict[str, dict[str, str]] = {}
+    # An id may end in a number without being a turn's: a dialogue has the same images.
+    rows: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
     for sample in samples:
         row, slash, turn = sample.id.rpartition("/")
         if slash and turn.isdigit():
             text = f"{sample.question} {format_box(sample.answer)}"
-            rows.setdefault(row, {})[sample.id] = text
+            rows.setdefault((row, sample.images), {})[sample.id] = text
     return {
         id: " ".join(text for other, text in row.items() if other != id)
         for row in rows.values()

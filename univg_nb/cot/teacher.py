@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from univg_nb import io
 from univg_nb.cot import checks
-from univg_nb.data.images import load_data_url
+from univg_nb.data.images import check_images, load_data_url
 from univg_nb.data.sample import GroundingSample
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -250,6 +250,7 @@ def write_chains(
             )
     found = _read_rows(out, teacher)
     missing = [sample for sample in samples if sample.id not in found]
+    check_images(missing)
     totals = summarize(list(found.values()), teacher)
     kept, cost, refused = totals["kept"], totals["cost"], 0
     bar = tqdm(total=len(samples), initial=len(samples) - len(missing), unit="sample")

@@ -1,5 +1,6 @@
 """What is in a data file, and what in it would break or bias training or evaluation."""
 
+import os.path
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class _FileScan:
                 self.check_row(row)
                 self.rows += 1
         except RowError as error:  # the file itself is broken from here on
+            self.context.row = self.rows
             self.add(error.kind, str(error), error=True)
         if not self.tokens and not self.has_errors():
             detail = "the file holds no sample; check that it is the right one"
@@ -133,7 +135,9 @@ class _FileScan:
         try:
             image = open_image(path, sample_id)
         except ValueError as error:
-            kind = "image_corrupt" if Path(path).is_file() else "image_missing"
+            # Path.is_file fails on a name that is too long to be one.
+            there = os.path.isfile(path)  # noqa: PTH113
+            kind = "image_corrupt" if there else "image_missing"
             self.add(kind, str(error), sample_id, error=True)
             return None
         self.hashes[path] = _compute_hash(image)
@@ -151,6 +155,10 @@ def _compute_hash(image: Image.Image) -> np.ndarray:
 def _check_leakage(ours: _FileScan, theirs: _FileScan) -> None:
     """Note images that both files name, or that look alike."""
     file = theirs.context.file
+    if broken := [p for p in theirs.problems if p["severity"] == "error"]:
+        detail = f"{len(broken)} errors in {file} (see its own audit), first "
+        detail += f"row {broken[0]['row']}: {broken[0]['kind']}"
+        ours.add("leak_unknown", f"{detail}; what is broken there is not compared")
     names = {Path(path).parts[-2:] for path in theirs.images}  # folder and file
     for path in ours.images:
         if Path(path).parts[-2:] in names:

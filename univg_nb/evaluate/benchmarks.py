@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models, paper, runs
+from univg_nb.data.images import check_images
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.generate import (
     GenerationOptions,
@@ -150,16 +151,21 @@ def evaluate(
     scores: dict[str, dict[str, Any]] = {}
     network = None
     stage = _read_marker(run, model).get("hash", "")
-    for name in names:
+    todo = []
+    for name in names:  # all are looked at before the first of them takes hours
         bench = load_benchmark(run, name)
-        out = get_predictions_path(run, model, name)
-        path = out.with_name("scores.json")
+        path = get_predictions_path(run, model, name).with_name("scores.json")
         if not fresh and path.is_file():
             found = io.read_json(path)
             made_by = (found["generation"] or {}).get("stage", stage)
             if found["records_sha256"] == bench.sha256 and made_by == stage:
                 scores[name] = found
                 continue
+        check_images(bench.items)
+        todo.append(bench)
+    for bench in todo:
+        out = get_predictions_path(run, model, bench.name)
+        path = out.with_name("scores.json")
         path.unlink(missing_ok=True)  # or an interrupted call would leave it behind
         if network is None:
             network, _ = load_model(run, model)
@@ -173,11 +179,11 @@ def evaluate(
             generate(*work, fresh=fresh, facts=facts)
         except SettingsMismatchError:
             generate(*work, fresh=True, facts=facts)
-        scores[name] = score(bench, out)
-        io.write_json(path, scores[name])
+        scores[bench.name] = score(bench, out)
+        io.write_json(path, scores[bench.name])
         seconds = time.perf_counter() - began
-        runs.record_stage(run.dir, f"eval/{model}/{name}", seconds)
-    return scores
+        runs.record_stage(run.dir, f"eval/{model}/{bench.name}", seconds)
+    return {name: scores[name] for name in names}
 
 
 def score_items(

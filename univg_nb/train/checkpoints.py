@@ -50,7 +50,7 @@ def read_training_set(
     made = resolve_run_dir("", options.scale) / "data" / DATA_FILES[stage]
     path = Path(options.data or section.get(f"{stage}_file") or made)
     root = section.get("image_root") or path.parent
-    return files.read(path, image_root=root)[: section.get(stage)]
+    return files.read(path, image_root=root, training=True)[: section.get(stage)]
 
 
 def make_trainer_options(

@@ -47,10 +47,9 @@ def tokenize(
         end-of-turn token, and length (all tokens of the sample).
 
     Raises:
-        ValueError: for an empty set, a missing image, image tokens in a text, or a
-            sample that is too long.
+        ValueError: for an empty set, a missing image, or a sample that is too long.
     """
-    tokenizer, marker = processor.tokenizer, processor.image_token_id
+    tokenizer = processor.tokenizer
     sizes: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     parts: list[Dataset] = []
@@ -64,17 +63,11 @@ def tokenize(
         reply = prompts.reply_text(sample, cot=chains) + tokenizer.eos_token
         # Apart, as when the model generates.
         ids, reply_ids = tokenizer([prompt, reply], add_special_tokens=False).input_ids
-        found = ids.count(marker)
-        if found != len(sample.images) or marker in reply_ids:
-            raise ValueError(
-                f"{name}: {len(sample.images)} images, but {found} image markers in "
-                "the prompt or one in the reply; remove image tokens from the text"
-            )
         for path in sample.images:
             if path not in sizes:
                 sizes[path] = count_image_tokens(path, processor, sample.id)
         counts = [sizes[path] for path in sample.images]
-        length = len(ids) - found + sum(counts) + len(reply_ids)
+        length = len(ids) - len(counts) + sum(counts) + len(reply_ids)
         if max_length is not None and length > max_length:
             raise ValueError(
                 f"{name}: {length} tokens, more than sft.max_length = {max_length}; "

@@ -41,6 +41,7 @@ from univg_nb.config import (
     make_parser,
     output_folder,
 )
+from univg_nb.data.images import check_images
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
@@ -118,6 +119,8 @@ def build_trainer(
     if problem := vllm.find_conflict(config):
         raise ValueError(f"grpo.use_vllm: {problem}")
     arguments = grpo_config(config, out, len(train))
+    mine = range(arguments.process_index, len(train), arguments.world_size)
+    check_images(train, mine)
     four_bit = config["sft"].get("adapter") == "qlora"
     quantize: models.Quantization | None = "nf4" if four_bit else None
     model, processor = models.load_for_training(config["model"], sft_adapter, quantize)

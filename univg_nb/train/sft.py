@@ -30,6 +30,7 @@ from univg_nb.config import (
     make_parser,
     output_folder,
 )
+from univg_nb.data.images import check_images
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import (
     features_fit,
@@ -131,6 +132,8 @@ def build_trainer(
             "completion_only_loss": False,  # the collator's labels say it already
         }
     )
+    mine = range(arguments.process_index, len(samples), arguments.world_size)
+    check_images(samples, mine)
     quantize: models.Quantization | None = "nf4" if adapter == "qlora" else None
     base, processor = models.load_for_training(config["model"], quantize=quantize)
     if frozen:
