@@ -17,7 +17,7 @@ from univg_nb import models
 from univg_nb.fast import packed_rows, sampling, vision_features
 from univg_nb.fast.attention import SEGMENTS, get_attention
 from univg_nb.fast.vision_features import VisionCache
-from univg_nb.train import sft
+from univg_nb.train import grpo, sft
 
 FAMILIES = ("qwen2", "qwen2_5", "qwen3")
 IMAGES = [(2, 3), (1, 2), (3, 2), (2, 2), (1, 1), (4, 1)]  # height, width in tokens
@@ -80,7 +80,7 @@ def test_features_of_every_level_are_kept_and_counted():
     cache = VisionCache(backbone)
     features = cache.get_features(pixels, grid)
     width = vision_features.get_feature_width(backbone.config)
-    assert features.shape == (6, width) == (6, 3 * 48)
+    assert features.shape == (6, width) == (6, 3 * 64)
     assert cache.used_bytes == 6 * width * 4
     with torch.no_grad():
         own = backbone.get_image_features(pixels, grid)
@@ -111,15 +111,23 @@ def test_the_trainers_passes_equal_trl_in_value_and_gradient(folders, tmp_path, 
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_shares_prompts_and_computes_an_image_once(
-    folders, tmp_path, family, bf16
+    folders, tmp_path, family, precision
 ):
-    trainer = make_trainer(folders[family], tmp_path, max_steps=3, bf16=bf16)
+    folder = folders[family]
+    config = make_config(folder, max_steps=3, bf16=precision == "bf16")
+    if precision == "nf4":
+        config["sft"]["adapter"] = "qlora"
+    trainer = grpo.build_trainer(config, tmp_path, make_samples(folder), folder / "sft")
     trainer.train()
     assert trainer.shared_forward and trainer.shared_rollout
     assert trainer.vision.computed == 4  # the folder's images, in 3 updates
+    for name, weight in trainer.model.named_parameters():
+        if precision == "nf4" and name.endswith("proj.base_layer.weight"):
+            # packed for inference by the sampling, it would pass no gradient on
+            assert not getattr(weight.quant_state, "packing_format_for_cpu", False)
 
 
 def test_lost_deepstack_features_turn_sharing_off_with_a_message(

@@ -28,7 +28,7 @@ IMAGE, WORDS, END = 60, 50, 1  # token ids: image place; words are 2..49
 PATCH_DIM = 3 * 2 * 8 * 8
 
 TEXT = {
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -38,7 +38,7 @@ TEXT = {
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,
-        "mrope_section": [2, 2, 2],
+        "mrope_section": [4, 2, 2],
     },
     "bos_token_id": 0,
     "eos_token_id": END,
@@ -79,8 +79,8 @@ def make_config(family: str, tokens=TOKENS, patch: int = 8, **text):
     tower |= {"depth": 3, "deepstack_visual_indexes": [0, 2]}
     tower |= {"num_position_embeddings": 16}
     # Heads of a width of their own: together wider than the states.
-    rope = {"mrope_interleaved": True, "mrope_section": [4, 2, 2]}
-    text |= {"head_dim": 16, "rope_parameters": text["rope_parameters"] | rope}
+    rope = {"mrope_interleaved": True, "mrope_section": [4, 6, 6]}
+    text |= {"head_dim": 32, "rope_parameters": text["rope_parameters"] | rope}
     return Qwen3VLConfig(text_config=text, vision_config=tower, **tokens)
 
 

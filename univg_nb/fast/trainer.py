@@ -81,6 +81,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             model=model, args=args, processing_class=processing_class, **others
         )
         base = models.get_base_model(self.model)
+        _keep_differentiable(base)
         kind, sharded = base.config.model_type, self.is_fsdp_enabled
         self.shared_forward = shared_prefix and kind in MODEL_TYPES and not sharded
         if shared_prefix and not self.shared_forward:
@@ -306,3 +307,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _record_seconds(self, part: str, began: float) -> None:
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][f"seconds/{part}"].append(time.perf_counter() - began)
+
+
+def _keep_differentiable(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights, which have no gradient then.
+
+    On a CPU with AVX512-BF16 it does so where the model first runs in eval mode, for
+    good. A GRPO training samples in eval mode: its next update would fail, or in layers
+    without a bias silently miss the gradient that flows through the weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
