@@ -1,0 +1,126 @@
+"""Effects with intervals, and the verdicts of claims, on values worked out by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from univg_nb.evaluate.scoring import ItemScore
+from univg_nb.figures import findings
+from univg_nb.figures.findings import Effect, compute_effect
+
+
+@pytest.mark.parametrize(
+    ("df", "value"),
+    [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1e5, 1.960)],
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(df, value):
+    assert findings.find_t_quantile(df) == pytest.approx(value, abs=1e-3)
+
+
+def test_one_seed_is_the_t_interval_of_the_paired_differences():
+    before = np.zeros(100)
+    after = np.array([1.0] * 30 + [0.0] * 70)
+    effect = compute_effect(after, before)
+    error = after.std(ddof=1) / 10
+    assert effect.mean == pytest.approx(0.3)
+    assert effect.hi - effect.mean == pytest.approx(
+        findings.find_t_quantile(99) * error
+    )
+    assert math.isnan(effect.se_seeds) and effect.se_items == pytest.approx(error)
+
+
+def test_the_effect_is_the_macro_mean_over_tasks():
+    tasks = ["a"] * 10 + ["b"] * 90
+    after = [1.0] * 5 + [0.0] * 95
+    assert compute_effect(after, [0.0] * 100, tasks).mean == pytest.approx(0.25)
+
+
+def test_differences_that_are_all_zero_have_the_rule_of_three_as_bound():
+    same = np.tile([0.0, 1.0], 150)
+    effect = compute_effect(same, same)
+    assert effect.hi == -effect.lo == pytest.approx(3 / 300, rel=0.01)
+    tasks = ["a"] * 100 + ["b"] * 200  # two tasks: half of the smaller one's bound
+    assert compute_effect(same, same, tasks).hi == pytest.approx(3 / 200, rel=0.01)
+    one = same.copy()
+    one[0] = 1.0
+    assert compute_effect(one, same).hi - 1 / 300 >= effect.hi  # never more certain
+
+
+def test_unpaired_values_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \(1, 3\) and \(1, 2\) with 3 tasks"):
+        compute_effect([1, 0, 1], [1, 0])
+
+
+def test_a_single_item_says_nothing():
+    assert compute_effect([1.0], [0.0]).lo == 0.0
+    assert compute_effect([1.0, 0.0], [0.0, 0.0], ["a", "b"]).lo < 0
+
+
+@pytest.mark.parametrize(("seeds", "by_seed"), [(1, 0.0), (5, 0.3), (5, 0.0)])
+def test_coverage_in_simulation(seeds, by_seed):
+    """95 % within what 600 repetitions can tell; without seed noise it may be more."""
+    rng, found = np.random.default_rng(0), []
+    tasks = np.repeat(np.arange(10), 20)
+    for _ in range(600):
+        level, gain = rng.normal(0, 1, 200), rng.normal(0.4, 0.5, 200)
+        noise = rng.normal(0, by_seed, (2, seeds, 1))
+        rates = [1 / (1 + np.exp(-(level + k * gain + noise[k]))) for k in (0, 1)]
+        before, after = (rng.random((seeds, 200)) < rate for rate in rates)
+        found.append(compute_effect(after, before, tasks))
+    true = np.mean([effect.mean for effect in found])
+    covered = np.mean([effect.lo <= true <= effect.hi for effect in found])
+    assert 0.925 <= covered <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.001, 0.03, "supported"),
+        (-0.03, -0.001, "contradicted"),
+        (-0.004, 0.009, "contradicted"),  # a point or more is excluded
+        (-0.004, 0.02, "undecided"),
+        (0.0, 0.02, "undecided"),
+    ],
+)
+def test_verdicts_follow_the_rule(low, high, verdict):
+    effect = Effect((low + high) / 2, low, high, 100)
+    assert findings.judge(effect) == verdict
+    assert verdict in findings.VERDICTS
+    reason = {"supported": "begins", "contradicted": "excluded", "undecided": "seen"}
+    assert reason[verdict] in findings.explain(effect)
+
+
+def test_smallest_detectable_effect_is_that_of_the_usual_formula():
+    effect = Effect(0.0, -1.96, 1.96, 100)  # standard error 1
+    assert effect.find_smallest_detectable() == pytest.approx(1.96 + 0.8416, abs=1e-3)
+    assert effect.find_smallest_detectable(0.5) == pytest.approx(1.96, abs=1e-3)
+
+
+def test_trend():
+    effect = findings.compute_trend([0.1, 0.3, 0.2, 0.4])
+    assert effect.mean == pytest.approx(3 * 0.08)  # the slope of a step is 0.08
+    assert effect.lo < 0 < effect.hi
+    with pytest.raises(ValueError, match="2 updates are too few"):
+        findings.compute_trend([0.1, 0.2])
+
+
+def test_table_of_claims_says_what_was_not_run():
+    def score(hits):
+        return [
+            ItemScore(k, "", "diff", float(k < hits), "ok", None, False)
+            for k in range(200)
+        ]
+
+    scored = {"sft_nocot": score(60), "sft_lora": score(120), "grpo_none": score(120)}
+    shares = pd.DataFrame({"easy": [0.1, 0.2, 0.3, 0.41], "hard": [0.5, 0.5, 0.5, 0.5]})
+    frame = findings.build_findings(scored, shares)
+    chains = frame.loc["chains gain over plain SFT"]
+    assert chains["verdict"] == "supported" and chains["ours"] == pytest.approx(30)
+    assert chains["paper"] == pytest.approx(1.7)
+    weight = frame.loc["the weight gains over plain GRPO"]
+    assert weight["verdict"] == "not run" and weight["why"] == "no scores of grpo_exp"
+    assert math.isnan(weight["ours"]) and weight["paper"] == pytest.approx(1.99)
+    assert frame.loc["easy groups become more", "verdict"] == "supported"
+    assert set(findings.build_findings({})["verdict"]) == {"not run"}
