@@ -8,7 +8,11 @@ NB ?=
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
-RUN := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir $(RUN_DIR)
+COURSE := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir $(RUN_DIR)
+# `make figures` takes any run folders: RUN="runs/a runs/b"
+RUN ?= $(RUN_DIR)
+OUT ?= $(firstword $(RUN))/paper
+WIDTH ?= column
 
 # glibc keeps freed memory: torch on a CPU is much faster with it (see launch/runner.py).
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
@@ -31,11 +35,11 @@ LAUNCH := --set launch.processes=$(GPUS) --set launch.nodes=$(NODES) \
     $(if $(VLLM),--set grpo.use_vllm=true --set grpo.vllm_mode=$(VLLM))
 DATA ?= data
 
-.PHONY: help install run test lab figures small full plan data base bench record clean
+.PHONY: help install run test lab figures figures-check small full plan data base bench record clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | \
-	    awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
+	    awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "small, full, plan: GPUS=8  NODES=1  ADAPTER=lora|qlora|none  VLLM=colocate|server"
 	@echo "variables: SCALE=tiny  RUN_DIR=runs/SCALE  NB='03 05'  FRESH=1  PYTHON=python3.12"
 
@@ -55,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(STAMP) ## execute the notebooks into RUN_DIR; finished stages are reused
-	@$(RUN) $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
+	@$(COURSE) $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
 test: $(STAMP) ## lint, types, unit tests, every notebook at SCALE=smoke (what CI runs)
 	$(BIN)/ruff check .
@@ -68,8 +72,11 @@ test: $(STAMP) ## lint, types, unit tests, every notebook at SCALE=smoke (what C
 lab: $(STAMP) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-figures: $(STAMP) ## redraw every table and figure from the artefacts of RUN_DIR
-	@$(RUN) --fresh 09
+figures: $(STAMP) ## every table and figure of RUN for a paper, to OUT (WIDTH=page)
+	@$(BIN)/python -m univg_nb figures $(RUN) --out $(OUT) --width $(WIDTH)
+
+figures-check: $(STAMP) ## fails if a file in OUT, README or a notebook is stale
+	@$(BIN)/python -m univg_nb figures --check $(OUT)
 
 small full: $(STAMP)
 	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) \

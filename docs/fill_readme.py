@@ -2,6 +2,8 @@
 
     python docs/fill_readme.py runs/tiny
 
+`python -m univg_nb figures --check` compares them again with the run.
+
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``base`` by the
 evaluation of the shipped model, ``bench`` by what `make bench` measured of an update,
@@ -140,16 +142,22 @@ def draw_items():
     return sheet
 
 
+def build_parts(run_dir):
+    """Return the content of every part of README by name."""
+    results = run_dir / "tables" / "results.md"
+    return {
+        "results": results.read_text(encoding="utf-8"),
+        "minutes": format_minutes(run_dir),
+        "bench": format_bench(),
+        "reference": format_reference(),
+        "base": format_base(),
+    }
+
+
 def main(run_dir):
     """Write the tables into README.md and draw its pictures."""
     text = README.read_text(encoding="utf-8")
-    for name, content in (
-        ("results", (run_dir / "tables" / "results.md").read_text(encoding="utf-8")),
-        ("minutes", format_minutes(run_dir)),
-        ("bench", format_bench()),
-        ("reference", format_reference()),
-        ("base", format_base()),
-    ):
+    for name, content in build_parts(run_dir).items():
         text = fill(text, name, content)
     write_text(README, text)
     draw_mask().save(PICTURES / "shared_prefix.png", optimize=True)

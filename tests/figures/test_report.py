@@ -127,7 +127,7 @@ def test_cases_are_spread_over_tasks_and_where_models_part(bench):
         name: scoring.score_items(items, predictions.read_predictions(path))
         for name, path in (("a", a), ("b", b))
     }
-    picked = report._pick_cases(scored, 2)
+    picked = report.pick_cases(scored, 2)
     # boxes before replies without one, and a case of each task
     assert picked["Worst of b"] == [5, 6]
     assert picked["Best of b"] == [0, 3]

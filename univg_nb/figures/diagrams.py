@@ -1,9 +1,11 @@
-"""Figures 1 and 2 of the paper: the teaser and the pipeline.
+"""Figures 1 and 2 of the paper and its two cases.
 
-Figure 1 is drawn from samples and results; Figure 2 is a diagram and needs no data.
+Figure 1 and the cases are drawn from samples and results; Figure 2 is a diagram and
+needs no data.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from univg_nb import paper
+from univg_nb.data.boxes import Box, to_pixels
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.figures import drawing, plots
@@ -31,18 +35,27 @@ def plot_average_bars(
         ax: axes to draw into.
     """
     rows = results[results["column"] == "AVG"]
-    figure, ax = plots.create_axes(ax, 5.6, 3.8)
-    errors = np.maximum([rows["acc"] - rows["lo"], rows["hi"] - rows["acc"]], 0)
-    colors = [plots.color_of(model, i) for i, model in enumerate(rows["model"])]
-    ax.bar(rows["model"], rows["acc"], 0.7, color=colors, yerr=errors, capsize=3)
-    for x, row in enumerate(rows.itertuples()):
-        ax.text(x, row.hi + 1.5, f"{row.acc:.1f}", ha="center", fontweight="bold")
-    ax.set(ylabel="Acc@0.5, %", ylim=(0, min(118, rows["hi"].max() + 14)))
-    ax.tick_params(axis="x", labelrotation=25)
+    figure, ax = plots.create_axes(ax, 5.6, 0.4 * len(rows) + 1.2)
+    for y, row in enumerate(rows.itertuples()):
+        if math.isnan(row.acc):
+            ax.text(1, y, "not run", va="center", fontsize="small")
+            continue
+        look: dict[str, Any] = {"color": plots.color_of(row.model, y)}
+        if row.model.endswith("(paper)"):
+            look = {"color": "white", "edgecolor": drawing.GRAY, "hatch": "////"}
+        ax.barh(y, row.acc, 0.7, **look)
+        if row.hi > row.lo:
+            ends = np.maximum([[row.acc - row.lo], [row.hi - row.acc]], 0)
+            ax.errorbar(row.acc, y, xerr=ends, color="black", capsize=2.5, lw=1.2)
+        ax.text(row.hi + 1.5, y, f"{row.acc:.1f}", va="center", fontsize="small")
+    ax.set_yticks(range(len(rows)), rows["model"])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set(xlabel="Acc@0.5, %", xlim=(0, min(118, np.nanmax([*rows["hi"], 0]) + 14)))
+    ax.grid(axis="y", visible=False)
     if published is not None:
         values = [f"{k} {row[published]:.1f}" for k, row in paper.FIGURE_1.items()]
         source = "paper: " if published == 0 else "paper, mean of its five:\n"
-        ax.set_xlabel(source + ", ".join(values), fontsize=9, color="0.35", labelpad=8)
+        ax.set_title(source + ", ".join(values), fontsize="small", color="0.35")
     return figure
 
 
@@ -73,29 +86,89 @@ def draw_teaser(
     for index, (title, table) in enumerate(tables.items()):
         axes = bottom.add_subplot(1, len(tables), index + 1)
         plot_average_bars(table, published=min(index, 1), ax=axes)
-        axes.set_title(title)
+        axes.set_title(title, loc="left")
     return figure
 
 
-def draw_pipeline() -> Figure:
-    """Draw Figure 2: (a) the chains, (b) the weights of groups, (c) the training."""
+def draw_cases(
+    cases: Sequence[tuple[str, GroundingSample, Mapping[str, Box | None], str]],
+    width: float,
+) -> Figure:
+    """Draw items with the boxes of several models and a reply, each in a column.
+
+    Args:
+        cases: title, item, boxes by model, text to write below.
+        width: in inches; two columns from 5 inches on.
+    """
+    columns = 2 if width > 5 and len(cases) > 1 else 1
+    rows = math.ceil(len(cases) / columns)
+    figure = drawing.create_figure(width, 2.9 * rows)
+    parts = figure.subfigures(rows, columns, squeeze=False).flat
+    letters = round(17.5 * width / columns)  # in a line of 7 pt
+    for part, (title, sample, boxes, text) in zip(parts, cases, strict=False):
+        (upper,), (lower,) = part.subfigures(2, 1, squeeze=False)
+        target = drawing.get_target_index(sample)
+        marked, legend = drawing.label_boxes(sample, boxes)
+        styles = {color: plots.line_of(k) for k, color in enumerate(legend.values())}
+        for place, path in enumerate(sample.images):
+            ax = upper.add_subplot(1, len(sample.images), place + 1)
+            image = open_image(path, sample.id)
+            ax.imshow(image)
+            ax.set_axis_off()
+            here = marked if target in (None, place) else []
+            for k, (box, color, _) in enumerate([*here, *here]):
+                x1, y1, x2, y2 = to_pixels(tuple(box), *image.size)
+                look: dict[str, Any] = {"edgecolor": "white", "linewidth": 3}
+                if k >= len(here):  # in color above all white rims
+                    look = {"edgecolor": color, "linestyle": styles[color]}
+                    look["linewidth"] = 2.4 - 0.5 * (k - len(here))
+                ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
+        upper.suptitle(f"{title} ({sample.task.replace('_', ' ')})", fontsize="medium")
+        handles = [
+            Line2D([], [], color=color, linestyle=styles[color], label=label)
+            for label, color in legend.items()
+        ]
+        lower.legend(handles=handles, loc="upper center", ncols=2, frameon=False)
+        said = [f"Q: {drawing.clean_question(sample)}", text]
+        lines = [line for part in said for line in textwrap.wrap(part, letters)]
+        shown = "\n".join(lines[:10] + ["…"] * (len(lines) > 10))
+        lower.text(0.02, 0.74, shown, va="top", fontsize=7, parse_math=False)
+    return figure
+
+
+def draw_pipeline(width: float = 12) -> Figure:
+    """Draw Figure 2: (a) the chains, (b) the weights of groups, (c) the training.
+
+    A figure under 5 inches wide has its panels below each other, (c) from top to
+    bottom.
+    """
     content = read_asset("figure_2.yaml")
-    figure = drawing.create_figure(12, 8.4)
-    heights = [1, 1.15]
-    (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
-    left, right = upper.subfigures(1, 2, width_ratios=[1.25, 1])
-    _draw_panel(left.add_subplot(), content["chains"])
+    if narrow := width < 5:
+        figure = drawing.create_figure(width, 2.7 * width)
+        heights = [0.68, 0.62, 1.4]
+        parts = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)
+        left, right, lower = parts.flat
+    else:
+        figure = drawing.create_figure(width, 0.7 * width)
+        heights = [1, 1.15]
+        parts = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+        upper, lower = parts.flat
+        left, right = upper.subfigures(1, 2, width_ratios=[1.25, 1])
+    size = 10 if width > 10 else 7  # pt
+    _draw_panel(left.add_subplot(), content["chains"], size)
     hard, easy = right.subplots(1, 2, sharey=True)
     plots.plot_group_bars(content["hard_group"], title="a hard group", ax=hard)
     plots.plot_group_bars(content["easy_group"], title="an easy group", ax=easy)
     easy.set_ylabel("")
+    for axes in (hard, easy):
+        axes.title.set_fontsize(size)
     right.suptitle("(b) A hard group gets more weight", fontweight="bold")
-    _draw_panel(lower.add_subplot(), content["grpo"])
+    _draw_panel(lower.add_subplot(), content["grpo_narrow" if narrow else "grpo"], size)
     return figure
 
 
-def _draw_panel(ax: Axes, panel: Mapping[str, Any]) -> None:
-    """Draw blocks, arrows and texts as figure_2.yaml describes them."""
+def _draw_panel(ax: Axes, panel: Mapping[str, Any], size: float) -> None:
+    """Draw blocks, arrows and texts, in pt, as figure_2.yaml describes them."""
     width, height = panel["size"]
     ax.set(xlim=(0, width), ylim=(0, height))
     ax.set_axis_off()
@@ -106,7 +179,7 @@ def _draw_panel(ax: Axes, panel: Mapping[str, Any]) -> None:
             look: dict[str, Any] = {"fc": face, "ec": edge, "lw": 1.6, "zorder": 3}
             look["boxstyle"] = "round,pad=0,rounding_size=0.15"
             ax.add_patch(FancyBboxPatch(corner, w, h, **look))
-        ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=4)
+        ax.text(x, y, text, ha="center", va="center", fontsize=size, zorder=4)
     for name, points in panel["arrows"]:
         color = _find_color(name)
         xs, ys = zip(*points[:-1], strict=True)
@@ -116,7 +189,7 @@ def _draw_panel(ax: Axes, panel: Mapping[str, Any]) -> None:
         ax.annotate("", points[-1], points[-2], arrowprops=style)
     for x, y, text, options in panel["texts"]:
         color = _find_color(options.get("color", "black"))
-        ax.text(x, y, text, **{**options, "color": color})
+        ax.text(x, y, text, **{"fontsize": size, **options, "color": color})
 
 
 def _find_color(name: str) -> str:

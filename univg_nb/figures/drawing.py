@@ -130,7 +130,7 @@ def show_sample(
     is not known which image the boxes belong to, each image has them.
     """
     target = get_target_index(sample)
-    boxes, legend = _label_boxes(sample, predictions or {})
+    boxes, legend = label_boxes(sample, predictions or {})
     count = len(sample.images)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -153,13 +153,18 @@ def show_sample(
         handles.append(Line2D([], [], ls="", label="(which image is not recorded)"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     if title:
-        question = re.sub(r"<\|[^|]*\|>", "", sample.question).strip()
-        heading = textwrap.fill(f"{sample.task}: {question}", width=42 * columns)
+        heading = f"{sample.task}: {clean_question(sample)}"
+        heading = textwrap.fill(heading, width=42 * columns)
         figure.suptitle(heading, parse_math=False)
     return figure
 
 
-def _label_boxes(
+def clean_question(sample: GroundingSample) -> str:
+    """Return a sample's question without the marks of objects and boxes."""
+    return re.sub(r"<\|[^|]*\|>", "", sample.question).strip()
+
+
+def label_boxes(
     sample: GroundingSample, predictions: Mapping[str, Box | None]
 ) -> tuple[list[LabeledBox], dict[str, str]]:
     """Return the boxes to draw, target first, and the legend: colors by text."""

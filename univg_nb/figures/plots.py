@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from univg_nb import paper
 from univg_nb.figures import drawing
@@ -26,6 +27,7 @@ MODEL_COLORS = {
     "sft_nocot": SKY,
     "sft_lora": BLUE,
     "sft_qlora": PURPLE,
+    "shipped": "black",
     "grpo_none": ORANGE,
     "grpo_exp": RED,
 }
@@ -35,12 +37,23 @@ _BIN_LABELS = {
     "medium": "medium",
     "hard": f"hard, mean IoU < {HARD_BELOW}",
 }
+BIN_LINES = {"easy": "-", "medium": ":", "hard": "-."}
+# Of what becomes of items, in the order of scoring.KINDS.
+KIND_COLORS = (GREEN, SKY, ORANGE, RED, GRAY)
 _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+# What colors say, lines and hatches say again: for prints in gray.
+_LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_HATCHES = ("", "////", "....", "xxxx", "")
 
 
 def color_of(name: str, index: int) -> str:
     """Return a model's own color, or that of `index` in the palette for other names."""
     return MODEL_COLORS.get(name, _SPARE[index % len(_SPARE)])
+
+
+def line_of(index: int) -> Any:
+    """Return the line style of the curve with that place."""
+    return _LINES[index % len(_LINES)]
 
 
 def style_axes(ax: Axes) -> None:
@@ -63,6 +76,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(handle, dpi=110, format="png")
 
 
+def count_updates(ax: Axes) -> None:
+    """Give the axis of the updates whole numbers."""
+    ax.set_xlabel("update")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
     """Return the centered moving average, (N,) -> (N,); it is shorter at both ends."""
     rolling = pd.Series(values, dtype=float).rolling(window, center=True, min_periods=1)
@@ -75,21 +94,25 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 def plot_training_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     keys: Sequence[str] = ("loss", "reward"),
+    columns: int = 0,
 ) -> Figure:
-    """Plot logged values over the updates, side by side, a line for each run.
+    """Plot logged values over the updates, a line for each run.
 
     Pale points are the updates, a line is the mean of a tenth of them.
 
     Args:
         runs: rows of metrics.jsonl by name; rows without a key are passed over.
         keys: the logged values.
+        columns: how many panels stand side by side; 0 for all.
 
     Raises:
         ValueError: if no row of a run has a key.
     """
-    figure = drawing.create_figure(max(6.5, 5.2 * len(keys)), 3.8)
+    columns = columns or len(keys)
+    panels = -(-len(keys) // columns)
+    figure = drawing.create_figure(max(6.5, 5.2 * columns), 3.8 * panels)
     for place, key in enumerate(keys, start=1):
-        ax = figure.add_subplot(1, len(keys), place)
+        ax = figure.add_subplot(panels, columns, place)
         style_axes(ax)
         for index, (name, rows) in enumerate(runs.items()):
             points = [(row["step"], row[key]) for row in rows if key in row]
@@ -100,8 +123,9 @@ def plot_training_curves(
             color = color_of(name, index)
             ax.plot(steps, values, ".", color=color, alpha=0.25, markersize=5)
             line = smooth(values, max(1, len(values) // 10))
-            ax.plot(steps, line, color=color, linewidth=2, label=name)
-        ax.set(xlabel="update", ylabel=key.replace("_", " "))
+            ax.plot(steps, line, line_of(index), color=color, linewidth=2, label=name)
+        ax.set_ylabel(key.replace("_", " "))
+        count_updates(ax)
         if len(runs) > 1:
             ax.legend(frameon=False)
     return figure
@@ -126,19 +150,21 @@ def plot_difficulty_shares(
         key += "; gray: the paper's 500 iterations, stretched"
         curves = paper.FIGURE_3
         x = np.interp(curves.iteration, (0, 500), (steps.min(), steps.max()))
-        for name, style in {"easy": "-", "medium": ":", "hard": "-."}.items():
+        for name, style in BIN_LINES.items():
             y = getattr(curves, name)
             ax.plot(x, y, style, color="0.72", label=f"paper: {name}")
     for name, color in BIN_COLORS.items():
         values = shares[name].to_numpy()
         ax.plot(steps, values, "o", color=color, alpha=0.22, markersize=3.5)
         line = smooth(values, window)
-        ax.plot(steps, line, color=color, linewidth=2.2, label=_BIN_LABELS[name])
+        style, label = BIN_LINES[name], _BIN_LABELS[name]
+        ax.plot(steps, line, style, color=color, linewidth=2.2, label=label)
         if name != "medium" and len(steps) > 1:  # the paper draws two trends
             trend = np.polyval(np.polyfit(steps, values, 1), steps)
             ax.plot(steps, trend, "--", color=color, linewidth=1.5)
     ax.set_title(key, fontsize=9, loc="left", color="0.35")
-    ax.set(xlabel="update", ylabel="share of groups", ylim=(0, 1))
+    ax.set(ylabel="share of groups", ylim=(0, 1))
+    count_updates(ax)
     ax.legend(ncols=2, loc="upper left", frameon=False)
     return figure
 
@@ -154,8 +180,8 @@ def plot_weight_functions(
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
     for index, form in enumerate(forms):
-        # the two logs differ only below 0: dashes show both
-        style = "--" if form == "log_released" else "-"
+        # the two logs differ only below 0: dots over dashes show both
+        style = line_of(index)
         color = (BLUE, PURPLE, ORANGE, "black", SKY, GRAY)[index % 6]
         phi = difficulty.difficulty_weight(m, form)
         ax.plot(m, phi, style, color=color, linewidth=2, label=form)
@@ -180,7 +206,7 @@ def plot_group_bars(
     ax.bar(numbers, ious, 0.75, color=color, alpha=0.85)
     ax.axhline(mean, color="black", linewidth=1.3, linestyle="--")
     caption = f"mean IoU {mean:.2f}, φ {phi:.2f}"
-    ax.set_title(f"{title}\n{caption}" if title else caption, fontsize=11)
+    ax.set_title(f"{title}\n{caption}" if title else caption, fontsize="medium")
     ax.set_xticks(numbers)
     ax.set(xlabel="reply", ylabel="IoU", ylim=(0, 1))
     return figure
@@ -245,10 +271,84 @@ def plot_iou_curve(ious: Mapping[str, Sequence[float]]) -> Figure:
         reached = np.asarray(values)[:, None] >= thresholds  # (N, 201)
         share = 100 * reached.mean(axis=0)
         share[0] = np.nan  # IoU >= 0 holds for every reply
-        color = color_of(name, index)
-        ax.plot(thresholds, share, color=color, linewidth=2, label=name)
+        color, style = color_of(name, index), line_of(index)
+        ax.plot(
+            thresholds, share, linestyle=style, color=color, linewidth=2, label=name
+        )
         ax.plot(0.5, share[100], "o", color=color)
     ax.set(xlabel="IoU threshold", ylabel="items at or above it, %")
     ax.set(xlim=(0, 1), ylim=(0, 100))
     ax.legend(frameon=False)
+    return figure
+
+
+def plot_kinds(counts: pd.DataFrame) -> Figure:
+    """Plot what became of the items, a stacked bar for each model.
+
+    `counts` has a row for each model and the columns `scoring.KINDS`; a row of zeros is
+    a model that was not run.
+    """
+    figure, ax = create_axes(None, 7.0, 0.45 * len(counts) + 1.2)
+    totals = counts.sum(axis=1).to_numpy()
+    shares = 100 * counts.div(np.maximum(totals, 1), axis=0)
+    start = np.zeros(len(counts))
+    for kind, color, hatch in zip(counts, KIND_COLORS, _HATCHES, strict=True):
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "label": kind}
+        look |= {"edgecolor": "white", "linewidth": 0}
+        ax.barh(list(counts.index), shares[kind], 0.7, left=start, **look)
+        start += shares[kind].to_numpy()
+    for place in np.flatnonzero(totals == 0).tolist():
+        ax.text(1, place, "not run", va="center", color="0.35")
+    ax.invert_yaxis()
+    ax.set(xlabel="share of replies, %", xlim=(0, 100))
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_forest(gains: pd.DataFrame) -> Figure:
+    """Plot effects with their intervals, one below the other, and the paper's beside.
+
+    `gains` has the index what is compared and the columns ours, lo, hi, paper, in
+    points; NaN is not run, or not published.
+    """
+    figure, ax = create_axes(None, 6.5, 0.5 * len(gains) + 1.2)
+    y = np.arange(len(gains))
+    ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.plot(gains["paper"], y - 0.16, "D", mfc="white", mec="0.35", label="paper")
+    ax.hlines(y + 0.12, gains["lo"], gains["hi"], color=BLUE, linewidth=1.8)
+    ax.plot(gains["ours"], y + 0.12, "o", color=BLUE, label="ours, 95 % interval")
+    for place in np.flatnonzero(gains["ours"].isna()).tolist():
+        ax.text(0, place + 0.12, " not run", va="center", color="0.35")
+    ax.set_yticks(y, gains.index)
+    ax.set_ylim(len(gains) - 0.4, -0.6)
+    ax.set_xlabel("gain, points of Acc@0.5")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_group_histogram(
+    rows: Sequence[Mapping[str, Any]], ax: Axes | None = None
+) -> Figure:
+    """Plot how the mean IoUs of groups are spread, early and late in the training.
+
+    `rows` are of rollouts.jsonl; early and late are the first and last third of the
+    updates. The dotted lines part hard, medium and easy.
+    """
+    figure, ax = create_axes(ax, 5.0, 3.2)
+    steps = sorted({row["step"] for row in rows})
+    third = max(1, len(steps) // 3)
+    filled: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45, "color": GRAY}
+    outline: dict[str, Any] = {"histtype": "step", "linewidth": 1.6, "color": BLUE}
+    for name, chosen, look in (
+        ("first third", steps[:third], filled),
+        ("last third", steps[-third:], outline),
+    ):
+        values = [row["mean_iou"] for row in rows if row["step"] in chosen]
+        share = [100 / len(values)] * len(values)
+        look |= {"bins": 10, "range": (0, 1), "label": name}
+        ax.hist(values, weights=share, **look)
+    for edge in (HARD_BELOW, EASY_ABOVE):
+        ax.axvline(edge, color="0.4", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="mean IoU of the group", ylabel="groups, %", xlim=(0, 1))
     return figure

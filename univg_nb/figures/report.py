@@ -79,7 +79,7 @@ def write_report(
             )
             for place in places
         ]
-        for title, places in _pick_cases(scored, cases).items()
+        for title, places in pick_cases(scored, cases).items()
     }
     facts = _collect_facts(scores)
     template = jinja2.Template(
@@ -127,7 +127,7 @@ def _collect_facts(scores: Mapping[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _pick_cases(scored: Scored, count: int) -> dict[str, list[int]]:
+def pick_cases(scored: Scored, count: int) -> dict[str, list[int]]:
     """Choose items: the last model's worst and best, its wins and losses.
 
     Returns {title: places in the lists of `scored`}, `count` of each kind at most, one

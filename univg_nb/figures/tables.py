@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from univg_nb import paper
-from univg_nb.config import make_parser
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.benchmarks import MODELS
 from univg_nb.evaluate.score import format_task
@@ -271,16 +270,3 @@ def write_tables(run_dir: str | Path) -> list[Path]:
     for table in paper.TABLES:
         write(f"paper_table{table.number}", table.to_frame().rename_axis("model"))
     return written
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the tables of a run from the command line and print the first."""
-    parser = make_parser(
-        "figures",
-        "Write the tables of a run again, from its scores and logs.",
-        "runs/tiny",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run folder")
-    written = write_tables(parser.parse_args(arguments).run_dir)
-    print(written[0].read_text(encoding="utf-8"))
-    print(f"{len(written)} tables in {written[0].parent}")
