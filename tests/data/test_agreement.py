@@ -23,6 +23,7 @@ from univg_nb.data.prompts import COT_SUFFIX, reply_text
 
 # ---------------------------------------------------------------- files and their rows
 
+QUESTIONS = ("question", "instruction", "problem")
 PAIR = ["a.png", "b.jpg"]
 TURNS = [
     {"from": "human", "value": "<image>\n<image>\nWhere is the cup?" + COT_SUFFIX},
@@ -34,11 +35,16 @@ TURNS = [
 STAGE2 = {"images": PAIR, "question": "<image><image>Q", "answer": [1, 2, 30, 40]}
 MIG = STAGE2 | {"task": "diff", "additional_info": "", "need_format": True}
 LISA = {"image_path": "a.png", "instruction": "the cup", "boxes": [[1, 2, 30, 40]]}
+VIDEO = {"image_list": [*PAIR, "a.png"], "question": "who runs"}
+REPLY = TURNS[1] | {"value": "<|box_start|>(1,2),(30,40)<|box_end|>"}
 ROWS = {
     "stage1_cotsft": {"images": PAIR, "conversations": TURNS},
     "stage2_rl": STAGE2,
+    "mgrounding": {"id": "m", "images": PAIR, "conversations": [TURNS[0], REPLY]},
     "mig_bench": MIG,
     "lisa": LISA,
+    "refcoco": {"image": "b.jpg", "problem": "cup", "solution": [1, 2, 30, 40]},
+    "reasonvos": VIDEO | {"bbox_list": ["[]", "[]", "[1, 2, 30, 40]"]},
 }
 # A benchmark's boxes without area are errors for training alone.
 NO_AREA = {"box_inverted", "box_degenerate"}
@@ -60,7 +66,7 @@ def write(old, new):
     def change(row):
         for turn in row.get("conversations", ()):
             turn["value"] = turn["value"].replace(old, new)
-        for key in ("question", "instruction"):
+        for key in QUESTIONS:
             if key in row:
                 row[key] = row[key].replace(old, new) or new
 
@@ -68,13 +74,15 @@ def write(old, new):
 
 
 def take(image):
-    """Name another picture than the row's first."""
+    """Name another picture than the row's last."""
 
     def change(row):
-        if "images" in row:
-            row["images"] = [image, *row["images"][1:]]
-        else:
-            row["image_path"] = image
+        for key in ("images", "image_list"):
+            if key in row:
+                row[key] = [*row[key][:-1], image]
+        for key in ("image_path", "image"):
+            if key in row:
+                row[key] = image
 
     return change
 
@@ -93,7 +101,7 @@ def ask(text):
     def change(row):
         for turn in row.get("conversations", ())[:1]:
             turn["value"] = turn["value"].removesuffix(COT_SUFFIX) + text + COT_SUFFIX
-        for key in ("question", "instruction"):
+        for key in QUESTIONS:
             if key in row:
                 row[key] += text
 
@@ -128,16 +136,18 @@ REPLIES = (
     "<think>\ud83d</think><answer>(1,2),(30,40)</answer>",
 )
 KEYS = (
-    *("images", "question", "answer", "task", "image_path", "instruction", "boxes"),
-    "conversations",
+    *("images", "image_path", "image", "image_list", *QUESTIONS, "conversations"),
+    *("answer", "boxes", "solution", "bbox_list", "task", "type", "id"),
 )
 VALUES = (None, 3, "", [], [None], [""], {}, True, "a.png", ["a.png"], ["hi"])
 DEFECTS = (
     *(take(image) for image in IMAGES),
-    *(put("answer", box) for box in BOXES),
-    *(put("boxes", box) for box in ([box] for box in BOXES)),
+    *(put(key, box) for key in ("answer", "solution") for box in BOXES),
+    *(put("boxes", [box]) for box in BOXES),
+    *(put("bbox_list", ["", [], box]) for box in BOXES),
+    *(put("bbox_list", ["", [], str(box)]) for box in BOXES),
     *(ask(text) for text in TEXTS),
-    *(write(TURNS[1]["value"], reply) for reply in REPLIES),
+    *(write(turn["value"], to) for turn in (TURNS[1], REPLY) for to in REPLIES),
     *(put(key, value) for key in KEYS for value in VALUES),
     *(drop(key) for key in KEYS),
     write("<image>\n", ""),
@@ -267,10 +277,11 @@ def test_they_agree_on_every_defect_alone(root, format):
     for defect in DEFECTS:
         rows = [copy.deepcopy(ROWS[format]) for _ in range(3)]
         defect(rows[1])
-        found.append(compare(root, format, json.dumps(rows)))
+        if rows[1] != rows[0]:
+            found.append(compare(root, format, json.dumps(rows)))
     text = json.dumps([ROWS[format]] * 2)
     found += [compare(root, format, spoil(text)) for spoil in SPOIL]
-    assert len(found) > 200 and 0.2 < sum(found) / len(found) < 0.8
+    assert len(found) > 75 and 0.05 < sum(found) / len(found) < 0.8
 
 
 # ---------------------------------------------------------------- the commands

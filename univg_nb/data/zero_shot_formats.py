@@ -125,7 +125,9 @@ def _read_refcoco(row: Row, context: RowContext) -> Samples:
     numbers = context.numbers(context.get(row, "solution", list))
     box = clip_to_grid(numbers, _find_size(row, images[0], context), context)
     text = context.get(row, "problem", str)
-    fields = {"cot": False, "task": row.get("task", Path(context.file).stem)}
+    fields: dict[str, Any] = {"cot": False}
+    if row.get("task") is None:
+        fields["task"] = Path(context.file).stem
     yield build_sample(row, context, images, text, box, **fields)
 
 
