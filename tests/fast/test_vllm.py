@@ -104,6 +104,13 @@ def test_resized_pictures_have_the_same_pixels_under_any_limits(
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
+def test_limits_that_vllm_does_not_have_are_refused(processor):
+    vllm.check_limits(processor, models.resolve_model_path("tiny"))
+    wider = models.load_processor({"name_or_path": "tiny", "min_pixels": 64})
+    with pytest.raises(ValueError, match=r"to 256 to 4096 pixels.*64 to 4096.*set mod"):
+        vllm.check_limits(wider, models.resolve_model_path("tiny"))
+
+
 def test_a_server_finds_the_runs_and_a_colocated_engine_single_tokens(processor):
     image = processor.image_token_id
     ids, shared = [[5, image, image, 6], [5, image, image, 6]], picture(64, 64)

@@ -55,7 +55,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         **others: further arguments.
 
     Raises:
-        ValueError: for an option out of range or not supported.
+        ValueError: for an option out of range or not supported, or pixel limits that
+            vLLM does not have.
     """
 
     processing_class: Any
@@ -75,6 +76,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             raise ValueError(f"row_tokens = {row_tokens}: must be at least 1")
         if refused := {"tools", "rollout_func", "environment_factory"} & others.keys():
             raise ValueError(f"{', '.join(refused)}: not supported with shared prompts")
+        if args.use_vllm:  # before its engine starts
+            text = isinstance(model, str)
+            source = model if text else models.get_base_model(model).name_or_path
+            vllm.check_limits(processing_class, source)
         self.row_tokens = row_tokens
         self.banned_tokens = sampling.ban_vision_tokens(args, processing_class)
         super().__init__(

@@ -5,7 +5,7 @@ as its run of image tokens, and the opened picture. A colocated vLLM then puts a
 the place of the first image token that it finds for each image: the model reads prompts
 with too many image tokens, without an error (huggingface/trl, issue 6294). And vLLM
 resizes pictures within the limits of the model's own processor, not those of the scale.
-`make_vllm_inputs` rules out both.
+`make_vllm_inputs` rules out both, given limits for which `check_limits` passes.
 """
 
 import json
@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from PIL.Image import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from transformers import AutoImageProcessor
 
 TRIED = SpecifierSet(">=0.32,<0.33")  # as in pyproject.toml
 # What TRL 1.16 recommends, and the only servers it can read. They want a transformers
@@ -84,7 +85,7 @@ def collapse_image_tokens(ids: list[int], image_token: int) -> list[int]:
 def resize_image(picture: Image, image_processor: Any) -> Image:
     """Resize a picture as `image_processor` does, which leaves it nothing to do.
 
-    One with wider limits has nothing to do either.
+    One with wider limits (`check_limits`) has nothing to do either.
     """
     (pixels,) = image_processor.resize(
         images=pil_to_tensor(picture)[None],  # (1, 3, H, W)
@@ -93,6 +94,26 @@ def resize_image(picture: Image, image_processor: Any) -> Image:
         factor=image_processor.patch_size * image_processor.merge_size,
     )
     return to_pil_image(pixels)
+
+
+def check_limits(processor: Any, source: str) -> None:
+    """Raise ValueError if vLLM would resize again what `processor` has resized.
+
+    vLLM resizes within the limits in `source`, the model's folder. Those of Qwen3-VL
+    enlarge every picture of less than 65,536 pixels.
+    """
+    theirs = AutoImageProcessor.from_pretrained(source)
+    ours, own = (
+        (images.size["shortest_edge"], images.size["longest_edge"])
+        for images in (processor.image_processor, theirs)
+    )
+    if ours[0] < own[0] or ours[1] > own[1]:
+        raise ValueError(
+            f"vLLM resizes pictures to {own[0]} to {own[1]} pixels, as {source} says, "
+            f"but the training to {ours[0]} to {ours[1]}: it would sample from other "
+            "prompts; set model.min_pixels and model.max_pixels within vLLM's limits, "
+            "or grpo.use_vllm=false"
+        )
 
 
 def make_vllm_inputs(
