@@ -257,6 +257,10 @@ def test_an_adapter_of_more_layers_or_with_gaps_is_refused(tiny, tmp_path):
     (folder / ADAPTER_FILE).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cannot be loaded .*whole"):
         models.load_for_inference(tiny, folder)
+    config = io.read_json(folder / "adapter_config.json")
+    io.write_json(folder / "adapter_config.json", config | {"peft_type": "IA3"})
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="a IA3 adapter"):
+        models.load_for_inference(tiny, folder)
     (folder / ADAPTER_FILE).unlink()
     with pytest.raises(ValueError, match=f"no {ADAPTER_FILE} in it"):
         models.load_for_inference(tiny, folder)
@@ -358,6 +362,13 @@ def test_a_processor_of_another_model_is_refused(tiny, tmp_path):
     processor.save_pretrained(folder)
     with pytest.raises(ValueError, match="patch size 14 in the processor, 8 in the"):
         models.load_for_inference({"name_or_path": str(folder)})
+    shutil.rmtree(folder)
+    copy_of(tiny, folder)
+    for path in folder.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("<|vision_start|>", "<|picture|>"), "utf-8")
+    with pytest.raises(ValueError, match=r"model: its .*no token <\|vision_start\|>"):
+        models.load_for_inference({"name_or_path": str(folder)})
 
 
 def test_a_model_without_this_vision_tower_is_refused(tiny, tmp_path):
@@ -380,7 +391,9 @@ def test_weights_that_are_stored_in_four_bits_are_refused(tiny, tmp_path):
         models.load_for_inference({"name_or_path": str(folder)})
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "no/where/at/all", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./no/where", "no/where/at/all", "a/b", "./README.md"]
+)
 def test_a_folder_that_is_not_there_is_named(tiny, tmp_path, name, capsys):
     """The hub's library would speak of alphanumeric characters in a Repo id."""
     section = {"name_or_path": name}

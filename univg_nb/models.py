@@ -7,12 +7,9 @@ name "tiny" stands for the model that ships with this package.
 
 import hashlib
 import json
-import logging
 import os
-import re
-import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +33,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from univg_nb import io
+from univg_nb.loading import check_fit, explain_loading, refuse_names
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
 
@@ -82,49 +80,6 @@ def ignore_rename_warnings() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- loading
-
-
-@contextmanager
-def explain_loading(source: str) -> Iterator[None]:
-    """Raise what the libraries say of a broken or missing model as one line.
-
-    `source` is a folder or a hub name. A full disk or memory is not its fault.
-    """
-    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise ValueError(
-            f"{source}: no such folder, and no hub name (ORGANIZATION/NAME) either; "
-            'give a folder that exists, or "tiny"'
-        )
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_report)
-    try:
-        yield
-    except Exception as error:
-        outside = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if outside or getattr(error, "errno", None):
-            raise
-        remedy = "is the folder whole, and what this command takes?"
-        if not Path(source).exists():
-            remedy = (
-                "it is no folder here; if it is not in the hub's cache either, fetch "
-                "it with HF_HUB_OFFLINE=0 and a network, or give a folder"
-            )
-        reason = textwrap.shorten(str(error), 300)
-        raise ValueError(f"{source}: cannot be loaded ({reason}); {remedy}") from error
-    finally:
-        logger.removeFilter(_is_no_report)
-
-
-def _is_no_report(entry: logging.LogRecord) -> bool:
-    """Return False for the table of weights that do not fit: an error names them."""
-    return "LOAD REPORT" not in entry.getMessage()
-
-
-def _refuse_names(source: str | Path, problem: str, names: Iterable[str]) -> None:
-    """Raise ValueError with a few of the names if there are any."""
-    if names := sorted(names):
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ValueError(f"{source}: {len(names)} weights {problem}: {shown}")
 
 
 def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
@@ -198,7 +153,9 @@ def load_adapter(
     with explain_loading(name):
         config = PeftConfig.from_pretrained(name)
     if config.peft_type != "LORA":
-        raise ValueError(f"{folder}: a {config.peft_type} adapter; LoRA is expected")
+        raise ValueError(
+            f"{folder}: a {config.peft_type.value} adapter; LoRA is expected"
+        )
     _check_base(model, folder, config.base_model_name_or_path, stacked)
     config.inference_mode = not trainable
     # As PeftModel.from_pretrained does, which only warns of weights without a place.
@@ -208,8 +165,8 @@ def load_adapter(
         found = adapted.load_adapter(name, "default", is_trainable=trainable)
     base = f"of {model.name_or_path}; the adapter names as its base"
     base = f"{base} {config.base_model_name_or_path}, give that as the model"
-    _refuse_names(folder, f"of the adapter fit none {base}", found.unexpected_keys)
-    _refuse_names(folder, f"missing in the adapter {base}", found.missing_keys)
+    refuse_names(folder, f"of the adapter fit none {base}", found.unexpected_keys)
+    refuse_names(folder, f"missing in the adapter {base}", found.missing_keys)
     return adapted
 
 
@@ -281,7 +238,7 @@ def load_for_training(
     lora = adapter is not None and is_adapter(adapter)
     processor = load_processor(model_section)
     model = _load_weights(model_section, None if lora else adapter, quantize)
-    _check_fit(model, processor)
+    check_fit(model, processor)
     _set_boxes(model.config, model_section, trained=True)
     model.requires_grad_(quantize is None)
     if lora:
@@ -320,7 +277,7 @@ def load_for_inference(
         raise ValueError("4-bit weights take one adapter: they cannot be merged")
     processor = load_processor(model_section)
     model = _load_weights(model_section, whole, quantize)
-    _check_fit(model, processor)
+    check_fit(model, processor)
     _set_boxes(model.config, model_section, trained)
     if quantize is None:
         model.to(get_device())
@@ -366,47 +323,15 @@ def _load_weights(
             **options,
         )
     shapes = [name for name, *_ in found["mismatched_keys"]]
-    _refuse_names(source, "have other shapes than config.json says", shapes)
-    _refuse_names(source, "of its architecture are missing", found["missing_keys"])
-    _refuse_names(source, "are not in its architecture", found["unexpected_keys"])
+    refuse_names(source, "have other shapes than config.json says", shapes)
+    refuse_names(source, "of its architecture are missing", found["missing_keys"])
+    refuse_names(source, "are not in its architecture", found["unexpected_keys"])
     if getattr(model, "is_quantized", False) and quantize is None:
         raise ValueError(
             f"{source}: its weights are stored quantized; give those at full precision "
             "(4 bits are made of them by --quantize nf4 or sft.adapter=qlora)"
         )
     return model
-
-
-def _check_fit(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Raise ValueError if model and processor do not belong together."""
-    config, tokenizer = model.config, processor.tokenizer
-    images: Any = processor.image_processor
-    vision: Any = getattr(config, "vision_config", None)
-    if not hasattr(model.model, "visual") or not hasattr(vision, "spatial_merge_size"):
-        raise ValueError(
-            f"{model.name_or_path}: a model of type {config.model_type!r} has no "
-            f"vision tower as this package expects; known are {', '.join(BOXES)}"
-        )
-    image_token = tokenizer.convert_tokens_to_ids(processor.image_token)
-    facts = {
-        "image token": (image_token, config.image_token_id),
-        "patch size": (images.patch_size, vision.patch_size),
-        "merged patches": (images.merge_size, vision.spatial_merge_size),
-        "frames of a patch": (images.temporal_patch_size, vision.temporal_patch_size),
-    }
-    differ = [
-        f"{name} {mine} in the processor, {its} in the model"
-        for name, (mine, its) in facts.items()
-        if mine != its
-    ]
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        differ.append(f"{len(tokenizer)} tokens, but {rows} embeddings")
-    if differ:
-        raise ValueError(
-            f"{model.name_or_path}: its processor is of another model "
-            f"({'; '.join(differ)}); copy tokenizer and processor files of its own base"
-        )
 
 
 # ---------------------------------------------------------------- how boxes are written
@@ -479,7 +404,7 @@ def add_lora(
         model = get_peft_model(model, LoraConfig(**{**options, **(lora or {})}))
     weights = model.named_parameters()
     inside = [name for name, p in weights if p.requires_grad and "visual." in name]
-    _refuse_names("sft.lora", "would be trained in the frozen vision tower", inside)
+    refuse_names("sft.lora", "would be trained in the frozen vision tower", inside)
     return model
 
 

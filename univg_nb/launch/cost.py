@@ -24,6 +24,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from univg_nb import models
 from univg_nb.config import SCALES, override, suggestion
 from univg_nb.io import read_asset, read_json
+from univg_nb.loading import explain_loading
 
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -105,7 +106,7 @@ def load_architecture(name_or_path: str) -> Any:
     path = Path(name := models.resolve_model_path(name_or_path))
     shipped = SCALES / "models" / f"{path.name}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
-        with models.explain_loading(name):
+        with explain_loading(name):
             return AutoConfig.from_pretrained(name)
     fields = read_json(shipped)
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
