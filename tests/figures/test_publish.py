@@ -52,7 +52,8 @@ def make_run(run):
         scored["benchmark"] = bench.identify()
         write_json(folder / "scores.json", scored)
     scores = json.loads((run / "eval/base/mig/scores.json").read_text())
-    write_json(run / "eval" / "base" / "lisa" / "scores.json", scores)
+    for name in ("lisa", "single"):
+        write_json(run / "eval" / "base" / name / "scores.json", scores)
     for model in ("grpo_none", "grpo_exp"):
         for step in range(1, 7):
             row = {"step": step, "reward": step / 6, "groups/mean_iou": 0.3}

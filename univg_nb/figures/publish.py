@@ -124,7 +124,9 @@ def format_latex(frame: pd.DataFrame, caption: str, label: str) -> str:
     )
     size = "footnotesize" if len(kinds) < 2 * _MANY else "scriptsize"
     begin = r"\begin{tabular}"
-    text = text.replace(begin, f"\\{size}\n\\setlength{{\\tabcolsep}}{{2pt}}\n{begin}")
+    text = text.replace(
+        begin, f"\\centering\n\\{size}\n\\setlength{{\\tabcolsep}}{{2pt}}\n{begin}"
+    )
     if len(kinds) > _MANY:
         text = re.sub(r"\\(begin|end){table}", r"\\\1{table*}", text)
     return f"% needs \\usepackage{{booktabs}}\n{text.replace('–', '--')}"
