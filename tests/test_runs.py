@@ -145,6 +145,21 @@ def test_fresh_begins_again(tmp_path):
     open_stage(tmp_path, "eval/base/mig", {}).finish(n=1)
     assert open_stage(tmp_path, "eval/base/mig", {}).done
     assert not open_stage(tmp_path, "eval/base/mig", {}, fresh=True).done
+    io.write_text(
+        tmp_path / "sft" / "config.yaml", ""
+    )  # by the command, not as a stage
+    assert list(open_stage(tmp_path, "sft", {}, fresh=True).dir.iterdir()) == [
+        tmp_path / "sft" / "stage.json"
+    ]
+
+
+def test_a_stage_that_somebody_works_on_is_not_opened(tmp_path):
+    stage = open_stage(tmp_path, "sft", {})
+    with held_by_another_process(stage.dir) as pid:
+        for options in ({}, {"fresh": True}):
+            with pytest.raises(ValueError, match=f"process {pid}, since"):
+                open_stage(tmp_path, "sft", {}, **options)
+    assert not (tmp_path / "replaced").exists()
 
 
 def test_a_stage_knows_what_it_was_made_from(tmp_path):

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -207,9 +207,9 @@ def _take(lock: Path, path: Path) -> IO[str]:
         except OSError as error:  # a file system without locks
             print(f"{lock}: {error.strerror}; another writer would not be noticed")
             return handle
-        # Its last holder may have removed it after it was opened here.
-        if lock.is_file() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
-            return handle
+        with suppress(FileNotFoundError):  # its last holder removes it
+            if os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                return handle
         handle.close()
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from univg_nb.config import load_scale as load_scale
 from univg_nb.config import override as override
-from univg_nb.io import config_hash, read_json, write_json
+from univg_nb.errors import shorten_in_notebooks
+from univg_nb.io import config_hash, locked, read_json, set_aside, write_json
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")  # shape a result
 
@@ -152,8 +153,11 @@ class Run:
             name: of the stage; may contain slashes.
             config: what decides the result, JSON-like.
             fresh: begin again even if the stage is finished.
-            needs: names of stages of this run that this one is made from; ValueError if
-                one is not finished.
+            needs: names of stages of this run that this one is made from.
+
+        Raises:
+            ValueError: a stage that it needs is not finished, or another process works
+                on this one.
         """
         upstream = {}
         for other in needs:
@@ -166,19 +170,23 @@ class Run:
             upstream[other] = found["hash"]
         wanted = config_hash({"config": config, "needs": upstream})
         folder = self.dir / name
-        if found := _read_if_there(folder / "stage.json"):
-            if found["hash"] == wanted and not fresh:
+        with locked(folder):
+            found = _read_if_there(folder / "stage.json")
+            if found.get("hash") == wanted and not fresh:
                 done = found["status"] == "finished"
                 return Stage(self.dir, name, wanted, done, found.get("results", {}))
-            aside = self.dir / "replaced" / name
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            folder.replace(aside)
-            if not fresh:
+            if found or (fresh and folder.is_dir()):
+                set_aside(folder, self.dir / "replaced" / name)
+            if found and not fresh:
                 print(f"{name}: its configuration changed, so it runs again")
-        begun = {"name": name, "status": "started", "hash": wanted, "needs": upstream}
-        begun["config"] = json.loads(json.dumps(config, default=str))
-        write_json(folder / "stage.json", begun)
+            begun = {
+                "name": name,
+                "status": "started",
+                "hash": wanted,
+                "needs": upstream,
+                "config": json.loads(json.dumps(config, default=str)),
+            }
+            write_json(folder / "stage.json", begun)
         return Stage(self.dir, name, wanted)
 
 
@@ -197,6 +205,7 @@ def start(
         seed: of the data and of both trainings.
         overrides: options to set, each as "SECTION.KEY=VALUE".
     """
+    shorten_in_notebooks()
     seeds = [f"{section}.seed={seed}" for section in ("data", "sft", "grpo")]
     config = load_scale(scale, [*seeds, *overrides])
     folder = resolve_run_dir(run_dir, scale)

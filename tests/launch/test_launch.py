@@ -139,6 +139,9 @@ def test_two_processes_equal_one_and_their_checkpoint_goes_on_with_one(
     assert losses(part) == pytest.approx(losses(whole), abs=1e-5)
     shutil.rmtree(part / "checkpoints" / "checkpoint-15")
     shutil.rmtree(part / "checkpoints" / "checkpoint-16", ignore_errors=True)
+    with pytest.raises(ValueError, match=r"part holds a finished training .*now lear"):
+        launcher.train("sft", scale(model_cfg, 2, learning_rate=1.0), part, rows)
+    (part / "summary.json").unlink()  # as if it had been killed
     launcher.train("sft", scale(model_cfg, 1, strategy="single", **options), part, rows)
     assert "goes on with 1 process(es) after 2" in capfd.readouterr().out
     assert io.read_json(part / "launch" / "rank-0.json")["first_step"] == 10
@@ -149,7 +152,7 @@ def test_two_processes_equal_one_and_their_checkpoint_goes_on_with_one(
 def test_sharding_asked_for_but_not_in_force_is_an_error(model_cfg, rows, tmp_path):
     """accelerate turns FSDP on CPUs into DDP without a word."""
     config = scale(model_cfg, 2, strategy="fsdp2")
-    with pytest.raises(RuntimeError, match="fsdp2 was asked for, but accelerate runs"):
+    with pytest.raises(ValueError, match="fsdp2 was asked for, but accelerate runs"):
         launcher.train("sft", config, tmp_path, rows)
     assert not (tmp_path / "metrics.jsonl").exists() or losses(tmp_path) == []
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,30 @@ def test_impossible_layouts_say_what_to_change(
 ):
     with pytest.raises(ValueError, match=message):
         grpo.grpo_config(make_config(folder, **options), tmp_path, count)
+
+
+def test_a_missing_picture_of_the_last_row_is_named_before_the_training(
+    folder, tmp_path, monkeypatch
+):
+    rows = make_samples(folder)
+    rows[-1] = replace(rows[-1], images=(str(tmp_path / "gone.png"),))
+    monkeypatch.setattr(models, "load_for_training", None)
+    with pytest.raises(ValueError, match=r"sample 's3' .*gone\.png does not exist"):
+        grpo.train(make_config(folder), tmp_path, rows, sft_adapter=folder / "sft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_is_never_replaced_unless_asked(folder, tmp_path):
+    config, rows, out = make_config(folder), make_samples(folder), tmp_path / "grpo"
+    job = {"sft_adapter": folder / "sft"}
+    summary = grpo.train(config, out, rows, **job)
+    assert grpo.train(config, out, rows, **job) == summary
+    with pytest.raises(ValueError, match=r"finished training .*now weight: log"):
+        grpo.train(config, out, rows, weight="log", **job)
+    with pytest.raises(ValueError, match="its samples, or what it starts from"):
+        grpo.train(config, out, rows, sft_adapter=folder / "base")
+    grpo.train(config, out, rows, weight="log", fresh=True, **job)
+    assert (tmp_path / "replaced" / "grpo" / "rollouts.jsonl").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(folder, tmp_path):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interrupted import killed
+from interrupted import held_by_another_process, killed
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -22,7 +22,7 @@ from univg_nb.__main__ import main as run_command
 from univg_nb.data import files, prompts
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import vision_features
-from univg_nb.train import sft
+from univg_nb.train import checkpoints, sft
 from univg_nb.train.checkpoints import (
     COMPLETE,
     find_checkpoint,
@@ -297,11 +297,11 @@ def test_a_killed_process_resumes_exactly(
     where = {"signal": signal, "method": method, "at": at}
     code = killed(tmp_path, "sft", config, data, tmp_path / "a", options={}, **where)
     assert code == -getattr(signals, signal)
-    checkpoints = tmp_path / "a" / "checkpoints"
-    assert {path.parent.name for path in checkpoints.glob(f"*/{COMPLETE}")} == {
+    saved = tmp_path / "a" / "checkpoints"
+    assert {path.parent.name for path in saved.glob(f"*/{COMPLETE}")} == {
         "checkpoint-2"
     }
-    assert (checkpoints / "checkpoint-4").exists() == (signal == "SIGKILL")
+    assert (saved / "checkpoint-4").exists() == (signal == "SIGKILL")
     sft.train(config, tmp_path / "a", data)
     assert losses(tmp_path / "a") == losses(out)
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(out)
@@ -315,6 +315,7 @@ def test_killed_after_the_last_update_trains_no_further(
     config = scale(model_cfg, save_strategy="steps", save_steps=3)
     for _ in range(2):
         sft.train(config, tmp_path, data)
+        (tmp_path / "summary.json").unlink()  # written last
         assert losses(tmp_path) == losses(out)
         assert adapter_bytes(tmp_path) == adapter_bytes(out)
 
@@ -328,6 +329,89 @@ def test_checkpoints_of_another_configuration_are_not_used(tmp_path):
     (tmp_path / "checkpoint-30").mkdir()
     assert find_checkpoint(tmp_path, "a").name == "checkpoint-10"
     assert find_checkpoint(tmp_path, "c") is None
+
+
+def test_no_whole_checkpoint_is_deleted_before_the_next_is_marked(
+    model_cfg, data, tmp_path, monkeypatch
+):
+    """Whenever a process is killed, there is one to go on from."""
+    seen = []
+
+    def look(folder, **_):
+        seen.append([mark.parent.name for mark in folder.parent.glob(f"*/{COMPLETE}")])
+        shutil.rmtree(folder)
+
+    half = tmp_path / "checkpoints" / "checkpoint-1"  # of a killed process
+    half.mkdir(parents=True)
+    monkeypatch.setattr(checkpoints, "shutil", SimpleNamespace(rmtree=look))
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    sft.train(scale(model_cfg, max_steps=4, **saving), tmp_path, data)
+    assert seen == [["checkpoint-2"], ["checkpoint-4"]]
+    assert [path.name for path in half.parent.glob("c*")] == ["checkpoint-4"]
+
+
+# ---------------------------------------------------------------- one folder, one job
+
+
+def test_a_training_is_never_replaced_unless_asked(model_cfg, data, tmp_path, capsys):
+    out, config = tmp_path / "sft", scale(model_cfg, max_steps=2)
+    summary = sft.train(config, out, data)
+    made = adapter_bytes(out)
+    assert sft.train(config, out, data) == summary
+    assert "finished before; train it again with --fresh" in capsys.readouterr().out
+    slower = scale(model_cfg, max_steps=2, learning_rate=1e-3)
+    said = r"sft holds a finished training of other settings \(there learning_rate: "
+    with pytest.raises(ValueError, match=said + r"0.005, now learning_rate: 0.001\)"):
+        sft.train(slower, out, data)
+    with pytest.raises(ValueError, match="its samples, or what it starts from"):
+        sft.train(config, out, data[1:])
+    assert adapter_bytes(out) == made
+    sft.train(slower, out, data, fresh=True)
+    assert adapter_bytes(out) != made
+    assert adapter_bytes(tmp_path / "replaced" / "sft") == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("replaced", "sft", "vision_features")
+    ]
+
+
+def test_an_interrupted_training_of_other_settings_is_not_lost(
+    model_cfg, data, tmp_path
+):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    config = scale(model_cfg, max_steps=2, **saving)
+    sft.train(config, tmp_path, data)
+    (tmp_path / "summary.json").unlink()
+    longer = scale(model_cfg, max_steps=3, **saving)
+    with pytest.raises(ValueError, match=r"an interrupted training .*max_steps: 3"):
+        sft.train(longer, tmp_path, data)
+
+
+def test_a_second_training_in_a_folder_is_refused_before_the_model_is_loaded(
+    model_cfg, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load_for_training", None)
+    with (
+        held_by_another_process(tmp_path / "sft") as pid,
+        pytest.raises(ValueError, match=rf"sft: .*, process {pid}, since .* works on"),
+    ):
+        sft.train(scale(model_cfg), tmp_path / "sft", data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "sft: no update in max_steps = 0"),
+        ({"num_train_epochs": 0}, "no update in max_steps = -1, num_train_epochs = 0"),
+        ({"output_dir": "x"}, "--out names the folder"),
+    ],
+)
+def test_a_training_without_updates_is_refused_before_it_starts(
+    model_cfg, data, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(models, "load_for_training", None)
+    with pytest.raises(ValueError, match=message):
+        sft.train(scale(model_cfg, **options), tmp_path / "sft", data)
+    assert not list(tmp_path.iterdir())
 
 
 def test_qlora_trains_an_adapter_of_full_precision(model_cfg, data, tmp_path):

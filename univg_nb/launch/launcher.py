@@ -30,7 +30,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.io import locked, read_json, read_jsonl, write_json
 from univg_nb.launch import plan
 from univg_nb.launch.cost import Stage, choose_strategy
-from univg_nb.launch.worker import STOP, TRAIN
+from univg_nb.launch.worker import DESCRIBE, STOP, TRAIN
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
 LOG = "console.log"  # file in the launch folder
@@ -119,6 +119,8 @@ def train(
     config: dict[str, Any],
     out: str | Path,
     rows: Sequence[GroundingSample],
+    *,
+    fresh: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a stage here or in launched processes; return the training's summary.
@@ -128,17 +130,19 @@ def train(
         config: a whole scale; its `launch` section says how the training is spread.
         out: the stage folder; logs of launched processes go to out/launch.
         rows: the training samples.
-        options: keyword arguments of `sft.train` or `grpo.train`.
+        fresh: begin again; a training that is in the folder is kept in replaced/.
+        options: further keyword arguments of `sft.train` or `grpo.train`.
 
     Raises:
         RuntimeError: if a process failed, with its rank and error.
         KeyboardInterrupt, SystemExit: as it was raised here, or SystemExit if a process
             got SIGTERM; the processes have ended with a checkpoint.
         ValueError: before anything starts, for a layout that is not possible, a missing
-            package, or a folder in which an earlier call still trains.
+            package, a folder that holds another training or in which another process
+            trains.
     """
     if "launch" not in config:
-        return TRAIN[stage](config, out, rows, **options)
+        return TRAIN[stage](config, out, rows, fresh=fresh, **options)
     gpu, config = torch.cuda.is_available(), spread(config, stage)
     out, launch = Path(out).absolute(), config["launch"]
     processes = launch.get("processes", 1)
@@ -149,8 +153,11 @@ def train(
     folder, path = out / "launch", out / "launch" / "request.json"
     worker = ["-m", "univg_nb.launch.worker", str(path)]
     arguments = command(launch, gpu or strategy in ZERO, worker)
-    # The processes hold the lock too, should they outlive this one.
-    with locked(out) as passed:
+    training = DESCRIBE[stage](config, rows, processes=processes, **options)
+    # The processes hold the lock too (`passed`), should they outlive this one.
+    with locked(out) as passed, training.claim(out, fresh) as finished:
+        if finished:
+            return finished
         if path.is_file() and any(out.glob("checkpoints/checkpoint-*")):
             vllm = stage == "grpo" and bool(config["grpo"].get("use_vllm"))
             before = read_json(path)["processes"]

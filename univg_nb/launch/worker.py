@@ -27,8 +27,13 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.io import read_json, write_json
 from univg_nb.runs import peak_memory_mb
 from univg_nb.train import grpo, sft
+from univg_nb.train.checkpoints import Training
 
 TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"sft": sft.train, "grpo": grpo.train}
+DESCRIBE: dict[str, Callable[..., Training]] = {
+    "sft": sft.describe,
+    "grpo": grpo.describe,
+}
 STOP = "stop"  # file in the launch folder: end after the current update
 # strategy -> accelerate's DistributedType in force, on GPUs and on CPUs
 IN_FORCE = {

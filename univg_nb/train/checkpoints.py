@@ -1,13 +1,17 @@
-"""What both trainings share: data, options, metrics.jsonl and whole checkpoints.
+"""What both trainings share: data, options, folders, metrics.jsonl, whole checkpoints.
 
-A killed training that is started again with the same command goes on from its last
-checkpoint that was written to its end. Rows that are newer than that checkpoint are
-dropped from the files it writes, because their updates are made again.
+A folder holds one training: another one, or a second process, is refused. A killed
+training that is started again with the same command goes on from its last checkpoint
+that was written to its end. Rows that are newer than that checkpoint are dropped from
+the files it writes, because their updates are made again.
 """
 
 import argparse
 import dataclasses
+import difflib
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +65,14 @@ def make_trainer_options(
     On a CPU, bf16 and activation checkpointing are off; TRL would turn both on.
     """
     section, gpu = config[stage], torch.cuda.is_available()
+    steps, epochs = section.get("max_steps", -1), section.get("num_train_epochs", 3)
+    if steps < -1 or steps == 0 or (steps < 0 and epochs <= 0):
+        raise ValueError(
+            f"{stage}: no update in max_steps = {steps}, num_train_epochs = {epochs}; "
+            "give at least one, or -1 steps and more than 0 epochs"
+        )
+    if "output_dir" in section:
+        raise ValueError(f"{stage}.output_dir: leave it out; --out names the folder")
     options = {
         "output_dir": str(out / "checkpoints"),
         "logging_steps": 1,
@@ -93,41 +105,125 @@ def keep_adapter_exact(model: Module, quantized: bool) -> Iterator[None]:
         parameter.data = values.to(parameter.device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One training; `describe` makes it.
+
+    Attributes:
+        stage: the section of the scale that is trained.
+        config: a whole scale, with what the caller overrode.
+        fingerprint: of all that decides the result. Only a training with the same one
+            goes on from its checkpoints.
+    """
+
+    stage: Stage
+    config: dict[str, Any]
+    fingerprint: str
+
+    @contextmanager
+    def claim(self, out: Path, fresh: bool = False) -> Iterator[dict[str, Any] | None]:
+        """Keep other processes out of the folder; yield the summary if it is finished.
+
+        Args:
+            out: the folder.
+            fresh: move a training that is there to replaced/, beside the folder.
+
+        Raises:
+            ValueError: another process works there, or another training is there.
+        """
+        with io.locked(out):
+            if not fresh:
+                yield self._find_finished(out)
+                return
+            is_first = os.environ.get("RANK", "0") == "0"
+            if is_first and (out / "config.yaml").is_file():
+                io.set_aside(out, out.parent / "replaced" / out.name)
+            yield None
+
+    def _find_finished(self, out: Path) -> dict[str, Any] | None:
+        """Return the summary of this training; ValueError for another one's work."""
+        finished = (out / "summary.json").is_file() and (out / "adapter").is_dir()
+        summary = io.read_json(out / "summary.json") if finished else None
+        marks = (out / "checkpoints").glob(f"*/{COMPLETE}")
+        found = [summary] if summary else [io.read_json(mark) for mark in marks]
+        if found and self.fingerprint not in [one.get("fingerprint") for one in found]:
+            kind = "a finished" if summary else "an interrupted"
+            raise ValueError(
+                f"{out} holds {kind} training of other settings "
+                f"({self._compare_settings(out)}); choose another folder, or begin "
+                "again with --fresh (FRESH in a notebook): it is kept in replaced/"
+            )
+        if summary and os.environ.get("RANK", "0") == "0":
+            print(f"{out}: finished before; train it again with --fresh")
+        return summary
+
+    def _compare_settings(self, out: Path) -> str:
+        """Return how the configuration there differs, or what else may differ."""
+        path = out / "config.yaml"
+        before = io.read_text(path) if path.is_file() else ""
+        lines = difflib.unified_diff(
+            before.splitlines(), dump(self.config).splitlines(), n=0, lineterm=""
+        )
+        names = {"-": "there", "+": "now"}
+        found = [f"{names[li[0]]} {li[1:].strip()}" for li in lines if li[0] in names]
+        return ", ".join(found[2:6]) or "its samples, or what it starts from"
+
+
+def describe(
+    stage: Stage,
+    config: dict[str, Any],
+    samples: Sequence[GroundingSample],
+    made_from: Any,
+    processes: int | None = None,
+) -> Training:
+    """Return a training as what decides its result.
+
+    Args:
+        stage: the section of the scale that is trained.
+        config: a whole scale.
+        samples: the training set.
+        made_from: what else decides the result, JSON-like.
+        processes: how many train together; None for as many as there are.
+    """
+    whole = whole_batch(
+        config[stage], processes or int(os.environ.get("WORLD_SIZE", 1))
+    )
+    used = {"model": config["model"], "sft": config["sft"], stage: whole}
+    hashes = [io.config_hash(dataclasses.asdict(sample)) for sample in samples]
+    return Training(stage, config, io.config_hash([used, [hashes, made_from]]))
+
+
 def run_training(
     trainer: Any,
-    config: dict[str, Any],
-    stage: Stage,
+    training: Training,
     out: Path,
-    made_from: Any,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train from the last whole checkpoint on, and save the adapter.
 
     Args:
         trainer: a trainer of TRL.
-        config: a whole scale.
-        stage: its section that is trained.
-        out: folder of the training.
-        made_from: the samples and what else decides the result, JSON-like. Only
-            checkpoints of the same configuration and `made_from` are used.
+        training: what it trains.
+        out: folder of the training, which is claimed.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
-        What every summary has: steps, parameters, and of this call seconds,
-        seconds_per_update and samples_per_second (of stage 2: replies).
+        What every summary has: steps, parameters, fingerprint, and of this call
+        seconds, seconds_per_update and samples_per_second (of stage 2: replies).
     """
-    whole = whole_batch(config[stage], trainer.args.world_size)
-    used = {"model": config["model"], "sft": config["sft"], stage: whole}
-    fingerprint = io.config_hash([used, made_from])
+    section, fingerprint = training.config[training.stage], training.fingerprint
     checkpoint = find_checkpoint(out / "checkpoints", fingerprint)
     first = 0 if checkpoint is None else get_step(checkpoint)
-    progress = [] if config[stage].get("disable_tqdm") else [Progress()]
-    recorder = Recorder(out / "metrics.jsonl", fingerprint)
+    progress = [] if section.get("disable_tqdm") else [Progress()]
+    limit = None
+    if not trainer.args.save_only_model:  # Recorder deletes old ones when it is safe
+        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    recorder = Recorder(out / "metrics.jsonl", fingerprint, limit)
     trainer.remove_callback(PrinterCallback)
     for callback in (*callbacks, *progress, recorder):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
-        io.write_text(out / "config.yaml", dump(config))
+        io.write_text(out / "config.yaml", dump(training.config))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             if (out / name).is_file():
                 _drop_rows_after(out / name, first)
@@ -145,6 +241,7 @@ def run_training(
         "seconds_per_update": round(seconds / updates, 3),
         "samples_per_second": round(samples / seconds, 3),
         "parameters": models.count_parameters(trainer.model),
+        "fingerprint": fingerprint,
     }
 
 
@@ -160,14 +257,16 @@ class Progress(ProgressCallback):
 
 @dataclasses.dataclass(eq=False)
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl and marks whole checkpoints.
+    """Writes metrics.jsonl, marks whole checkpoints and deletes old ones.
 
     A row of metrics.jsonl is one update: `step` from 1, `seconds` since the start, and
-    what the Trainer logs.
+    what the Trainer logs. `limit` is the number of checkpoints to keep. The Trainer
+    would delete the last whole one before the new one is marked as whole.
     """
 
     metrics: Path
     fingerprint: str
+    limit: int | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **event: Any) -> None:
@@ -194,6 +293,8 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             io.write_json(folder / COMPLETE, {"fingerprint": self.fingerprint})
+            if self.limit:
+                delete_old_checkpoints(folder.parent, self.limit)
 
 
 def find_checkpoint(folder: Path, fingerprint: str) -> Path | None:
@@ -209,6 +310,16 @@ def find_checkpoint(folder: Path, fingerprint: str) -> Path | None:
         if same and state["global_step"] < state["max_steps"]:
             return checkpoint
     return None
+
+
+def delete_old_checkpoints(folder: Path, limit: int) -> None:
+    """Keep the last whole checkpoints, `limit` of them; delete others and half ones."""
+    whole = [mark.parent for mark in folder.glob(f"*/{COMPLETE}")]
+    kept = sorted(whole, key=get_step)[-limit:]
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint not in kept:
+            (checkpoint / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def get_step(checkpoint: Path) -> int:

@@ -24,7 +24,6 @@ import gc
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +140,31 @@ def build_trainer(
         )
 
 
+def describe(
+    config: dict[str, Any],
+    train: Sequence[GroundingSample],
+    *,
+    sft_adapter: str | Path,
+    processes: int | None = None,
+    **overrides: Any,
+) -> checkpoints.Training:
+    """Return what `train` trains; `processes` is how many will, if not this many."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config = {**config, "grpo": {**config["grpo"], **given}}
+    weights = Path(sft_adapter) / "adapter_model.safetensors"
+    start = str(Path(sft_adapter).resolve())
+    if weights.is_file():
+        start = io.sha256_of(weights)
+    return checkpoints.describe("grpo", config, train, start, processes)
+
+
 def train(
     config: dict[str, Any],
     out: str | Path,
     train: Sequence[GroundingSample],
     *,
     sft_adapter: str | Path,
+    fresh: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -160,24 +178,34 @@ def train(
         train: the training samples.
         sft_adapter: the adapter of stage 1, or the folder of a fully trained model. The
             new adapter replaces it: it is loaded the same way, on the same base.
+        fresh: begin again; a training that is in the folder is kept in replaced/.
         callbacks: further callbacks of the trainer.
         **overrides: options of the grpo section, such as weight; None changes nothing.
 
     Raises:
-        ValueError: for an impossible layout or option, and for a policy that never
-            earns a reward.
+        ValueError: for an impossible layout or option, a folder that holds another
+            training or that another process works in, and for a policy that never earns
+            a reward.
         FloatingPointError: for a loss or KL out of bounds.
     """
     out, sft_adapter = Path(out), Path(sft_adapter)
-    given = {key: value for key, value in overrides.items() if value is not None}
-    config = {**config, "grpo": {**config["grpo"], **given}}
-    weights = sft_adapter / "adapter_model.safetensors"
-    start = io.sha256_of(weights) if weights.is_file() else str(sft_adapter)
-    trainer = build_trainer(config, out, train, sft_adapter, out / "rollouts.jsonl")
-    made_from = [[asdict(sample) for sample in train], start]
-    summary = checkpoints.run_training(
-        trainer, config, "grpo", out, made_from, callbacks
+    training = describe(config, train, sft_adapter=sft_adapter, **overrides)
+    with training.claim(out, fresh) as finished:
+        return finished or _train(training, out, train, sft_adapter, callbacks)
+
+
+def _train(
+    training: checkpoints.Training,
+    out: Path,
+    samples: Sequence[GroundingSample],
+    sft_adapter: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """Train in a folder that is claimed; see `train`."""
+    trainer = build_trainer(
+        training.config, out, samples, sft_adapter, out / "rollouts.jsonl"
     )
+    summary = checkpoints.run_training(trainer, training, out, callbacks)
     rows = [row for row in trainer.state.log_history if "reward" in row]
     tenth = max(1, len(rows) // 10)  # of the generations
     for key, name in (("reward", "reward"), ("groups/mean_iou", "mean_iou")):
@@ -206,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--sft-adapter", type=Path, required=True, help="adapter of stage 1")
     add("--out", type=output_folder, help="default: runs/SCALE/grpo_WEIGHT")
     add("--data", type=Path, help="default: data.stage2_file, else runs/SCALE/data")
+    add("--fresh", action="store_true", help="begin again; keep the old in replaced/")
     options = parser.parse_args(arguments)
     config = load_scale(options.scale, options.set)
     weight = config["grpo"].get("weight", "exp")
@@ -214,8 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out or resolve_run_dir("", options.scale) / f"grpo_{weight}",
         checkpoints.read_training_set(options, config, "stage2"),
         sft_adapter=options.sft_adapter,
+        fresh=options.fresh,
     )
-    print({key: value for key, value in summary.items() if key != "parameters"})
+    hidden = ("parameters", "fingerprint")
+    print({key: value for key, value in summary.items() if key not in hidden})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import gc
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,6 +158,20 @@ def build_trainer(
         )
 
 
+def describe(
+    config: dict[str, Any],
+    samples: Sequence[GroundingSample],
+    *,
+    adapter: Literal["lora", "qlora", "none"] | None = None,
+    chains: bool = True,
+    processes: int | None = None,
+) -> checkpoints.Training:
+    """Return what `train` trains; `processes` is how many will, if not this many."""
+    adapter = adapter or config["sft"].get("adapter", "lora")
+    config = {**config, "sft": {**config["sft"], "adapter": adapter}}
+    return checkpoints.describe("sft", config, samples, chains, processes)
+
+
 def train(
     config: dict[str, Any],
     out: str | Path,
@@ -166,6 +179,7 @@ def train(
     *,
     adapter: Literal["lora", "qlora", "none"] | None = None,
     chains: bool = True,
+    fresh: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tune; write out/{config.yaml, metrics.jsonl, adapter/, summary.json}.
@@ -176,31 +190,42 @@ def train(
         samples: the training set.
         adapter: overrides sft.adapter.
         chains: False trains the control without reasoning (see `collator.tokenize`).
+        fresh: begin again; a training that is in the folder is kept in replaced/.
         callbacks: for the trainer, called before metrics are written.
 
     Returns:
         The summary: steps, seconds, losses, padding_share (of all tokens, 0 to 1),
-        samples_per_second, parameters, ...
+        samples_per_second, parameters, ... That of a finished training is read.
 
     Raises:
-        ValueError: for a missing image or a sample over sft.max_length.
+        ValueError: for a missing image, a sample over sft.max_length, or a folder that
+            holds another training or that another process works in.
         FloatingPointError: for a loss or gradient that is not finite.
     """
-    out, adapter = Path(out), adapter or config["sft"].get("adapter", "lora")
-    config = {**config, "sft": {**config["sft"], "adapter": adapter}}
+    out = Path(out)
+    training = describe(config, samples, adapter=adapter, chains=chains)
+    with training.claim(out, fresh) as finished:
+        return finished or _train(training, out, samples, chains, callbacks)
+
+
+def _train(
+    training: checkpoints.Training,
+    out: Path,
+    samples: Sequence[GroundingSample],
+    chains: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """Train in a folder that is claimed; see `train`."""
     with models.ignore_rename_warnings():
-        trainer = build_trainer(config, out, samples, chains)
-    made_from = [[io.config_hash(asdict(sample)) for sample in samples], chains]
-    summary = checkpoints.run_training(
-        trainer, config, "sft", out, made_from, callbacks
-    )
+        trainer = build_trainer(training.config, out, samples, chains)
+    summary = checkpoints.run_training(trainer, training, out, callbacks)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
     summary |= {
         "loss_first": losses[0] if losses else None,
         "loss_last": sum(tail) / len(tail) if losses else None,  # of the last tenth
         "padding_share": round(trainer.padding / trainer.tokens, 4),
-        "adapter": adapter,
+        "adapter": training.config["sft"]["adapter"],
         "chains": chains,
         "samples": len(samples),
     }
@@ -223,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=output_folder, help="default: runs/SCALE/sft_ADAPTER")
     add("--data", type=Path, help="default: data.stage1_file, else runs/SCALE/data")
     add("--no-chains", action="store_true", help="the control without reasoning")
+    add("--fresh", action="store_true", help="begin again; keep the old in replaced/")
     options = parser.parse_args(arguments)
     config = load_scale(options.scale, options.set)
     adapter = config["sft"].get("adapter", "lora")
@@ -231,8 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out or resolve_run_dir("", options.scale) / f"sft_{adapter}",
         checkpoints.read_training_set(options, config, "stage1"),
         chains=not options.no_chains,
+        fresh=options.fresh,
     )
-    print({key: value for key, value in summary.items() if key != "parameters"})
+    hidden = ("parameters", "fingerprint")
+    print({key: value for key, value in summary.items() if key not in hidden})
 
 
 if __name__ == "__main__":
