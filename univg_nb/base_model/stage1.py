@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from univg_nb import config, io
 from univg_nb.cot.checks import extract_thinking
-from univg_nb.cot.stand_in import MIXTURE, StandInTeacher
+from univg_nb.cot.stand_in import HABITS, StandInTeacher
 from univg_nb.cot.teacher import Teacher, write_chain
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
@@ -38,7 +38,7 @@ ARMS = {
     "mixture": StandInTeacher(
         SEED,
         error_rate=0.1,
-        styles=MIXTURE,
+        **HABITS,
         selector="form",
     ),
     "thorough": StandInTeacher(SEED, error_rate=0.0),

@@ -130,8 +130,17 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The shares in which the course's teacher writes: it reasons where it takes the time.
-MIXTURE = {"thorough": 0.40, "terse": 0.45, "glance": 0.08, "conclusion first": 0.07}
+# The habits of the course's teacher: it goes through three images or more one by one,
+# and tends to be content with a glance where there are only two.
+HABITS = {
+    "styles": {"thorough": 0.8, "terse": 0.1, "glance": 0.05, "conclusion first": 0.05},
+    "pair_styles": {
+        "thorough": 0.38,
+        "terse": 0.07,
+        "glance": 0.5,
+        "conclusion first": 0.05,
+    },
+}
 Selector = Literal["first", "form", "good"]
 
 
@@ -152,6 +161,7 @@ class StandInTeacher:
             what is written.
         error_rate: share of candidates with an error; all kinds are equally likely.
         styles: share of the candidates by style; what is left out is not written.
+        pair_styles: the same for questions on two images; None means `styles`.
         selector: "first" takes the first of the replies, which is no selection, "form"
             any of them, and "good" a sound one in the most useful style.
         selector_accuracy: how often the good selector sees which replies these are;
@@ -161,16 +171,18 @@ class StandInTeacher:
     seed: int = 0
     error_rate: float = 0.5
     styles: Mapping[str, float] = field(default_factory=lambda: {"thorough": 1.0})
+    pair_styles: Mapping[str, float] | None = None
     selector: Selector = "good"
     selector_accuracy: float = 0.8
 
     def __post_init__(self) -> None:
-        unknown = set(self.styles) - set(STYLES)
-        if unknown or sum(self.styles.values()) <= 0 or min(self.styles.values()) < 0:
-            raise ValueError(
-                f"styles {dict(self.styles)}: give shares of zero or more, one of them "
-                f"above zero, to any of {', '.join(STYLES)}"
-            )
+        for shares in (self.styles, self.pair_styles or self.styles):
+            least, total = min(shares.values()), sum(shares.values())
+            if set(shares) - set(STYLES) or total <= 0 or least < 0:
+                raise ValueError(
+                    f"styles {dict(shares)}: give shares of zero or more, one of them "
+                    f"above zero, to any of {', '.join(STYLES)}"
+                )
         if self.selector not in get_args(Selector):
             raise ValueError(
                 f"selector {self.selector!r} is unknown; use one of "
@@ -180,10 +192,11 @@ class StandInTeacher:
     def write(self, sample: GroundingSample, number: int) -> Candidate:
         """Return candidate `number` for a sample."""
         rng = random.Random(f"{self.seed}/{sample.id}/{number}")
+        shares = self._get_shares(sample)
         (style,) = (
-            self.styles
-            if len(self.styles) == 1
-            else rng.choices(list(self.styles), list(self.styles.values()))
+            shares
+            if len(shares) == 1
+            else rng.choices(list(shares), list(shares.values()))
         )
         if style != "thorough":
             draft = _make_draft(sample, self.seed)
@@ -196,6 +209,11 @@ class StandInTeacher:
         if style != "thorough":
             return Candidate(reply_text(sample), "", style)
         return Candidate(_write_reply(sample, rng.choice(WORDINGS)(sample)), "", style)
+
+    def _get_shares(self, sample: GroundingSample) -> Mapping[str, float]:
+        if self.pair_styles is not None and len(sample.images) == 2:
+            return self.pair_styles
+        return self.styles
 
     def select(self, sample: GroundingSample, replies: Sequence[str]) -> int:
         """Return the number, from 1, of the reply that the selector takes."""
@@ -214,7 +232,8 @@ class StandInTeacher:
     def _list_sound(self, sample: GroundingSample) -> list[set[str]]:
         """Return the sound replies to a sample, by style, the most useful first."""
         thorough = {_write_reply(sample, wording(sample)) for wording in WORDINGS}
-        others = [style for style in list(STYLES)[1:] if style in self.styles]
+        shares = self._get_shares(sample)
+        others = [style for style in list(STYLES)[1:] if style in shares]
         if not others:
             return [thorough]
         draft = _make_draft(sample, self.seed)

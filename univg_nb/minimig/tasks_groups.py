@@ -181,8 +181,12 @@ def draw_group_grounding(sampler: Sampler) -> Draft:
         scenes.append(sampler.sample_scene([*present, *others]))
     thing = scenes[k - 1].find(target)
     nouns = {"name": thing.name, "kind": thing.kind, "color": f"{thing.color} thing"}
-    steps = f"We look for the {nouns[form]}. {phrases.describe_scenes(scenes[:k])}"
+    noun = nouns[form]
+    steps = f"We look for the {noun}."
+    for number, scene in enumerate(scenes[: k - 1], 1):
+        steps += f" {phrases.describe_scene(scene, number)[:-1]}, no {noun}."
+    steps += f" {phrases.describe_scene(scenes[k - 1], k)}"
     if form != "name":
-        steps += f" Image {k} has {phrases.add_article(nouns[form])}."
+        steps += f" It has {phrases.add_article(noun)}."
     question = sampler.choose_question("group_grounding", phrase=f"the {nouns[form]}")
     return Draft(scenes, question, steps, thing, k)
