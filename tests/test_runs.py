@@ -299,6 +299,12 @@ def test_full_equals_the_paper():
         ("dtype=float32", "write SECTION.KEY=VALUE"),
         ("model.lora.r=3", "unknown key model.lora"),
         ("sft.save_strategy=sometimes", "expected one of 'no', 'steps', 'epoch'"),
+        ("sft.gradient_accumulation_steps=0", "_steps = 0; expected 1 or more"),
+        ("sft.save_steps=0", "save_steps = 0; expected more than 0"),
+        ("grpo.temperature=0.0", "temperature = 0.0; expected more than 0"),
+        ("grpo.num_generations=1", "num_generations = 1; expected 2 or more"),
+        ("grpo.beta=-0.04", "beta = -0.04; expected 0 or more"),
+        ("data.stage2=-5", "stage2 = -5; expected 0 or more"),
     ],
 )
 def test_override_refuses_with_a_way_out(assignment, message):

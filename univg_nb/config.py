@@ -77,6 +77,17 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "port": int,  # of the rendezvous; 0 takes a free one (one node only)
     },
 }
+# The least values of options that the libraries check late, or not at all.
+_LEAST: dict[str, int] = {
+    **dict.fromkeys((*COUNTS, "learning_rate", "weight_decay", "beta"), 0),
+    **dict.fromkeys(("epsilon", "constant", "max_grad_norm"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("steps_per_generation", "num_iterations"), 1),
+    **dict.fromkeys(("max_completion_length", "max_zero_updates", "max_new_tokens"), 1),
+    **dict.fromkeys(("batch_size", "processes", "nodes", "written_for"), 1),
+    "num_generations": 2,
+}
+_ABOVE_ZERO = ("temperature", "save_steps")
 # Options that transformers renamed in 5.23: a scale has the new name with any version.
 FORMER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -269,6 +280,14 @@ def _check_section(section: str, values: Any, where: str) -> None:
                 f"{where}: {section}.{key} = {value!r} has the wrong type or value; "
                 f"expected {describe(allowed[key])}"
             )
+        if isinstance(value, int | float):
+            if value < _LEAST.get(key, value):
+                problem = f"expected {_LEAST[key]} or more"
+            elif key in _ABOVE_ZERO and value <= 0:
+                problem = "expected more than 0"
+            else:
+                continue
+            raise ValueError(f"{where}: {section}.{key} = {value}; {problem}")
     if section == "sft" and "lora" in values:
         _check_section("sft.lora", values["lora"], where)
 
