@@ -2,7 +2,7 @@
 
 A model is a plain `Qwen2VLForConditionalGeneration`: `model.visual` (vision tower and
 merger, frozen in both stages of the paper), `model.language_model` and `lm_head`. The
-name "tiny" stands for the model that ships with this package.
+names "tiny" and "tiny-stage1" stand for the models that ship with this package.
 """
 
 import hashlib
@@ -36,6 +36,8 @@ from univg_nb import io
 from univg_nb.loading import check_fit, explain_loading, refuse_names
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
+STAGE1 = ASSETS.with_name("tiny-stage1")  # the same model after stage 1
+SHIPPED = {"tiny": ASSETS, "tiny-stage1": STAGE1}
 
 # Every linear layer of the language model, and none of the vision tower, whose layers
 # have other names but would be matched by the short form "all-linear".
@@ -60,8 +62,8 @@ BASE_FILE = "base.json"  # in an adapter's folder: `sample_base` of what it trai
 
 
 def resolve_model_path(name_or_path: str) -> str:
-    """Return the folder of the shipped model for "tiny", any other name unchanged."""
-    return str(ASSETS) if name_or_path == "tiny" else name_or_path
+    """Return the folder of a shipped model for its name, any other name unchanged."""
+    return str(SHIPPED.get(name_or_path, name_or_path))
 
 
 def get_device() -> torch.device:

@@ -8,7 +8,7 @@ import pytest
 
 from univg_nb import io
 from univg_nb.cot.checks import check_chain, extract_thinking
-from univg_nb.cot.stand_in import STYLES, StandIn, StandInTeacher
+from univg_nb.cot.stand_in import STYLES, StandIn, StandInTeacher, name_style
 from univg_nb.cot.teacher import (
     Teacher,
     insert_chains,
@@ -94,6 +94,7 @@ def test_the_teacher_writes_the_same_without_http(rows, tmp_path):
 def test_a_sound_chain_of_every_style_passes_the_checks(rows, style):
     writer = StandInTeacher(error_rate=0, styles={style: 1})
     texts = [writer.write(sample, 0).text for sample in rows]
+    assert {name_style(extract_thinking(text)) for text in texts} == {style}
     passed = [not check_chain(*pair) for pair in zip(rows, texts, strict=True)]
     # One wording of a thorough chain looks back at another image at its end.
     assert all(passed) or style == "thorough"

@@ -144,6 +144,17 @@ HABITS = {
 Selector = Literal["first", "form", "good"]
 
 
+def name_style(chain: str) -> str:
+    """Return the style that a chain is written in, by how it begins."""
+    beginnings = {
+        "I see it": "glance",
+        "The target is": "terse",
+        "It is": "conclusion first",
+    }
+    found = (style for text, style in beginnings.items() if chain.startswith(text))
+    return next(found, "thorough")
+
+
 class Candidate(NamedTuple):
     """A reply, its error ("" if it is sound) and its style, a key of `STYLES`."""
 

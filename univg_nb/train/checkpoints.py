@@ -32,11 +32,12 @@ from univg_nb import io, models
 from univg_nb.config import FORMER_NAMES, OWN_SECTIONS, dump, whole_batch
 from univg_nb.data import files
 from univg_nb.data.sample import GroundingSample
-from univg_nb.runs import resolve_run_dir
+from univg_nb.runs import Run, resolve_run_dir
 
 Stage = Literal["sft", "grpo"]  # the section of a scale
 COMPLETE = "complete.json"  # written last into a checkpoint
 DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
+SHIPPED = "shipped"  # the stage of the stage-1 model that ships (docs/model_card.md)
 
 
 def read_training_set(
@@ -55,6 +56,26 @@ def read_training_set(
     path = Path(options.data or section.get(f"{stage}_file") or made)
     root = section.get("image_root") or path.parent
     return files.read(path, image_root=root, training=True)[: section.get(stage)]
+
+
+def find_start(run: Run, name: str = SHIPPED) -> str:
+    """Return the stage that stage 2 starts from; a shipped model becomes a stage.
+
+    `name` is "shipped", or a finished stage-1 training of the run. Where the scale's
+    base is not the tiny model, whose stage 1 ships, "shipped" means sft_lora.
+    """
+    if name != SHIPPED:
+        return name
+    if run.config["model"]["name_or_path"] != "tiny":
+        return "sft_lora"
+    folder = models.STAGE1
+    weights = io.sha256_of(folder / "model.safetensors")
+    stage = run.stage(SHIPPED, {"weights": weights})
+    if not stage.done:
+        shutil.copytree(folder, stage.dir / "adapter", dirs_exist_ok=True)
+        shutil.copy(folder / "config.yaml", stage.dir)
+        stage.finish(**io.read_json(folder / "evaluation.json"))
+    return SHIPPED
 
 
 def make_trainer_options(

@@ -1,0 +1,48 @@
+"""The recipe of the shipped stage 1: chains of the teacher, kept data, one training."""
+
+import pytest
+
+from univg_nb import io
+from univg_nb.base_model import stage1
+from univg_nb.cot.checks import check_chain
+from univg_nb.cot.stand_in import name_style
+from univg_nb.data import files
+from univg_nb.data.prompts import reply_text
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("stage1")
+
+
+def test_chains_are_the_teachers_and_pass_the_checks(out):
+    images = out / "data"
+    path = stage1.build_data(out / "mixture", images, "mixture", 60, 6)
+    rows = files.read(path, image_root=images)
+    made = io.read_json(out / "mixture" / "mixture.json")
+    with_chain = [row for row in rows if row.cot]
+    assert len(rows) - len(with_chain) == 6
+    assert len(with_chain) + made["refused"] == 60
+    assert sum(row["chains"] for row in made["chains"]) == len(with_chain)
+    assert not any(check_chain(row, reply_text(row)) for row in with_chain)
+    glances = [len(r.images) for r in with_chain if name_style(r.chain) == "glance"]
+    assert glances.count(2) > len(glances) / 2
+    text = path.read_bytes()
+    again = stage1.build_data(out / "mixture", images, "mixture", 1, 0)
+    assert again.read_bytes() == text  # kept
+
+
+def test_the_reference_arm_always_reasons(out):
+    images = out / "data"
+    path = stage1.build_data(out / "thorough", images, "thorough", 20, 0)
+    rows = files.read(path, image_root=images)
+    assert {name_style(row.chain) for row in rows} == {"thorough"}
+
+
+def test_the_training_resumes_and_its_model_loads(out, monkeypatch):
+    short = ("sft.per_device_train_batch_size=8", "sft.disable_tqdm=true")
+    monkeypatch.setattr(stage1, "SETTINGS", short)
+    monkeypatch.chdir(out)
+    stage1.main(["--out", str(out), "--arm", "thorough"])
+    assert io.read_json(out / "thorough" / "summary.json")["adapter"] == "none"
+    assert (out / "thorough" / "adapter" / "model.safetensors").is_file()
