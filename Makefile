@@ -35,10 +35,11 @@ LAUNCH := --set launch.processes=$(GPUS) --set launch.nodes=$(NODES) \
     $(if $(VLLM),--set grpo.use_vllm=true --set grpo.vllm_mode=$(VLLM))
 DATA ?= data
 
-.PHONY: help install run test lab figures figures-check small full plan data base bench record clean
+.PHONY: help install run test lab figures figures-check small full plan data base stage1
+.PHONY: bench record clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | \
 	    awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "small, full, plan: GPUS=8  NODES=1  ADAPTER=lora|qlora|none  VLLM=colocate|server"
 	@echo "variables: SCALE=tiny  RUN_DIR=runs/SCALE  NB='03 05'  FRESH=1  PYTHON=python3.12"
@@ -95,6 +96,11 @@ data: $(STAMP) ## download the released data and weights (SCALE=small or full) t
 base: $(STAMP) ## train the shipped tiny model again, from nothing
 	$(BIN)/python -m univg_nb.base_model.training --out runs/base
 	$(BIN)/python -m univg_nb.base_model.evaluate runs/base/model
+
+stage1: $(STAMP) ## train the shipped model of stage 1 again, from the shipped base
+	$(BIN)/python -m univg_nb.base_model.stage1 --out runs/stage1
+	$(BIN)/python -m univg_nb.base_model.evaluate runs/stage1/mixture/adapter \
+	    --style univg --groups 30
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests

@@ -5,10 +5,10 @@
 `python -m univg_nb figures --check` compares them again with the run.
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
-by the run's result table, ``minutes`` by the time of each notebook, ``base`` by the
-evaluation of the shipped model, ``bench`` by what `make bench` measured of an update,
-``reference`` by what `python -m univg_nb study` found over seeds and in a longer
-training. No number in them is typed.
+by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
+verdicts on the paper's claims, ``models`` by the evaluations of the shipped models
+(also in docs/model_card.md), ``bench`` by what `make bench` measured of an update. No
+number in them is typed.
 """
 
 import re
@@ -20,15 +20,17 @@ import torch
 from PIL import Image
 
 from univg_nb.fast.packed_rows import block_mask
-from univg_nb.figures import drawing
+from univg_nb.figures import drawing, exhibits
 from univg_nb.figures.tables import format_markdown
 from univg_nb.io import read_json, write_text
 from univg_nb.launch.notebooks import read_notebook
 from univg_nb.minimig import items
-from univg_nb.models import ASSETS
+from univg_nb.models import ASSETS, STAGE1
+from univg_nb.runs import format_speed
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CARD = ROOT / "docs" / "model_card.md"
 PICTURES = ROOT / "notebooks" / "images"
 RECORDS = ROOT / "notebooks" / "reference_runs"
 SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
@@ -44,7 +46,8 @@ def fill(text, name, content):
 
 def format_minutes(run_dir):
     """Return a table of the notebooks: title, and minutes from the manifest."""
-    ran = read_json(run_dir / "manifest.json")["notebooks"]
+    manifest = read_json(run_dir / "manifest.json")
+    ran = manifest["notebooks"]
     rows = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         title = read_notebook(path).cells[0].source.splitlines()[0].lstrip("# ")
@@ -52,18 +55,37 @@ def format_minutes(run_dir):
         rows[f"[{path.stem}](notebooks/{path.name})"] = title, minutes
     frame = pd.DataFrame(rows, index=["what it does", "minutes"]).T.infer_objects()
     frame.loc["all"] = "", frame["minutes"].sum()
-    return format_markdown(frame.rename_axis("notebook"))
+    table = format_markdown(frame.rename_axis("notebook"))
+    return f"{table}\n\n{format_speed(manifest['speed'])}"
 
 
-def format_base():
-    """Return what the shipped base model can do, from its committed evaluation."""
+def format_models():
+    """Return what the shipped models can do, from their committed evaluations."""
+    made = {
+        "base": read_json(ASSETS / "evaluation.json"),
+        "stage 1": read_json(STAGE1 / "evaluation.json"),
+        "always reasoning": read_json(STAGE1 / "thorough.json"),
+    }
     rows = {}
-    for name, row in read_json(ASSETS / "evaluation.json")["tests"].items():
-        ends = format_interval(row["ci_05"], 100, ".1f")
-        rows[name] = {"items": row["n"], "Acc@0.5": 100 * row["acc_05"]}
-        rows[name] |= {"95 % interval": ends}
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    return format_markdown(frame.rename_axis("test on held-out scenes"))
+    for name, first in made["base"]["tests"].items():
+        rows[name] = {"items": first["n"]}
+        for model, one in made.items():
+            row = one["tests"][name]
+            ends = format_interval(row["ci_05"], 100, ".0f")
+            rows[name][model] = f"{100 * row['acc_05']:.1f} [{ends}]"
+        for task in first.get("tasks", ()):
+            rows[task] = {"items": first["n"] // len(first["tasks"])}
+            for model, one in made.items():
+                rows[task][model] = f"{100 * one['tests'][name]['tasks'][task]:.0f}"
+    for key in ("expected_iou", "easy", "medium", "hard"):
+        groups = {m: one["groups"] for m, one in made.items() if "groups" in one}
+        label = (
+            "groups of eight: mean IoU" if key == "expected_iou" else f"{key} groups"
+        )
+        rows[label] = {"items": next(iter(groups.values()))["n"]}
+        rows[label] |= {m: f"{found[key]:.2f}" for m, found in groups.items()}
+    frame = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
+    return format_markdown(frame.rename_axis("held-out scenes, Acc@0.5 in %"))
 
 
 def format_interval(ends, factor, form):
@@ -71,20 +93,10 @@ def format_interval(ends, factor, form):
     return " to ".join(f"{factor * end:{form}}" for end in ends or ()) or "one seed"
 
 
-def format_reference():
-    """Return differences between GRPO trainings, from the committed reference runs."""
-    columns = ["run", "difference", "sampled: expected IoU", "over items", "over seeds"]
-    columns += ["greedy: points", "over items"]
-    rows = []
-    for path in sorted(RECORDS.glob("*_tiny.json"), reverse=True):
-        for pair, found in read_json(path)["comparisons"].items():
-            iou, hit = found["expected_iou"], found["hit"]
-            cells = [path.stem, pair, f"{iou['mean_diff']:+.3f}"]
-            cells += [format_interval(iou["items_95"], 1, "+.3f")]
-            cells += [format_interval(iou["seeds_95"], 1, "+.3f")]
-            cells += [f"{100 * hit['mean_diff']:+.1f}"]
-            rows.append([*cells, format_interval(hit["items_95"], 100, "+.1f")])
-    return format_markdown(pd.DataFrame(rows, columns=columns).set_index("run"))
+def format_findings(run_dir):
+    """Return the verdict on each claim, by one run."""
+    frame = exhibits.build_findings(exhibits.Runs([run_dir]))
+    return format_markdown(frame.drop(columns="why"), digits=1)
 
 
 def format_bench():
@@ -149,8 +161,8 @@ def build_parts(run_dir):
         "results": results.read_text(encoding="utf-8"),
         "minutes": format_minutes(run_dir),
         "bench": format_bench(),
-        "reference": format_reference(),
-        "base": format_base(),
+        "findings": format_findings(run_dir),
+        "models": format_models(),
     }
 
 
@@ -160,6 +172,8 @@ def main(run_dir):
     for name, content in build_parts(run_dir).items():
         text = fill(text, name, content)
     write_text(README, text)
+    card = CARD.read_text(encoding="utf-8")
+    write_text(CARD, fill(card, "models", format_models()))
     draw_mask().save(PICTURES / "shared_prefix.png", optimize=True)
     draw_items().save(PICTURES / "minimig.png", optimize=True)
 

@@ -17,11 +17,16 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("part", ["base", "bench", "reference"])
+@pytest.mark.parametrize("part", ["models", "bench"])
 def test_a_table_is_not_older_than_its_file(script, part):
     text = script.README.read_text(encoding="utf-8")
     table = getattr(script, f"format_{part}")()
     assert script.fill(text, part, table) == text, "python docs/fill_readme.py RUN_DIR"
+
+
+def test_the_model_card_has_the_evaluations(script):
+    card = script.CARD.read_text(encoding="utf-8")
+    assert script.fill(card, "models", script.format_models()) == card
 
 
 def test_a_part_that_is_not_there_is_an_error(script):
@@ -31,11 +36,13 @@ def test_a_part_that_is_not_there_is_an_error(script):
 
 def test_minutes_of_the_notebooks(script, tmp_path):
     ran = {"00_start_here": {"seconds": 30}, "03_cot_sft_lora": {"seconds": 90}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"notebooks": ran}))
+    manifest = {"notebooks": ran, "speed": {"gflops": 43.2, "million_steps": 80.0}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     lines = script.format_minutes(tmp_path).splitlines()
     assert lines[2].startswith("| [00_start_here](notebooks/00_start_here.ipynb) | ")
     assert lines[2].endswith(" | 0.5 |") and lines[3].endswith(" | – |")
-    assert lines[-1] == "| all |  | 2.0 |"
+    assert lines[-3] == "| all |  | 2.0 |"
+    assert lines[-1].startswith("Machine: 43 GFLOP/s") and "80 million" in lines[-1]
 
 
 def test_what_an_interval_looks_like(script):

@@ -162,6 +162,14 @@ def test_a_stage_that_somebody_works_on_is_not_opened(tmp_path):
     assert not (tmp_path / "replaced").exists()
 
 
+def test_a_stage_that_was_begun_again_is_not_finished_by_its_first_opener(tmp_path):
+    first, second = (open_stage(tmp_path, "sft", {"lr": rate}) for rate in (1, 2))
+    with pytest.raises(ValueError, match="sft was begun again by another process"):
+        first.finish(loss=1)
+    second.finish(loss=2)
+    assert open_stage(tmp_path, "sft", {"lr": 2}).results == {"loss": 2}
+
+
 def test_a_stage_knows_what_it_was_made_from(tmp_path):
     with pytest.raises(ValueError, match="needs 'data', which is not finished"):
         open_stage(tmp_path, "sft", {}, needs=["data"])
@@ -362,3 +370,9 @@ def test_bad_scale_files_name_file_and_key(tmp_path):
 def test_numbers_without_a_point_are_numbers():
     assert config.parse_value("1e-3") == 1e-3
     assert config.parse_value("[1, true, x]") == [1, True, "x"]
+
+
+def test_the_speed_of_the_machine_is_measured_and_said():
+    speed = runs.measure_speed(seconds=0.05)
+    assert 0.1 < speed["gflops"] < 1e5 and 1 < speed["million_steps"] < 1e4
+    assert f"{speed['gflops']:.0f} GFLOP/s" in runs.format_speed(speed)
