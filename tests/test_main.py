@@ -1,14 +1,20 @@
 """The command line: its commands, how they end, and what an import loads."""
 
 import errno
+import importlib
+import os
 import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from univg_nb.__main__ import COMMANDS, COURSE, main
+from univg_nb import errors, io
+from univg_nb.__main__ import COMMANDS, main
+from univg_nb.errors import COURSE
 
 
 def run(code, *, wait=True):
@@ -60,17 +66,20 @@ def test_the_overview_names_every_command(capsys):
         (["score", "--records", "no.json", "--predictions", "p"], "no.json"),
         (["run", "99"], "no notebook '99'"),
         (["figures", "nowhere"], "nowhere"),
+        (["score"], "required: --records"),
+        (["score", "--records", "a", "--predictions", "b", "--out", "."], "a folder"),
+        (["ask", "a.png", "q", "--model", "tiny", "--out", "a.txt"], "name it .png"),
+        (["audit", "file", "--out", "file/x/report.json"], "file is a file; name an"),
+        (["merge", "--model", "tiny", "--scale", "tiny", "--adapter", "a"], "--out"),
     ],
 )
 def test_a_mistake_is_one_line_and_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(arguments)
-    except SystemExit as ended:  # argparse
-        code = ended.code
-    err = capsys.readouterr().err
+    (tmp_path / "file").touch()
+    code, err = main(arguments), capsys.readouterr().err
     assert code == 2, err
-    assert "error: " in err and message in err and "Traceback" not in err
+    assert err.startswith("error: ") and message in err
+    assert len(err.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- how commands end
@@ -78,12 +87,15 @@ def test_a_mistake_is_one_line_and_2(arguments, message, capsys, tmp_path, monke
 
 @pytest.fixture
 def command(monkeypatch):
-    """Makes a command `x` that raises what it is given."""
+    """Makes a command `x` that raises what it is given, as if it were this package."""
 
     def make(error):
         def fail(_):
             raise error
 
+        fail = types.FunctionType(
+            fail.__code__, {"__package__": "univg_nb"}, closure=fail.__closure__
+        )
         monkeypatch.setitem(COMMANDS, "x", ("x", "fails"))
         module = types.SimpleNamespace(main=fail)
         monkeypatch.setitem(sys.modules, "univg_nb.x", module)
@@ -105,6 +117,9 @@ def disk_full_behind():
     ("error", "code", "message"),
     [
         (ValueError("bad box"), 2, "error: bad box\n"),
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (RuntimeError("training stopped"), 1, "error: training stopped\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), 2, "error: 'utf-8' codec"),
         (FileNotFoundError(2, "No such file", "a.json"), 2, "'a.json'"),
         (IsADirectoryError(21, "Is a directory", "runs"), 2, "'runs'"),
         (NotADirectoryError(20, "Not a directory", "f/x"), 2, "'f/x'"),
@@ -125,13 +140,35 @@ def test_errors_become_a_line_and_an_exit_code(command, error, code, message, ca
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error", [TypeError("defect"), ModuleNotFoundError("no", name="missing")]
-)
-def test_a_defect_keeps_its_traceback(command, error):
-    command(error)
-    with pytest.raises(type(error)):
+def unpack():
+    _, _ = (1, 2, 3)
+
+
+DEFECTS = [
+    lambda: int("x"),
+    lambda: [].remove(1),
+    unpack,
+    lambda: list(zip([1], [], strict=True)),
+    lambda: np.zeros(2) + np.zeros(3),
+    lambda: {}["x"],
+    lambda: None + 1,
+    lambda: importlib.import_module("univg_nb.missing"),
+]
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_keeps_its_traceback(defect, monkeypatch):
+    module = types.SimpleNamespace(main=lambda _: defect())
+    monkeypatch.setitem(COMMANDS, "x", ("x", "fails"))
+    monkeypatch.setitem(sys.modules, "univg_nb.x", module)
+    with pytest.raises((ValueError, TypeError, LookupError, ImportError)):
         main(["x"])
+
+
+def test_a_library_that_checks_options_is_heard():
+    from trl import GRPOConfig
+
+    assert errors.run(lambda: GRPOConfig("x", num_generations=1, use_cpu=True)) == 2
 
 
 WAITING = """
@@ -169,6 +206,28 @@ def test_a_closed_pipe_is_silent():
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        ended = subprocess.run(
+            [sys.executable, "-m", "univg_nb", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: no space left")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    io.write_text(os.devnull, "text")
+    assert Path(os.devnull).is_char_device()
+    with pytest.raises(IsADirectoryError):
+        io.write_text(tmp_path, "text")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- what an import loads

@@ -1,22 +1,17 @@
 """The command line: ``python -m univg_nb COMMAND``, also installed as ``univg-nb``.
 
 Every command is a function ``main(arguments) -> int | None`` of the module that does
-the work; only that module is imported. All commands end by the same rules:
-
-* 0: done.
-* 1: the work failed (the disk is full, a training diverged) or a check found something.
-* 2: a user's mistake, printed as one line ``error: …``.
-* 130 or 143: ended by Ctrl-C or SIGTERM; 141: the reader of the output went away.
-* A traceback means a defect of this package and nothing else.
+the work; only that module is imported. All commands end as `errors` says.
 """
 
-import errno
 import importlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+
+from univg_nb import errors
 
 COMMANDS = {  # name: (module, what it does)
     "run": ("launch.runner", "execute the notebooks of the course"),
@@ -34,25 +29,6 @@ COMMANDS = {  # name: (module, what it does)
     "download": ("launch.download", "fetch the released data and weights"),
     "study": ("study.reference", "train over several seeds and compare"),
 }
-MISTAKES = (  # what a user got wrong; everything else is a failure or a defect
-    ValueError,
-    FileExistsError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
-FAILURES = (FloatingPointError, MemoryError, OSError)
-# A server or the network failed, or a GPU is full: by name, as these are not imported.
-OUTSIDE = {"httpx", "httpx2", "huggingface_hub", "openai", "OutOfMemoryError"}
-COURSE = (
-    "IPython",
-    "ipywidgets",
-    "jupyter_client",
-    "nbclient",
-    "nbformat",
-    "papermill",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,31 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # bitsandbytes reports that an optional kernel is missing on newer CPUs.
         ops = logging.getLogger("bitsandbytes.backends.cpu.ops")
         ops.addFilter(lambda entry: "gemm_4bit_forward" not in str(entry.msg))
-    try:
-        code = _run(words)
-        sys.stdout.flush()  # here, where a closed pipe can still be handled
-        return code
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except BrokenPipeError:  # the reader, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MISTAKES as error:
-        return _say(f"error: {error}", 2)
-    except ModuleNotFoundError as error:
-        if error.name not in COURSE:
-            raise
-        missing = f'{words[0]} needs {error.name}: pip install "univg-nb[course]"'
-        return _say(f"error: {missing}", 2)
-    except Exception as error:
-        if _is_disk_full(error):
-            where = getattr(error, "filename", None) or "the output"
-            remedy = "free some and call again: finished stages are reused"
-            return _say(f"error: no space left on the disk of {where}; {remedy}", 1)
-        names = {type(error).__module__.partition(".")[0], type(error).__name__}
-        if isinstance(error, FAILURES) or names & OUTSIDE:
-            return _say(f"error: {error or 'out of memory'}", 1)
-        raise
+        if isinstance(sys.stdout, TextIOWrapper):  # a terminal may know ASCII only
+            sys.stdout.reconfigure(errors="backslashreplace")
+    return errors.run(lambda: _run(words))
 
 
 def _run(words: list[str]) -> int:
@@ -104,23 +58,10 @@ def _run(words: list[str]) -> int:
         return 0
     if not words or words[0] not in COMMANDS:
         problem = f"error: there is no command {words[0]!r}\n" if words else ""
-        return _say(problem + usage, 2)
+        print(problem + usage, file=sys.stderr)
+        return 2
     module = importlib.import_module(f"univg_nb.{COMMANDS[words[0]][0]}")
     return module.main(words[1:]) or 0
-
-
-def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
-    return code
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Return whether a full disk is behind an error or what it was raised from."""
-    if error is None:
-        return False
-    code, text = getattr(error, "errno", None), str(error)  # the latter of safetensors
-    full = code == errno.ENOSPC or "No space left on device" in text
-    return full or _is_disk_full(error.__cause__ or error.__context__)
 
 
 if __name__ == "__main__":

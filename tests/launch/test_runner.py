@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from univg_nb import io, runs
 from univg_nb.__main__ import main
-from univg_nb.launch import notebooks
+from univg_nb.launch import notebooks, runner
 from univg_nb.launch import queue as job_queue
 
 HEAD = 'SCALE = "tiny"\nRUN_DIR = ""\nFRESH = False\nRATE = 0.5\nN = 2\nITEMS = [1]'
@@ -68,7 +69,19 @@ def test_a_run_folder_that_somebody_works_on_is_refused(repo, capsys):
         (["-p", "N", "3:3"], "an empty range"),
         (["-p", "N", "1,,2"], "an empty value"),
         (["-p", "N", "1,1"], "listed twice"),
+        (["-p", "N", "1:30.5"], "-p N 1:30.5: expected int"),
+        (["-p", "RATE", "1:30"], "-p RATE 1:30: expected float"),
+        (["-p", "RATE", "-1e-3", "-p", "RATE", "2"], "RATE is given twice"),
+        (["-p", "FRESH", "1"], "expected bool (true or false)"),
         (["07"], "no notebook '07'"),
+        (["07"], "notebooks/07*.ipynb; that folder has 00_a"),
+        (["/nowhere/07.ipynb"], "looked for /nowhere/07*.ipynb; that folder has none"),
+        (["pyproject.toml"], "pyproject.toml is no notebook; name an .ipynb file"),
+        (["**"], "no notebook '**'"),
+        ([""], "no notebook ''"),
+        (["--run-dir", "pyproject.toml/x"], "pyproject.toml is a file; name another"),
+        (["--run-dir", "pyproject.toml"], "pyproject.toml is a file; name another"),
+        (["--record", "nowhere"], "nowhere/notebooks/00_a.ipynb"),
         (["--scale", "tny"], "unknown scale 'tny'; did you mean 'tiny'"),
     ],
 )
@@ -77,6 +90,26 @@ def test_wrong_arguments_cost_no_kernel(repo, capsys, arguments, message):
     assert call(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not (repo / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"3", b"\xff", b'{"nbformat": 4, "cells": [3]}'],
+)
+def test_a_file_that_is_no_notebook_is_named(repo, capsys, content):
+    path = write(repo, "00_a")
+    path.write_bytes(content)
+    assert call() == 2
+    err = capsys.readouterr().err
+    assert "00_a.ipynb: not a" in err and len(err.splitlines()) == 1
+
+
+def test_another_folder_is_named(repo, capsys):
+    assert call() == 2
+    assert f"no notebooks in {repo.resolve()}/notebooks; go" in capsys.readouterr().err
+    path = write(repo, "00_a", parameters="N = = 1")
+    assert call(path) == 2
+    assert "00_a, parameters cell: invalid syntax" in capsys.readouterr().err
 
 
 def test_texts_become_the_types_of_the_defaults():
@@ -143,7 +176,9 @@ def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
     write(repo, "01_b", "open('ran', 'w')")
     assert call() == 1
     captured = capsys.readouterr()
-    assert "failed" in captured.out and "KeyError: 'box 7'" in captured.err
+    assert "failed" in captured.out
+    assert "error: 00_a, cell 4: KeyError: 'box 7'; exec" in captured.err
+    assert "raise KeyError('box 7')" in captured.err  # a defect shows where
     manifest = io.read_json(repo / "runs" / "smoke" / "manifest.json")
     assert manifest["notebooks"]["00_a"]["status"] == "failed"
     assert not list(repo.rglob("ran"))
@@ -203,10 +238,51 @@ def test_a_signal_reaches_the_kernel_which_gets_time_to_end(repo, number):
         os.kill(kernel, 0)
 
 
-def test_a_killed_kernel_is_a_failed_notebook(repo, capsys):
-    write(repo, "00_a", "import os\nos.kill(os.getpid(), 9)")
+def status(repo):
+    manifest = io.read_json(repo / "runs" / "smoke" / "manifest.json")
+    return manifest["notebooks"]["00_a"]["status"]
+
+
+@pytest.mark.parametrize("moment", ["a cell", "the start"])
+def test_a_killed_kernel_is_a_failed_notebook(repo, capsys, monkeypatch, moment):
+    """As the system does when memory is short, also to one that ran well before."""
+    write(repo, "00_a", "N")
+    assert call() == 0 and status(repo) == "done"
+    kill = "import os; os.kill(os.getpid(), 9)"
+    if moment == "a cell":
+        write(repo, "00_a", "N", kill, "N")
+    else:
+        monkeypatch.setattr(runner, "STARTUP", kill)
+    capsys.readouterr()
     assert call() == 1
-    assert "the kernel died" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    cell = 4 if moment == "a cell" else 0
+    assert f"error: 00_a, cell {cell}: the kernel died, likely out of mem" in err
+    assert len(err.splitlines()) == 1
+    assert status(repo) == "failed"
+
+
+MISTAKE = """from univg_nb import runs
+from univg_nb.data import files
+run = runs.start(SCALE, RUN_DIR)
+files.read("nowhere.json")
+"""
+
+
+def test_a_mistake_in_a_notebook_is_one_line(repo, capsys):
+    path = write(repo, "00_a", MISTAKE)
+    assert call() == 1
+    err = capsys.readouterr().err
+    assert "error: 00_a, cell 3: nowhere.json" in err and "Traceback" not in err
+    assert 'line 4: files.read("nowhere.json")' in err
+    assert len(err.splitlines()) == 1
+    executed = repo / "runs" / "smoke" / "notebooks" / path.name
+    shown = nbformat.read(executed, as_version=4).cells[-1].outputs[-1]
+    assert shown.ename == "ValueError" and len(shown.traceback) == 1
+    # What is no mistake of the user keeps its traceback.
+    write(repo, "00_a", MISTAKE.replace('files.read("nowhere.json")', 'int("x")'))
+    assert call("--fresh") == 1
+    assert "line 4\n      1 from univg_nb" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sweeps
@@ -221,6 +297,7 @@ def test_a_killed_kernel_is_a_failed_notebook(repo, capsys):
         ("1e-3, 1e-4", 0.1, ["1e-3", "1e-4"]),
         ("[1, 2]", [], ["[1, 2]"]),
         ("12", 0, ["12"]),
+        ("[1, 2]", None, ["[1, 2]"]),
     ],
 )
 def test_what_counts_as_several_values(text, default, values):
@@ -248,6 +325,26 @@ def states(repo):
 def starts(repo):
     folder = repo / "runs" / "smoke"
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+def test_a_job_never_takes_half_of_a_shared_stage(tmp_path, monkeypatch):
+    stage = runs.Run("smoke", tmp_path / "run", 0, {}).stage("data", {})
+    io.write_text(stage.dir / "rows.json", "[]")
+    stage.finish()
+    link = os.link
+
+    def cut_off(source, target, **_):
+        if Path(source).name == "rows.json":
+            raise KeyboardInterrupt
+        link(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "link", cut_off)
+        job_queue.share_stages(tmp_path / "run", tmp_path / "job")
+    assert not (tmp_path / "job" / "data").exists()
+    job_queue.share_stages(tmp_path / "run", tmp_path / "job")
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["data"]
+    assert (tmp_path / "job" / "data" / "rows.json").read_text() == "[]"
 
 
 @pytest.mark.slow

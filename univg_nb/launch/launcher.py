@@ -30,7 +30,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.io import locked, read_json, read_jsonl, write_json
 from univg_nb.launch import plan
 from univg_nb.launch.cost import Stage, choose_strategy
-from univg_nb.launch.worker import DESCRIBE, STOP, TRAIN
+from univg_nb.launch.worker import DESCRIBE, ERROR, STOP, TRAIN
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
 LOG = "console.log"  # file in the launch folder
@@ -134,7 +134,7 @@ def train(
         options: further keyword arguments of `sft.train` or `grpo.train`.
 
     Raises:
-        RuntimeError: if a process failed, with its rank and error.
+        RuntimeError: if a process failed, with its error (and rank, for a defect).
         KeyboardInterrupt, SystemExit: as it was raised here, or SystemExit if a process
             got SIGTERM; the processes have ended with a checkpoint.
         ValueError: before anything starts, for a layout that is not possible, a missing
@@ -163,8 +163,9 @@ def train(
             before = read_json(path)["processes"]
             statement = resume_statement(before, processes, strategy, vllm)
             print(f"{out.name} {statement}")
-        for old in (*folder.glob("rank-*"), folder / STOP, out / "summary.json"):
+        for old in (*folder.glob("rank-*"), folder / STOP, folder / ERROR):
             old.unlink(missing_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
         request = {
             "stage": stage,
             "config": config,
@@ -212,7 +213,12 @@ def _wait(agent: subprocess.Popen, out: Path) -> None:
     interrupted = any(one["state"] == "interrupted" for one in states_in(folder))
     failed = agent.returncode or not (out / "summary.json").is_file()
     if failed and not interrupted:
-        reason = _describe_failure(agent, folder / LOG)
+        if (folder / ERROR).is_file():
+            reason, code = read_json(folder / ERROR)
+            if code == 2:
+                raise ValueError(reason)
+        else:
+            reason = _describe_failure(agent, folder / LOG)
         raise RuntimeError(f"training stopped: {reason}")
     if interrupt or interrupted:  # the latter: someone else sent SIGTERM to a process
         raise interrupt or SystemExit(128 + signal.SIGTERM)

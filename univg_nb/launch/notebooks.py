@@ -17,16 +17,21 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from univg_nb.config import accepts, describe, parse_value
-from univg_nb.io import hash_text, write_text
+from univg_nb.io import hash_text, read_text, write_text
 from univg_nb.runs import repo_root
 
 
 def read_notebook(path: str | Path) -> NotebookNode:
     """Read a notebook; ValueError names the file if it is not one."""
+    invalid: dict[str, Exception] = {}
+    text = read_text(path)
     try:
-        return nbformat.read(path, as_version=4)
-    except nbformat.reader.NotJSONError as error:
-        raise ValueError(f"{path}: not a notebook (malformed JSON): {error}") from error
+        found = nbformat.reads(text, as_version=4, capture_validation_error=invalid)
+    except Exception:  # the conversion of JSON that is no notebook fails anywhere
+        found = None
+    if found is None or invalid:
+        raise ValueError(f"{path}: not a notebook; restore it, or name another file")
+    return found
 
 
 def tags(cell: NotebookNode) -> list[str]:
@@ -60,7 +65,11 @@ def read_parameters(notebook: NotebookNode, where: str) -> dict[str, Any]:
     if len(cells) > 1:
         raise ValueError(f"{where}: {len(cells)} cells are tagged 'parameters'; keep 1")
     found: dict[str, Any] = {}
-    for statement in ast.parse(cells[0].source).body if cells else []:
+    try:
+        statements = ast.parse(cells[0].source).body if cells else []
+    except SyntaxError as error:
+        raise ValueError(f"{where}, parameters cell: {error}; correct it") from error
+    for statement in statements:
         try:
             if not isinstance(statement, ast.Assign):
                 raise TypeError

@@ -10,6 +10,7 @@ Several values for a parameter make a sweep: -p WEIGHT exp,power,none -p SEED 0:
 nine jobs, each in its own folder of RUN_DIR (see `launch.queue`).
 """
 
+import logging
 import os
 import signal
 import sys
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import papermill
+import psutil
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
+from papermill.exceptions import PapermillExecutionError, strip_color
 
 from univg_nb.config import (
     AppendOnce,
@@ -44,7 +45,12 @@ from univg_nb.launch.notebooks import (
     record,
 )
 from univg_nb.launch.queue import list_jobs, run_jobs
-from univg_nb.runs import record_stage, repo_root, resolve_run_dir
+from univg_nb.runs import (
+    peak_memory_mb,
+    record_stage,
+    repo_root,
+    resolve_run_dir,
+)
 
 COURSE = "[0-9][0-9]_*.ipynb"
 # Without this a kernel dies at SIGTERM; with it the cell ends as at Ctrl-C.
@@ -88,16 +94,23 @@ def find_notebooks(names: Sequence[str], folder: Path) -> list[Path]:
     Without names these are all notebooks of the course. Raises ValueError for a name
     that finds none.
     """
-    paths: list[Path] = []
-    for name in names or [COURSE]:
-        pattern = f"{name.removesuffix('.ipynb')}*.ipynb" if names else COURSE
-        whole = name.endswith(".ipynb") and Path(name).is_file()
-        found = [Path(name)] if whole else sorted(folder.glob(pattern))
+    paths = [] if names else sorted(folder.glob(COURSE))
+    if not names and not paths:
+        raise ValueError(f"no notebooks in {folder}; go to the repository")
+    for name in names:
+        if Path(name).is_file():
+            if not name.endswith(".ipynb"):
+                raise ValueError(f"{name} is no notebook; name an .ipynb file")
+            paths.append(Path(name))
+            continue
+        wanted = folder / name.removesuffix(".ipynb")  # `folder` or an absolute path
+        all_there = sorted(wanted.parent.glob("*.ipynb"))
+        found = [p for p in all_there if name and p.name.startswith(wanted.name)]
         if not found:
-            known = ", ".join(path.stem for path in sorted(folder.glob("*.ipynb")))
+            known = ", ".join(path.stem for path in all_there)
             raise ValueError(
-                f"no notebook {name!r} in {folder}; there are: "
-                f"{known or 'none, go to the repository'}"
+                f"no notebook {name!r}: looked for {wanted}*.ipynb; that folder has "
+                f"{known or 'none: go to the repository, or name the file'}"
             )
         paths += found
     return paths
@@ -128,9 +141,13 @@ def execute(
             progress_bar=sys.stderr.isatty() and bar,
         )
     except PapermillExecutionError as error:
-        failure = str(error)
-    except DeadKernelError:
-        failure = "the kernel died (out of memory?)"
+        failure = strip_color("\n".join(error.traceback))
+    except RuntimeError as error:  # it died, while it started or later
+        used, memory = peak_memory_mb(), psutil.virtual_memory().total >> 20
+        failure = (
+            f"the kernel died, likely out of memory ({used} of {memory} MiB used): "
+            f"take a smaller scale or batch, or fewer pixels ({error})"
+        )
     except OSError:  # the disk is full
         out.unlink(missing_ok=True)  # half a notebook
         raise
@@ -145,8 +162,13 @@ def execute(
     line = f"{status:<7} {seconds:7.1f} s  cell {ran}/{len(cells)}"
     print(f"{position:>6} {path.stem:<24} {line}", flush=True)
     if status == "failed":
-        tail = failure.splitlines()[-25:] or ["it ended before its last cell"]
-        print("\n".join(tail), f"\nthe executed copy: {out}", sep="\n", file=sys.stderr)
+        lines = failure.splitlines() or ["it ended before its last cell"]
+        if lines[0].startswith("error: "):  # shortened by the kernel
+            lines = ["; ".join(map(str.strip, lines)).removeprefix("error: ")]
+        print(*lines[-25:-1], sep="\n", end="\n" * (len(lines) > 1), file=sys.stderr)
+        begun = [c for c in cells if c.metadata.get("papermill", {}).get("start_time")]
+        where = f"{path.stem}, cell {len(begun)}"
+        print(f"error: {where}: {lines[-1]}; executed copy: {out}", file=sys.stderr)
     return done
 
 
@@ -159,6 +181,7 @@ def run(paths: Sequence[Path], run_dir: Path, values: Sequence[dict[str, Any]]) 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     done = True
+    logging.getLogger("papermill").addHandler(logging.NullHandler())
     Kernel.signals.clear()
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, Kernel.pass_on) for number in numbers}

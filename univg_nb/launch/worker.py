@@ -14,6 +14,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback
 
+from univg_nb import errors
 from univg_nb.data.sample import GroundingSample
 from univg_nb.io import read_json, write_json
 from univg_nb.runs import peak_memory_mb
@@ -35,6 +37,7 @@ DESCRIBE: dict[str, Callable[..., Training]] = {
     "grpo": grpo.describe,
 }
 STOP = "stop"  # file in the launch folder: end after the current update
+ERROR = "error.json"  # file in the launch folder: why a process ended, and its code
 # strategy -> accelerate's DistributedType in force, on GPUs and on CPUs
 IN_FORCE = {
     "single": ("NO",),
@@ -161,6 +164,12 @@ def run(request: Mapping[str, Any], folder: Path) -> None:
         TRAIN[request["stage"]](request["config"], request["out"], rows, **options)
     except Interrupted:
         supervisor.write("interrupted")
+    except Exception as error:
+        told = None if isinstance(error, ConnectionError) else errors.describe(error)
+        if told:  # and no defect, nor the end of another process
+            with suppress(OSError):
+                write_json(folder / ERROR, told)
+        raise
     else:
         supervisor.write("finished", peak_bytes=_peak_bytes(before))
 
