@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from interrupted import held_by_another_process
 
 from univg_nb import io
 from univg_nb.cot.checks import check_chain, extract_thinking
@@ -170,6 +171,15 @@ def test_no_more_requests_at_once_than_allowed(rows, tmp_path):
             rows, tmp_path / "f.jsonl", teacher_at(stand_in.url, concurrency=2)
         )
         assert stand_in.most == 2
+
+
+def test_no_two_processes_pay_for_the_same_chains(rows, tmp_path):
+    out = tmp_path / "chains.jsonl"
+    with (
+        held_by_another_process(out) as pid,
+        pytest.raises(ValueError, match=f"process {pid}, since .* works on it"),
+    ):
+        write_chains(rows[:1], out, teacher_at("x"))
 
 
 def test_other_settings_are_refused(rows, tmp_path):

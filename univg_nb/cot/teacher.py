@@ -237,7 +237,7 @@ def write_chains(
         ValueError: for a sample that takes no chain, an id of two samples, an image
             that cannot be opened, rows made with other settings, a missing key, an
             endpoint that cannot be reached or stays busy, and one that refuses several
-            samples in a row.
+            samples in a row; and if another process writes to the file.
     """
     out = Path(out)
     known: dict[str, GroundingSample] = {}
@@ -248,35 +248,39 @@ def write_chains(
                 f"{other.source} and {sample.source} have the same id {sample.id!r}, "
                 "and chains are kept by id: give each sample its own"
             )
-    found = _read_rows(out, teacher)
-    missing = [sample for sample in samples if sample.id not in found]
-    check_images(missing)
-    totals = summarize(list(found.values()), teacher)
-    kept, cost, refused = totals["kept"], totals["cost"], 0
-    bar = tqdm(total=len(samples), initial=len(samples) - len(missing), unit="sample")
-    try:
-        with bar:
-            # No client, and so no key, for a file that is finished.
-            rows = _generate_rows(missing, teacher, others or {}) if missing else ()
-            for row in rows:
-                refused = refused + 1 if row["refused"] else 0
-                if refused == _MAX_REFUSED:
-                    raise ValueError(
-                        f"{teacher.base_url} refused {refused} samples in a row: "
-                        f"{row['refused']}; check model {teacher.model!r} and settings"
-                    )
-                io.append_jsonl(out, row)
-                found[row["id"]] = row
-                kept += row["chosen"] is not None
-                cost += teacher.compute_cost(row["tokens"])
-                bar.set_postfix(kept=kept, cost=f"{cost:.2f}")
-                bar.update()
-    except openai.APIError as error:
-        raise ValueError(
-            f"{teacher.base_url}, model {teacher.model!r}: {error}; what is finished "
-            f"is in {out}: correct the cause and run again"
-        ) from error
-    return [found[sample.id] for sample in samples]
+    with io.locked(out):
+        found = _read_rows(out, teacher)
+        missing = [sample for sample in samples if sample.id not in found]
+        check_images(missing)
+        totals = summarize(list(found.values()), teacher)
+        kept, cost, refused = totals["kept"], totals["cost"], 0
+        bar = tqdm(
+            total=len(samples), initial=len(samples) - len(missing), unit="sample"
+        )
+        try:
+            with bar:
+                # No client, and so no key, for a file that is finished.
+                rows = _generate_rows(missing, teacher, others or {}) if missing else ()
+                for row in rows:
+                    refused = refused + 1 if row["refused"] else 0
+                    if refused == _MAX_REFUSED:
+                        raise ValueError(
+                            f"{teacher.base_url} refused {refused} samples in a row: "
+                            f"{row['refused']}; check model {teacher.model!r} and "
+                            "settings"
+                        )
+                    io.append_jsonl(out, row)
+                    found[row["id"]] = row
+                    kept += row["chosen"] is not None
+                    cost += teacher.compute_cost(row["tokens"])
+                    bar.set_postfix(kept=kept, cost=f"{cost:.2f}")
+                    bar.update()
+        except openai.APIError as error:
+            raise ValueError(
+                f"{teacher.base_url}, model {teacher.model!r}: {error}; what is "
+                f"finished is in {out}: correct the cause and run again"
+            ) from error
+        return [found[sample.id] for sample in samples]
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], teacher: Teacher) -> dict[str, Any]:

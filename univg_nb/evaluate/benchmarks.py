@@ -193,7 +193,9 @@ def score_items(
     options: scoring.ScoringOptions = scoring.DEFAULT_OPTIONS,
 ) -> list[scoring.ItemScore]:
     """Score every item of a benchmark from the recorded replies of a model."""
-    replies = read_replies(run, model, bench.name)
+    replies = read_predictions(
+        get_predictions_path(run, model, bench.name), bench.items
+    )
     return scoring.score_items(bench.items, replies, options)
 
 

@@ -143,4 +143,7 @@ def share_stages(source: Path, target: Path) -> None:
     for marker in sorted(source.glob("*/stage.json")):
         copy = target / marker.parent.name
         if read_json(marker)["status"] == "finished" and not copy.exists():
-            shutil.copytree(marker.parent, copy, copy_function=os.link)
+            part = copy.with_name(f".{copy.name}.part")  # of a copy that was cut off
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(marker.parent, part, copy_function=os.link)
+            part.replace(copy)
