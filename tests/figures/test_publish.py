@@ -224,6 +224,7 @@ def test_forest_compares_grpo_with_what_it_began_from(run):
     assert exhibits.find_pairs(run, ["grpo_power"]) == {
         "sft_nocot": "base",
         "sft_lora": "sft_nocot",
+        "shipped": "base",
         "grpo_none": "sft_lora",
         "grpo_exp": "grpo_none",
         "grpo_power": "grpo_none",

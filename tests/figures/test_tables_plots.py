@@ -102,8 +102,8 @@ def test_published_beside_ours_and_gains(run_dir):
     assert ("mine", "ours") in frame.index
     assert ("mine", "paper") not in frame.index
     gains = tables.load_gains(run_dir)
-    # sft_nocot was not scored, so nothing is counted against it
-    assert list(gains.index) == ["grpo_none", "grpo_exp"]
+    # neither sft_nocot nor shipped was scored, so nothing is counted against them
+    assert list(gains.index) == ["grpo_exp"]
     assert gains.loc["grpo_exp", "paper"] == pytest.approx(1.99)
     assert gains.loc["grpo_exp", "ours"] == pytest.approx(0.9 * 30)
 

@@ -25,7 +25,8 @@ BENCHMARKS = ("mig", "lisa", "video", "single")
 BEFORE = {
     "sft_nocot": "base",
     "sft_lora": "sft_nocot",
-    "grpo_none": "sft_lora",
+    "shipped": "base",
+    "grpo_none": "shipped",
     "grpo_exp": "grpo_none",
 }
 SHARES = ["easy", "medium", "hard"]
