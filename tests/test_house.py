@@ -174,9 +174,10 @@ def count_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_at_most_twenty_entries_at_the_top():
+def test_few_entries_at_the_top():
+    """Twenty, and `errors` and `loading`: one error style, checks of what is loaded."""
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
-    assert len(entries) <= 20, sorted(entries)
+    assert len(entries) <= 21, sorted(entries)
 
 
 def test_files_are_neither_fragments_nor_too_long():
@@ -192,10 +193,13 @@ def test_files_are_neither_fragments_nor_too_long():
 def test_the_package_stays_small():
     """Without the recipe of the shipped models, which nothing imports.
 
-    The limit goes up only for a feature that is worth it, in the commit that adds it.
+    The limit goes up only for a feature that is worth it, in the commit that adds it:
+    13,000 after the move; 1,100 for tables and figures as files and the verdicts, 1,600
+    for faults by kind (pictures, adapters, locks, errors), 200 for Qwen3-VL's fast
+    step, 100 for a teacher with habits and the shipped stage 1.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 13_000
+    assert sum(sizes.values()) <= 16_000
 
 
 # ---------------------------------------------------------------- references

@@ -442,7 +442,8 @@ def test_the_trainers_loss_is_the_released_formula(
         # up to 0.9: the released log weight is negative above 0.98 (T3)
         iou, advantages = 0.9 * random(3 * G), 2 * random(3 * G) - 1
         trainer.gathered_rewards = torch.stack([iou, iou], 1)
-        weights = trainer._compute_weights(iou.view(3, G))
+        rows = [{"answer": [0.0, 0.0, 500.0, 500.0]}] * (3 * G)
+        weights = trainer._compute_weights(rows, iou.view(3, G))
         batch = {
             "prompt_ids": torch.zeros(3 * G, 1, dtype=torch.long),
             "prompt_mask": torch.ones(3 * G, 1, dtype=torch.long),
