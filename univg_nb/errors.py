@@ -26,6 +26,8 @@ MISTAKES = (  # what a user got wrong, whoever noticed it
     PermissionError,
     UnicodeError,
 )
+WRONG_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, or what a user may take
 FAILURES = (FloatingPointError, MemoryError, OSError)
 # A server or the network failed, or a GPU is full: by name, as these are not imported.
 OUTSIDE = {"httpx", "httpx2", "huggingface_hub", "openai", "OutOfMemoryError"}
@@ -51,6 +53,8 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, ModuleNotFoundError) and error.name in COURSE:
         return f'{error.name} is missing: pip install "univg-nb[course]"', 2
     said = isinstance(error, ValueError) and source in ("univg_nb", *CHECKING)
+    if isinstance(error, OSError):
+        said = error.errno in WRONG_PATHS
     if said or isinstance(error, MISTAKES):
         return text, 2
     if isinstance(error, RuntimeError) and source == "univg_nb":
@@ -80,8 +84,8 @@ def _is_disk_full(error: BaseException | None) -> bool:
     """Return whether a full disk is behind an error or what it was raised from."""
     if error is None:
         return False
-    code, text = getattr(error, "errno", None), str(error)  # the latter of safetensors
-    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text
+    full = getattr(error, "errno", None) in FULL
+    full |= any(os.strerror(code) in str(error) for code in FULL)  # of safetensors
     return full or _is_disk_full(error.__cause__ or error.__context__)
 
 
@@ -94,7 +98,7 @@ def run(work: Callable[[], int | None]) -> int:
             if sys.stdout:
                 sys.stdout.flush()  # here, where a failure can still be handled
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
     except Exception as error:
         found = None if sys.flags.dev_mode else describe(error)
@@ -106,8 +110,14 @@ def run(work: Callable[[], int | None]) -> int:
             return 141
         if found is None:
             raise
-        print(f"error: {found[0]}", file=sys.stderr)
+        _say(f"error: {found[0]}")
         return found[1]
+
+
+def _say(text: str) -> None:
+    """Print a line to stderr, which is not to stand behind a progress bar."""
+    bars = sys.modules.get("tqdm")
+    (bars.tqdm.write if bars else print)(text, file=sys.stderr)
 
 
 def shorten_in_notebooks() -> None:
