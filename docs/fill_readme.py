@@ -64,7 +64,6 @@ def format_models():
     made = {
         "base": read_json(ASSETS / "evaluation.json"),
         "stage 1": read_json(STAGE1 / "evaluation.json"),
-        "always reasoning": read_json(STAGE1 / "thorough.json"),
     }
     rows = {}
     for name, first in made["base"]["tests"].items():
