@@ -372,7 +372,12 @@ def test_numbers_without_a_point_are_numbers():
     assert config.parse_value("[1, true, x]") == [1, True, "x"]
 
 
-def test_the_speed_of_the_machine_is_measured_and_said():
-    speed = runs.measure_speed(seconds=0.05)
+def test_the_speed_of_the_machine_is_measured_and_said(tmp_path, monkeypatch):
+    measure = runs.measure_speed
+    monkeypatch.setattr(runs, "measure_speed", lambda: measure(seconds=0.05))
+    io.write_json(tmp_path / "manifest.json", {"scale": "tiny"})
+    speed = runs.record_speed(tmp_path)
+    made = io.read_json(tmp_path / "manifest.json")
+    assert made == {"scale": "tiny", "speed": speed}
     assert 0.1 < speed["gflops"] < 1e5 and 1 < speed["million_steps"] < 1e4
     assert f"{speed['gflops']:.0f} GFLOP/s" in runs.format_speed(speed)

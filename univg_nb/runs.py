@@ -95,6 +95,14 @@ def measure_speed(seconds: float = 1.0) -> dict[str, float]:
     }
 
 
+def record_speed(run_dir: str | Path) -> dict[str, float]:
+    """Measure the machine's speed, write it to manifest.json, and return it."""
+    path = Path(run_dir) / "manifest.json"
+    speed = measure_speed()
+    write_json(path, _read_if_there(path) | {"speed": speed})
+    return speed
+
+
 def format_speed(speed: dict[str, float]) -> str:
     """Return what `measure_speed` found, in words."""
     return (
