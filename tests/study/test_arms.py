@@ -1,5 +1,8 @@
 """Whole small studies: trainings, resuming, verdicts, progress."""
 
+import zlib
+
+import numpy as np
 import pytest
 
 from univg_nb import io
@@ -12,7 +15,7 @@ STUDY = """
 scale: smoke
 start: sft_a_0
 set: [evaluate.max_new_tokens=8, grpo.max_completion_length=8, grpo.num_generations=2,
-  grpo.per_device_train_batch_size=4, sft.max_steps=1, grpo.max_steps=3]
+  grpo.per_device_train_batch_size=4, sft.max_steps=1, grpo.max_steps=1]
 data: {seed: 0, stage1: 8, stage2: 6, single: 1}
 seeds: 2
 items: 10
@@ -51,13 +54,23 @@ def call(tmp_path, monkeypatch):
         return code, list(started)
 
     monkeypatch.setattr(command, "run_processes", run_here)
-    # no reply of so short a training is right: let there be something to weight
-    monkeypatch.setattr(arms, "compute_fair_constant", lambda rows: 1.5)
-    monkeypatch.setattr(arms, "reject", lambda c, b, rows, *_: (rows, {"rejection": 1}))
     return call
 
 
-def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys):
+def answer_at_random(run, config, style, adapters, out):
+    rng = np.random.default_rng(zlib.crc32(out.name.encode()))
+    return {"hits": arms.join_bits(rng.random(10) < 0.5), "thinks": "1" * 10}
+
+
+def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys, monkeypatch):
+    curves = {"easy": [0.1, 0.2, 0.3], "hard": [0.5, 0.4, 0.4]}
+
+    def train(run, study, arm, config, out, needs):
+        io.write_text(out / "log", str(config["grpo"]["weight"]))
+        return {"curves": curves}
+
+    monkeypatch.setattr(arms, "train_arm", train)
+    monkeypatch.setattr(arms, "evaluate", answer_at_random)
     run_dir = tmp_path / "run"
     assert call("run", "--only", "base", "sft_a", "--seeds", "0")[1] == [
         "base_0",
@@ -68,7 +81,6 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys):
         call("plan")
     made = call("run", "--only", *names)[1]
     assert made == ["grpo_none_0", "grpo_exp_0", "grpo_none_1", "grpo_exp_1"]
-    rows = (run_dir / "grpo_exp_0" / "rollouts.jsonl").read_bytes()
     # cut off in the answers of one, and another made of something else
     marker = run_dir / "eval" / "grpo_none_1" / "stage.json"
     io.write_json(marker, io.read_json(marker) | {"status": "started"})
@@ -76,7 +88,8 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys):
     path.write_text(path.read_text().replace("weight=exp]", "weight=power]"))
     again = ["grpo_exp_0", "grpo_none_1", "grpo_exp_1"]
     assert call("run", "--only", *names)[1] == again
-    assert (run_dir / "replaced" / "grpo_exp_0" / "rollouts.jsonl").read_bytes() == rows
+    assert io.read_text(run_dir / "grpo_exp_0" / "log") == "power"
+    assert io.read_text(run_dir / "replaced" / "grpo_exp_0" / "log") == "exp"
     assert call("run", "--only", *names)[1] == []
     capsys.readouterr()
 
@@ -93,7 +106,12 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys):
     assert io.read_json(run_dir / "plan.json")["seeds"] >= 2
 
 
-def test_all_arms_and_the_record_of_a_study(call, tmp_path):
+def test_all_arms_and_the_record_of_a_study(call, tmp_path, grpo_folder, monkeypatch):
+    # no reply of so short a training is right: let there be something to weight
+    monkeypatch.setattr(arms, "compute_fair_constant", lambda rows: 1.5)
+    monkeypatch.setattr(arms, "reject", lambda c, b, rows, *_: (rows, {"rejection": 1}))
+    model = f"set: [model.name_or_path={grpo_folder / 'base'}, "
+    (tmp_path / "study.yaml").write_text(STUDY.replace("set: [", model, 1))
     call("run", "--only", "sft_a", "--seeds", "0")  # others begin from it
     assert call("run", "--seeds", "0")[1][-1] == "grpo_constant_0"
     record = io.read_json(tmp_path / "out" / "study_smoke.json")
@@ -103,7 +121,7 @@ def test_all_arms_and_the_record_of_a_study(call, tmp_path):
     assert start["hits"] == record["arms"]["sft_a"]["0"]["hits"]  # the same weights
     trained = record["arms"]["grpo_constant"]["0"]["training"]
     assert trained["weight"]["constant"] == 1.5
-    assert len(trained["curves"]["thinks"]) == trained["steps"] == 3
+    assert len(trained["curves"]["thinks"]) == trained["steps"] == 1
     assert record["arms"]["rejected"]["0"]["training"]["rejection"] == 1
     verdicts = {row["claim"]: row["verdict"] for row in record["findings"]}
     assert verdicts["the weight gains over plain GRPO"] != "not run"

@@ -54,7 +54,7 @@ def collect(run_dir: Path, study: Study, seeds: Collection[int] = ()) -> Outcome
     for arm, seed in study.list_jobs(seeds=seeds):
         if outcome := read_outcome(run_dir, study, arm, seed):
             found.setdefault(arm.name, {})[seed] = outcome
-    return found
+    return {name: found[name] for name in study.arms if name in found}
 
 
 def stack_hits(found: Outcomes, study: Study, pair: Collection[str]) -> np.ndarray:

@@ -48,7 +48,7 @@ def compute_half_width(spread: Spread, seeds: int, items: int) -> float:
     variance = by_items + by_seeds - rest
     if not variance:
         return 0.0
-    parts = by_items**2 / (items - len(TASKS)) + by_seeds**2 / (seeds - 1)
+    parts = by_items**2 / max(1, items - len(TASKS)) + by_seeds**2 / (seeds - 1)
     return find_t_quantile(variance**2 / parts) * math.sqrt(variance)
 
 
