@@ -106,6 +106,7 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys, monkeypatch):
     assert io.read_json(run_dir / "plan.json")["seeds"] >= 2
 
 
+@pytest.mark.slow
 def test_all_arms_and_the_record_of_a_study(call, tmp_path, grpo_folder, monkeypatch):
     # no reply of so short a training is right: let there be something to weight
     monkeypatch.setattr(arms, "compute_fair_constant", lambda rows: 1.5)

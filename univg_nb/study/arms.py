@@ -215,7 +215,7 @@ def evaluate(
 def is_reasoned(reply: str) -> bool:
     """Return whether a reply thinks and does more than say that it sees the target."""
     thinking = extract_thinking(reply).strip()
-    return bool(thinking) and name_style(thinking) != "glance"
+    return "<think>" in reply and thinking != "" and name_style(thinking) != "glance"
 
 
 def join_bits(values: Iterable[bool]) -> str:
