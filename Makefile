@@ -36,7 +36,7 @@ LAUNCH := --set launch.processes=$(GPUS) --set launch.nodes=$(NODES) \
 DATA ?= data
 
 .PHONY: help install run test lab figures figures-check small full plan data base stage1
-.PHONY: bench record clean
+.PHONY: bench record clean study
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | \
@@ -78,6 +78,9 @@ figures: $(STAMP) ## every table and figure of RUN for a paper, to OUT (WIDTH=pa
 
 figures-check: $(STAMP) ## fails if a file in OUT, README or a notebook is stale
 	@$(BIN)/python -m univg_nb figures --check $(OUT)
+
+study: $(STAMP) ## the trainings over seeds behind the claims; ARGS=plan or status
+	@$(BIN)/python -m univg_nb study $(or $(ARGS),run)
 
 small full: $(STAMP)
 	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) \

@@ -27,7 +27,7 @@ COMMANDS = {  # name: (module, what it does)
     "figures": ("figures.publish", "write tables and figures of runs, for a paper"),
     "plan": ("launch.plan", "memory, hours and price of a training"),
     "download": ("launch.download", "fetch the released data and weights"),
-    "study": ("study.reference", "train over several seeds and compare"),
+    "study": ("study.command", "train over several seeds and judge the claims"),
 }
 
 

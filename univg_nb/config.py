@@ -137,7 +137,7 @@ for _tag, _pattern in {
         )
 
 
-def _load_yaml(text: str, where: str) -> Any:
+def load_yaml(text: str, where: str) -> Any:
     """Parse YAML; ValueError names `where` and the problem in one line."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -165,7 +165,7 @@ def parse_value(text: str, wanted: Any = Any) -> Any:
         tag = loader.resolve(yaml.ScalarNode, word, (True, False))
         value = loader.construct_object(yaml.ScalarNode(tag, word))
     elif accepts(wanted, []) or accepts(wanted, {}):
-        value = _load_yaml(text, f"the value {text!r}")
+        value = load_yaml(text, f"the value {text!r}")
     if isinstance(value, str) or not accepts(wanted, value):
         value = _as_flag(text if accepts(wanted, text) else value, wanted)
     return value
@@ -333,7 +333,7 @@ def load_scale(
         ValueError: for an unknown scale, unreadable YAML, unknown keys or wrong types.
     """
     path = scale_path(name_or_path)
-    config = _check(_load_yaml(read_text(path), str(path)), str(path))
+    config = _check(load_yaml(read_text(path), str(path)), str(path))
     for assignment in overrides:
         config = override(config, assignment)
     return config

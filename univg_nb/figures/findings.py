@@ -12,7 +12,7 @@ the same items, with a 95 % interval.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -35,7 +35,8 @@ class Effect:
     """A difference with its 95 % interval, and the standard errors behind it.
 
     se_items is the chance of the items drawn, se_seeds that of the training (NaN for
-    one seed: then the interval is of these very models).
+    one seed: then the interval is of these very models). Both contain se_rest, what is
+    left of single answers when the means of items and of seeds are taken off.
     """
 
     mean: float
@@ -45,6 +46,7 @@ class Effect:
     seeds: int = 1
     se_items: float = math.nan
     se_seeds: float = math.nan
+    se_rest: float = math.nan
 
     def find_smallest_detectable(self, power: float = 0.8) -> float:
         """Return the effect whose interval would exclude 0 with this probability."""
@@ -134,8 +136,10 @@ def compute_effect(
         parts = over_items**2 / free + over_seeds**2 / max(seeds - 1, 1)
         half = max(least, find_t_quantile(variance**2 / parts) * math.sqrt(variance))
     low, high = max(-1.0, mean - half), min(1.0, mean + half)
-    chance = math.sqrt(over_seeds) if seeds > 1 else math.nan
-    return Effect(mean, low, high, items, seeds, math.sqrt(over_items), chance)
+    errors = [math.sqrt(over_items), math.nan, math.nan]
+    if seeds > 1:
+        errors[1:] = math.sqrt(over_seeds), math.sqrt(shared)
+    return Effect(mean, low, high, items, seeds, *errors)
 
 
 def compute_item_effect(
@@ -196,6 +200,23 @@ def build_findings(
     Returns:
         Index claim; columns arms, paper, ours, lo, hi, smallest seen, verdict, why.
     """
+    effects = {
+        claim.text: compute_item_effect(scored[claim.after], scored[claim.before])
+        for claim in CLAIMS
+        if claim.after in scored and claim.before in scored
+    }
+    return judge_claims(effects, scored, shares)
+
+
+def judge_claims(
+    effects: Mapping[str, Effect],
+    arms: Collection[str],
+    shares: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Build the table of `build_findings` from the effects of claims, by their text.
+
+    `arms` are those that were run: a claim without an effect says which are missing.
+    """
     rows = {}
     published = paper.TABLE_4.to_frame()["AVG"]
     for claim in CLAIMS:
@@ -203,12 +224,11 @@ def build_findings(
         if claim.published:
             after, before = published[list(claim.published)]
             row["paper"] = round(after - before, 2)
-        missing = [m for m in (claim.after, claim.before) if m not in scored]
-        if missing:
-            row |= {"verdict": "not run", "why": f"no scores of {', '.join(missing)}"}
+        missing = [m for m in (claim.after, claim.before) if m not in arms]
+        if claim.text in effects:
+            row |= _describe(effects[claim.text], MATTERS)
         else:
-            effect = compute_item_effect(scored[claim.after], scored[claim.before])
-            row |= _describe(effect, MATTERS)
+            row |= {"verdict": "not run", "why": f"no scores of {', '.join(missing)}"}
         rows[claim.text] = row
     for text, (column, sign, (begin, end)) in TRENDS.items():
         row = {"arms": TREND_ARM, "paper": round(100 * sign * (end - begin), 1)}

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,6 @@ def run_jobs(
 ) -> bool:
     """Run the jobs that are not done; return whether all are done then.
 
-    An exception, as after Ctrl-C or SIGTERM, ends the jobs as SIGTERM does.
-
     Args:
         run_dir: holds the folders of the jobs; a job starts with the stages that are
             finished in it.
@@ -89,24 +88,51 @@ def run_jobs(
         slots: for each job that may run at once, its CUDA_VISIBLE_DEVICES or None.
         fresh: run the done ones again.
     """
+    commands = {}
+    for name, job in jobs.items():
+        options = [part for pair in job.items() for part in ("-p", *pair)]
+        commands[name] = [*command, "--run-dir", str(run_dir / name), *options]
+    given = [{"CUDA_VISIBLE_DEVICES": gpus} if gpus else {} for gpus in slots]
+    share = partial(share_stages, run_dir)
+    return run_processes(run_dir, commands, given, fresh, prepare=share)
+
+
+def run_processes(
+    folder: Path,
+    commands: Mapping[str, list[str]],
+    slots: Sequence[Mapping[str, str]],
+    fresh: bool = False,
+    prepare: Callable[[Path], None] | None = None,
+) -> bool:
+    """Run the commands that are not done; return whether all are done then.
+
+    An exception, as after Ctrl-C or SIGTERM, ends the processes as SIGTERM does.
+
+    Args:
+        folder: holds a folder for each name, with run.log and job.json.
+        commands: what to run, by name.
+        slots: for each process that may run at once, what its environment has more.
+        fresh: run the done ones again.
+        prepare: is called with the folder of a name before its process starts.
+    """
     free, stopping = list(slots), threading.Event()
     running: list[subprocess.Popen] = []
 
     def work(name: str) -> bool:
-        folder, note = run_dir / name, run_dir / name / "job.json"
-        options = [part for pair in jobs[name].items() for part in ("-p", *pair)]
-        arguments = [*command, "--run-dir", str(folder), *options]
-        done = {"command": arguments, "state": "done"}
+        place, note = folder / name, folder / name / "job.json"
+        done = {"command": commands[name], "state": "done"}
         if note.is_file() and read_json(note) == done and not fresh:
             return True
         if stopping.is_set():
             return False
-        share_stages(run_dir, folder)
-        gpus, log, began = free.pop(), folder / "run.log", time.monotonic()
+        place.mkdir(parents=True, exist_ok=True)
+        if prepare:
+            prepare(place)
+        slot, log, began = free.pop(), place / "run.log", time.monotonic()
         with log.open("ab") as output:
             process = subprocess.Popen(
-                arguments,
-                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})},
+                commands[name],
+                env={**os.environ, **slot},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches it through us, once
@@ -115,7 +141,7 @@ def run_jobs(
         if stopping.is_set():  # since the job was started
             process.terminate()
         failed = process.wait() != 0
-        free.append(gpus)
+        free.append(slot)
         ended = "interrupted" if stopping.is_set() else "failed"
         state = ended if failed else "done"
         write_json(note, done | {"state": state})
@@ -127,7 +153,7 @@ def run_jobs(
 
     with ThreadPoolExecutor(len(free)) as pool:
         try:
-            return all(list(pool.map(work, jobs)))
+            return all(list(pool.map(work, commands)))
         finally:
             stopping.set()
             for process in running:

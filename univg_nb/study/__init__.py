@@ -1,5 +1,6 @@
-"""The studies behind the claims of the course.
+"""The study behind the claims of the course.
 
-`reference` trains over several seeds, `data` makes what it learns from, and `tables`
-compares the results.
+`design` reads which arms, seeds and items there are; `arms` trains one arm with one
+seed and lets it answer the test; `power` computes how many seeds and items it takes;
+`outcomes` collects, judges and reports; `command` is the command line.
 """

@@ -1,0 +1,117 @@
+"""The design of a study: its arms, seeds and items, read from a YAML file.
+
+`assets/study.yaml` is the course's and explains the keys.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+from univg_nb import config, io
+from univg_nb.minimig.items import TASKS
+
+DEFAULT = io.ASSETS / "study.yaml"
+PLAN = "plan.json"  # in the run folder: what `study plan` found
+START, BASE = "start", "base"  # what an arm may begin from
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained and how it is asked; without `train` it is only evaluated.
+
+    `begins` is `from` in the file, which explains the rest.
+    """
+
+    name: str
+    train: Literal["sft", "grpo"] | None = None
+    begins: Literal["base", "start"] = "base"
+    questions: int | None = None
+    set: tuple[str, ...] = ()
+    chains: bool = True
+    style: Literal["univg", "direct", "plain"] = "univg"
+    constant_of: str | None = None
+    rejection: int = 0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The difference that a study must see: of which arms, how large, how surely."""
+
+    pair: tuple[str, str]
+    points: float = 1.0
+    power: float = 0.8
+    most_items: int = 10_000
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study; `read_study` makes it. `items` are of all tasks together."""
+
+    scale: str
+    arms: dict[str, Arm]
+    data: dict[str, Any]
+    plan: Goal
+    set: tuple[str, ...] = ()
+    start: str = "shipped"
+    seeds: int = 5
+    items: int = 2000
+    claims: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def per_task(self) -> int:
+        """Test items of each task, so that there are at least `items`."""
+        return -(-self.items // len(TASKS))
+
+    def make_config(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Return the scale as this arm and seed set it."""
+        own = [f"{arm.train}.seed={seed}"] if arm.train else []
+        options = [*self.set, *arm.set, *own]
+        return reduce(config.override, options, config.load_scale(self.scale))
+
+    def list_jobs(
+        self, only: Collection[str] = (), seeds: Collection[int] = ()
+    ) -> list[tuple[Arm, int]]:
+        """List arms with seeds, seed by seed; what is not trained has seed 0 only."""
+        for name in only:
+            if name not in self.arms:
+                hint = config.suggestion(name, self.arms)
+                raise ValueError(f"the study has no arm {name!r}{hint}")
+        chosen = [arm for arm in self.arms.values() if not only or arm.name in only]
+        jobs = [(arm, 0) for arm in chosen if not arm.train]
+        seeds = seeds or range(self.seeds)
+        return jobs + [(arm, seed) for seed in seeds for arm in chosen if arm.train]
+
+
+def read_study(path: str | Path = DEFAULT, run_dir: Path | None = None) -> Study:
+    """Read a study; the plan in `run_dir` may raise its numbers of seeds and items.
+
+    Raises ValueError, naming the file and the key, for what a study cannot have.
+    """
+    content = config.load_yaml(io.read_text(path), str(path))
+    arms: dict[str, Arm] = {}
+    for name, given in content["arms"].items():
+        renamed = {"begins" if k == "from" else k: v for k, v in given.items()}
+        arms[name] = _make(Arm, {"name": name} | renamed, f"{path}: arm {name}")
+        if arms[name].constant_of not in (None, *arms):
+            raise ValueError(f"{path}: arm {name}: constant_of names no arm above it")
+    goal = _make(Goal, content["plan"], f"{path}: plan")
+    study = _make(Study, content | {"arms": arms, "plan": goal}, str(path))
+    file = run_dir / PLAN if run_dir else None
+    plan = io.read_json(file) if file and file.is_file() else {}
+    numbers = {k: max(getattr(study, k), plan.get(k, 0)) for k in ("seeds", "items")}
+    return replace(study, **numbers)
+
+
+def _make(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {one.name: one.type for one in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            hint = config.suggestion(key, known)
+            raise ValueError(f"{where}: unknown key {key}{hint}")
+        if not config.accepts(known[key], value) and not isinstance(value, list):
+            wanted = config.describe(known[key])
+            raise ValueError(f"{where}: {key} = {value!r}; expected {wanted}")
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**lists)
