@@ -110,10 +110,12 @@ def test_missing_predictions_are_an_error_unless_allowed(tmp_path, records):
         ('{"index": 1.0, "response": ""}\n', "line 1: expected"),
         ('{"index": 0}\n', "line 1: expected"),
         ('{"index"\n{"index": 0, "response": ""}\n', "line 1: malformed JSON"),
-        ('"[]"\n', "line 1: expected"),
+        ('"[]"\n', "no predictions, which are JSON lines"),
         ('{"0": ""}\n', "line 1: expected"),
         ('[{"index": 0, "response": ""}, 3]', "row 2: expected"),
         ('[{"index": 0, "response": ""}', "line 1: malformed JSON"),
+        ("null", "begins with b'null': no predictions, which are JSON lines"),
+        ("\0" * 80, "no predictions, which are JSON lines"),
         ('{"index": 0, "id": "diff1", "response": ""}', "is 'diff1', but 'diff0' in"),
     ],
 )

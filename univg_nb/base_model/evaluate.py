@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, ProcessorMixin
 
-from univg_nb import config, io, models
+from univg_nb import config, errors, io, models
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.generate import GenerationOptions, generate
 from univg_nb.evaluate.predictions import read_predictions
@@ -140,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(errors.run(main))

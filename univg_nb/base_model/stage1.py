@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from univg_nb import config, io
+from univg_nb import config, errors, io
 from univg_nb.cot.checks import extract_thinking
 from univg_nb.cot.stand_in import HABITS, StandInTeacher
 from univg_nb.cot.teacher import Teacher, write_chain
@@ -142,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(errors.run(main))

@@ -22,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
+from univg_nb import errors
 from univg_nb.base_model.architecture import (
     build_model,
     build_processor,
@@ -329,4 +330,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(errors.run(main))

@@ -57,9 +57,18 @@ def read_rows(path: str | Path) -> dict[int, dict[str, Any]]:
 
 
 def is_json_array(path: Path) -> bool:
-    """Return whether a file holds one JSON array and not a row in each line."""
+    """Return whether a file holds one JSON array and not a row in each line.
+
+    Raises ValueError if it begins like neither.
+    """
     with path.open("rb") as handle:
-        return handle.read(64).lstrip().startswith(b"[")
+        start = handle.read(64).lstrip()
+    if start[:1] not in (b"", b"[", b"{"):
+        raise ValueError(
+            f"{path} begins with {start[:16]!r}: no predictions, which are JSON lines; "
+            "name the file that `generate` wrote"
+        )
+    return start.startswith(b"[")
 
 
 def read_predictions(
