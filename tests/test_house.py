@@ -196,10 +196,11 @@ def test_the_package_stays_small():
     The limit goes up only for a feature that is worth it, in the commit that adds it:
     13,000 after the move; 1,100 for tables and figures as files and the verdicts, 1,600
     for faults by kind (pictures, adapters, locks, errors), 200 for Qwen3-VL's fast
-    step, 100 for a teacher with habits and the shipped stage 1.
+    step, 100 for a teacher with habits and the shipped stage 1, 400 for a study of arms
+    in one file with its power.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 16_000
+    assert sum(sizes.values()) <= 16_400
 
 
 # ---------------------------------------------------------------- references
