@@ -132,7 +132,7 @@ STYLES: dict[str, Callable[[Draft], str]] = {
 }
 # The habits of the course's teacher: it goes through three images or more one by one,
 # and tends to be content with a glance where there are only two.
-HABITS = {
+HABITS: dict[str, Any] = {
     "styles": {"thorough": 0.8, "terse": 0.1, "glance": 0.05, "conclusion first": 0.05},
     "pair_styles": {
         "thorough": 0.38,
