@@ -50,10 +50,12 @@ def served(handler):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:  # else the tests do not end after a failure
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
