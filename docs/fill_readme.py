@@ -56,7 +56,7 @@ def format_minutes(run_dir):
     frame = pd.DataFrame(rows, index=["what it does", "minutes"]).T.infer_objects()
     frame.loc["all"] = "", frame["minutes"].sum()
     table = format_markdown(frame.rename_axis("notebook"))
-    return f"{table}\n\n{format_speed(manifest['speed'])}"
+    return f"{table.strip()}\n\n{format_speed(manifest['speed'])}"
 
 
 def format_models():
