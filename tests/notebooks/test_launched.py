@@ -35,7 +35,7 @@ def by_one_process(stage, out):
 @pytest.mark.slow
 def test_sft_and_grpo_on_two_processes_equal_one(tmp_path):
     two = tmp_path / "two"
-    arguments = ["01", "03", "05", "--scale", "smoke", "--run-dir", str(two)]
+    arguments = ["01", "02", "03", "05", "--scale", "smoke", "--run-dir", str(two)]
     for option in BATCH + TWO:
         arguments += ["--set", option]
     assert runner.main(arguments) == 0
