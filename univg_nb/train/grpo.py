@@ -151,10 +151,11 @@ def describe(
     """Return what `train` trains; `processes` is how many will, if not this many."""
     given = {key: value for key, value in overrides.items() if value is not None}
     config = {**config, "grpo": {**config["grpo"], **given}}
-    weights = Path(sft_adapter) / "adapter_model.safetensors"
     start = str(Path(sft_adapter).resolve())
-    if weights.is_file():
-        start = io.sha256_of(weights)
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        weights = Path(sft_adapter) / name
+        if weights.is_file():  # else a large model, in several files
+            start = io.sha256_of(weights)
     return checkpoints.describe("grpo", config, train, start, processes)
 
 
