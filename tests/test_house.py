@@ -175,7 +175,7 @@ def count_lines(path: Path) -> int:
 
 
 def test_few_entries_at_the_top():
-    """Twenty, and `errors` and `loading`: one error style, checks of what is loaded."""
+    """Nineteen, and `errors` and `loading`: one error style, checks of loading."""
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
     assert len(entries) <= 21, sorted(entries)
 
