@@ -124,3 +124,27 @@ def test_table_of_claims_says_what_was_not_run():
     assert math.isnan(weight["ours"]) and weight["paper"] == pytest.approx(1.99)
     assert frame.loc["easy groups become more", "verdict"] == "supported"
     assert set(findings.build_findings({})["verdict"]) == {"not run"}
+
+
+def test_a_finding_is_said_with_its_interval_verdict_and_reason():
+    said = findings.state_finding("chains help", Effect(0.07, 0.007, 0.133, 300))
+    assert said.startswith("chains help: +7.0 points [+0.7, +13.3], supported; the ")
+    assert max(map(len, said.splitlines())) <= 88
+    lost = findings.state_finding("chains help", Effect(-0.05, -0.08, -0.02, 300))
+    assert "-5.0 points [-8.0, -2.0], contradicted" in lost
+
+
+def test_gains_of_tasks_are_paired_and_in_the_order_of_the_paper():
+    def score(hits):
+        tasks = ["reasoning"] * 50 + ["diff"] * 50
+        return [
+            ItemScore(k, "", task, float(k % 50 < hits[task]), "ok", None, False)
+            for k, task in enumerate(tasks)
+        ]
+
+    before = score({"reasoning": 10, "diff": 20})
+    gains = findings.compute_task_gains(score({"reasoning": 30, "diff": 10}), before)
+    assert list(gains.index) == ["Static", "Reason", "AVG"]
+    assert gains["ours"].tolist() == pytest.approx([-20, 40, 10])
+    assert gains.loc["Static", "hi"] < 0 < gains.loc["Reason", "lo"]
+    assert gains["paper"].isna().all()

@@ -15,13 +15,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
 from univg_nb import paper
-from univg_nb.evaluate.scoring import ItemScore
+from univg_nb.evaluate.scoring import ItemScore, sort_tasks
 from univg_nb.io import read_asset
 
 MATTERS = 0.01  # the smallest gain in accuracy that matters: one point
@@ -185,6 +186,44 @@ def explain(effect: Effect, matters: float = MATTERS) -> str:
     if effect.hi < matters:
         return f"the interval ends at {high:+.1f}, so {least:.0f} or more is excluded"
     return f"the interval reaches from {low:+.1f} to {high:+.1f}; {seen}"
+
+
+def state_finding(claim: str, effect: Effect, matters: float = MATTERS) -> str:
+    """Return a finding in words: the claim, the effect in points, verdict and reason.
+
+    Args:
+        claim: what the effect is above 0 of, as "chains help".
+        effect: the measurement.
+        matters: the smallest effect that matters, 0..1.
+    """
+    mean, low, high = (100 * x for x in (effect.mean, effect.lo, effect.hi))
+    text = f"{claim}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}], "
+    return fill(f"{text}{judge(effect, matters)}; {explain(effect, matters)}.", 88)
+
+
+def compute_task_gains(
+    after: Sequence[ItemScore], before: Sequence[ItemScore]
+) -> pd.DataFrame:
+    """Compute the effect on each task and on their mean, for `plots.plot_forest`.
+
+    Args:
+        after: scores of one model.
+        before: scores of the model that it is compared with.
+
+    Returns:
+        Index: the paper's names of the tasks, then AVG; columns ours, lo, hi in points,
+        and paper, which is empty.
+    """
+    parts = {
+        paper.TASK_COLUMN.get(task, task): [s for s in after if s.task == task]
+        for task in sort_tasks({score.task for score in after})
+    }
+    rows = {}
+    for name, part in (parts | {"AVG": list(after)}).items():
+        effect = compute_item_effect(part, before)
+        rows[name] = [100 * x for x in (effect.mean, effect.lo, effect.hi)]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["ours", "lo", "hi"])
+    return frame.assign(paper=math.nan)
 
 
 def build_findings(
