@@ -54,7 +54,8 @@ def imported(path):
 @pytest.mark.parametrize("folder", ["univg_nb", "tests"])
 def test_what_is_imported_is_declared(folder):
     declared = {canonicalize_name(requirement.name) for requirement in DIRECT}
-    declared |= {canonicalize_name(Requirement(r).name) for r in EXTRAS["gpu"]}
+    optional = EXTRAS["gpu"] + EXTRAS["photos"]
+    declared |= {canonicalize_name(Requirement(r).name) for r in optional}
     owners = importlib.metadata.packages_distributions()
     for path in sorted((ROOT / folder).rglob("*.py")):
         for name in set(imported(path)) - sys.stdlib_module_names - {"univg_nb"}:
