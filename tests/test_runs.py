@@ -138,7 +138,64 @@ def test_a_stage_is_reused_only_when_finished_and_equal(tmp_path):
     assert again.done and again.results == {"loss": 0.5}
     changed = open_stage(tmp_path, "sft", {"lr": 2})
     assert not changed.done and not (changed.dir / "checkpoint").exists()
-    assert (tmp_path / "replaced" / "sft" / "checkpoint").read_text() == "half"
+    kept = tmp_path / "replaced" / "sft" / again.hash
+    assert (kept / "checkpoint").read_text() == "half"
+
+
+def test_changing_back_restores_what_was_finished(tmp_path, capsys):
+    made = {}
+    for rate in (1, 2, 1, 3, 2):  # the last two of these are only begun
+        stage = open_stage(tmp_path, "eval/sft", {"lr": rate})
+        assert stage.done == (rate in made)
+        if not stage.done and rate < 3:
+            (stage.dir / "adapter").write_text(f"rate {rate}")
+            made[rate] = stage.finish(rate=rate)
+    assert (
+        stage.results == {"rate": 2} and stage.hash != open_stage(tmp_path, "x", 0).hash
+    )
+    assert (stage.dir / "adapter").read_text() == "rate 2"
+    kept = {path.parent for path in (tmp_path / "replaced").rglob("stage.json")}
+    assert {io.read_json(path / "stage.json")["config"]["lr"] for path in kept} == {
+        1,
+        3,
+    }
+    said = capsys.readouterr().out
+    assert said.count("what was kept is back") == 2
+    assert said.count("it runs again") == 2
+    # Made again on purpose, the newer of two equal ones comes back.
+    fresh = open_stage(tmp_path, "eval/sft", {"lr": 2}, fresh=True)
+    fresh.finish(rate="2 again")
+    open_stage(tmp_path, "eval/sft", {"lr": 3})
+    assert open_stage(tmp_path, "eval/sft", {"lr": 2}).results == {"rate": "2 again"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": "a"}, "SEED = 'a': write a whole number from 0 on"),
+        ({"seed": -1}, "SEED = -1: write a whole"),
+        ({"seed": 1.5}, r"SEED = 1\.5: write a whole"),
+        ({"seed": True}, "SEED = True: write a whole"),
+        ({"run_dir": 5}, "RUN_DIR = 5: write a folder in quotes"),
+        ({"scale": 5}, "SCALE = 5: write a name"),
+        ({"overrides": "sft.lr=1"}, r"OVERRIDES = 'sft\.lr=1': write a list"),
+    ],
+)
+def test_a_parameter_that_cannot_be_meant_moves_nothing(
+    tmp_path, monkeypatch, given, said
+):
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        runs.start(**{"scale": "smoke"} | given)
+    assert [path.name for path in tmp_path.iterdir()] == ["pyproject.toml"]
+
+
+def test_fresh_is_yes_or_no_before_anything_moves(tmp_path):
+    open_stage(tmp_path, "sft", {}).finish()
+    with pytest.raises(ValueError, match="FRESH = 'no': write True or False"):
+        open_stage(tmp_path, "sft", {}, fresh="no")
+    assert open_stage(tmp_path, "sft", {}).done
 
 
 def test_fresh_begins_again(tmp_path):

@@ -97,8 +97,9 @@ def run(work: Callable[[], int | None]) -> int:
         finally:
             if sys.stdout:
                 sys.stdout.flush()  # here, where a failure can still be handled
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as interrupt:
+        said = f": {interrupt}" if str(interrupt) else ""
+        _say(f"interrupted{said}")
         return 130
     except Exception as error:
         found = None if sys.flags.dev_mode else describe(error)
@@ -124,10 +125,17 @@ def shorten_in_notebooks() -> None:
     """In a notebook, show a mistake or failure as its line and that of the cell."""
     module = sys.modules.get("IPython")
     if module and (shell := module.get_ipython()):
-        shell.set_custom_exc((Exception,), _show)
+        shell.set_custom_exc((Exception, KeyboardInterrupt), _show)
 
 
-def _show(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: Any) -> None:
+def _show(
+    shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: Any
+) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        error.__traceback__ = None  # its frames hold the model that was in training
+        said = str(error) or "run the cell again to go on"
+        shell._showtraceback(kind, error, [f"interrupted: {said}"])
+        return
     found = describe(error)
     if found is None or sys.flags.dev_mode:
         shell.showtraceback((kind, error, trace), tb_offset, running_compiled_code=True)

@@ -132,6 +132,19 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def _find_kept(folder: Path, wanted: str) -> Path | None:
+    """Return the last version of a stage of that hash in its folder of replaced/."""
+    ages = {
+        (_find_status(marker.parent) == "finished", marker.stat().st_mtime): marker
+        for marker in folder.glob(f"{wanted}*/stage.json")
+    }
+    return ages[max(ages)].parent if ages else None
+
+
+def _find_status(stage_dir: Path) -> str:
+    return _read_if_there(stage_dir / "stage.json").get("status", "")
+
+
 def record_stage(
     run_dir: str | Path, name: str, seconds: float, group: str = "stages", **facts: Any
 ) -> None:
@@ -198,7 +211,8 @@ class Run:
         A finished stage of the same configuration comes back with `.done` True and its
         `.results`; an interrupted one keeps its files, so that training can resume.
         With `fresh`, or when the configuration differs, the old folder is moved to
-        replaced/ and an empty one begins.
+        replaced/NAME/HASH. A finished one that is kept there comes back when its
+        configuration does, unless `fresh`; else an empty one begins.
 
         Args:
             name: of the stage; may contain slashes.
@@ -207,29 +221,38 @@ class Run:
             needs: names of stages of this run that this one is made from.
 
         Raises:
-            ValueError: a stage that it needs is not finished, or another process works
-                on this one.
+            ValueError: `fresh` is neither True nor False, a stage that it needs is not
+                finished, or another process works on this one.
         """
+        if not isinstance(fresh, bool):
+            raise ValueError(f"FRESH = {fresh!r}: write True or False")
         upstream = {}
         for other in needs:
-            found = _read_if_there(self.dir / other / "stage.json")
-            if found.get("status") != "finished":
+            if _find_status(self.dir / other) != "finished":
                 raise ValueError(
                     f"{self.dir}: {name!r} needs {other!r}, which is not finished; "
                     "run the notebook that makes it first (00_start_here lists them)"
                 )
-            upstream[other] = found["hash"]
+            upstream[other] = read_json(self.dir / other / "stage.json")["hash"]
         wanted = config_hash({"config": config, "needs": upstream})
         folder = self.dir / name
         with locked(folder):
             found = _read_if_there(folder / "stage.json")
+            if found.get("hash") != wanted or fresh:
+                kept = self.dir / "replaced" / name
+                free = found or not folder.exists()
+                back = _find_kept(kept, wanted) if free and not fresh else None
+                if found or (fresh and folder.is_dir()):
+                    set_aside(folder, kept / found.get("hash", "no_stage"))
+                if found and not fresh:
+                    again = "what was kept is back" if back else "it runs again"
+                    print(f"{name}: its configuration changed, so {again}")
+                if back:
+                    back.replace(folder)
+                    found = read_json(folder / "stage.json")
             if found.get("hash") == wanted and not fresh:
                 done = found["status"] == "finished"
                 return Stage(self.dir, name, wanted, done, found.get("results", {}))
-            if found or (fresh and folder.is_dir()):
-                set_aside(folder, self.dir / "replaced" / name)
-            if found and not fresh:
-                print(f"{name}: its configuration changed, so it runs again")
             begun = {
                 "name": name,
                 "status": "started",
@@ -239,6 +262,20 @@ class Run:
             }
             write_json(folder / "stage.json", begun)
         return Stage(self.dir, name, wanted)
+
+
+def check_parameters(scale: Any, run_dir: Any, seed: Any, overrides: Any) -> None:
+    """Raise ValueError for a common parameter of a notebook that cannot be meant."""
+    if not isinstance(scale, str) or not scale:
+        raise ValueError(f'SCALE = {scale!r}: write a name, as "tiny"')
+    if not isinstance(run_dir, str | Path):
+        raise ValueError(
+            f'RUN_DIR = {run_dir!r}: write a folder in quotes, as "runs/mine", or ""'
+        )
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"SEED = {seed!r}: write a whole number from 0 on, as 1")
+    if isinstance(overrides, str):
+        raise ValueError(f"OVERRIDES = {overrides!r}: write a list, as [{overrides!r}]")
 
 
 def start(
@@ -253,10 +290,11 @@ def start(
         scale: name of a shipped scale or a .yaml file.
         run_dir: the run folder; "" means runs/SCALE. That of another scale raises
             ValueError: its stages would all be replaced.
-        seed: of the data and of both trainings.
+        seed: of the data and of both trainings; 0 or above.
         overrides: options to set, each as "SECTION.KEY=VALUE".
     """
     shorten_in_notebooks()
+    check_parameters(scale, run_dir, seed, overrides)
     seeds = [f"{section}.seed={seed}" for section in ("data", "sft", "grpo")]
     config = load_scale(scale, [*seeds, *overrides])
     folder = resolve_run_dir(run_dir, scale)

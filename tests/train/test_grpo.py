@@ -24,6 +24,8 @@ from interrupted import killed
 from transformers import TrainerCallback
 
 from univg_nb import io, models
+from univg_nb.config import dump
+from univg_nb.data import files
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.train import grpo, rollouts
 
@@ -99,6 +101,28 @@ def test_T2_nor_on_two_processes(folder, tmp_path, one_batch):
 def test_unknown_weight_fails_before_any_rollout(folder, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'exp'"):
         make_trainer(folder, tmp_path, keep={"weight": "expo"})
+
+
+def test_a_weight_of_a_file_trains_from_the_command_line(folder, tmp_path):
+    """The paths of a scale count from the repository, an absolute one as it is."""
+    path, out = tmp_path / "my_weights.py", tmp_path / "out"
+    path.write_text(
+        "from univg_nb.train.difficulty import register_weight\n"
+        "@register_weight('mine_of_a_file')\n"
+        "def phi(m, power):\n    return power + m\n"
+    )
+    (tmp_path / "scale.yaml").write_text(dump(make_config(folder, power=3.0)))
+    files.write(make_samples(folder), tmp_path / "data.json", "stage2_rl")
+    command = [str(tmp_path / "scale.yaml"), "--sft-adapter", str(folder / "sft")]
+    command += ["--out", str(out), "--data", str(tmp_path / "data.json")]
+    command += ["--set", f"grpo.weight={path}:mine_of_a_file"]
+    grpo.main(command)
+    for row in io.read_jsonl(out / "rollouts.jsonl"):
+        assert row["weight"] == pytest.approx(3 + row["mean_iou"], abs=1e-4)
+    grpo.main(command)  # it is finished
+    path.write_text(path.read_text().replace("power + m", "power - m"))
+    with pytest.raises(ValueError, match="another training"):
+        grpo.main(command)
 
 
 def test_T8_temperature_and_reward_weights_take_effect(folder, tmp_path):
@@ -241,16 +265,16 @@ def test_resume_is_exact(folder, tmp_path, options):
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_middle_of_an_update_resumes_exactly(folder, tmp_path):
+def test_a_kill_in_the_middle_of_an_update_resumes_exactly(folder, tmp_path):
     """Update 3 has sampled, logged its groups and taken its gradient."""
     config = make_config(folder, max_steps=4, save_strategy="steps", save_steps=2)
     job = {"sft_adapter": str(folder / "sft")}
     rows = make_samples(folder)
     grpo.train(config, tmp_path / "whole", rows, **job)
-    where = {"signal": "SIGTERM", "method": "_get_grad_norm", "at": 3}
+    where = {"signal": "SIGKILL", "method": "_get_grad_norm", "at": 3}
     out = tmp_path / "cut"
     code = killed(tmp_path, "grpo", config, rows, out, options=job, **where)
-    assert code == -signal.SIGTERM
+    assert code == -signal.SIGKILL
     assert {row["step"] for row in io.read_jsonl(out / "rollouts.jsonl")} == {1, 2, 3}
     grpo.train(config, out, rows, **job)
     assert what_was_learned(out) == what_was_learned(tmp_path / "whole")

@@ -31,6 +31,7 @@ from univg_nb.io import locked, read_json, read_jsonl, write_json
 from univg_nb.launch import plan
 from univg_nb.launch.cost import Stage, choose_strategy
 from univg_nb.launch.worker import DESCRIBE, ERROR, STOP, TRAIN
+from univg_nb.train.checkpoints import describe_resume, find_checkpoint
 
 ZERO = ("zero2", "zero3")  # the strategies that are DeepSpeed's
 LOG = "console.log"  # file in the launch folder
@@ -163,6 +164,8 @@ def train(
             before = read_json(path)["processes"]
             statement = resume_statement(before, processes, strategy, vllm)
             print(f"{out.name} {statement}")
+            if found := find_checkpoint(out / "checkpoints", training.fingerprint):
+                print(f"{out.name} {describe_resume(found)}", flush=True)
         for old in (*folder.glob("rank-*"), folder / STOP, folder / ERROR):
             old.unlink(missing_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
@@ -196,7 +199,8 @@ def train(
 
 def _wait(agent: subprocess.Popen, out: Path) -> None:
     """Wait until the processes end, on request early; raise if one failed."""
-    folder, interrupt = out / "launch", None
+    folder = out / "launch"
+    interrupt: BaseException | None = None
     pipe, bar = cast(IO[bytes], agent.stdin), tqdm(desc=out.name)
     try:
         while agent.poll() is None:
@@ -221,6 +225,9 @@ def _wait(agent: subprocess.Popen, out: Path) -> None:
             reason = _describe_failure(agent, folder / LOG)
         raise RuntimeError(f"training stopped: {reason}")
     if interrupt or interrupted:  # the latter: someone else sent SIGTERM to a process
+        if isinstance(interrupt, KeyboardInterrupt):
+            done = "stopped with a checkpoint; run it again to go on"
+            interrupt = KeyboardInterrupt(f"{out.name} {done}")
         raise interrupt or SystemExit(128 + signal.SIGTERM)
 
 

@@ -22,14 +22,13 @@ import psutil
 import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import TrainerCallback
 
 from univg_nb import errors
 from univg_nb.data.sample import GroundingSample
 from univg_nb.io import read_json, write_json
 from univg_nb.runs import peak_memory_mb
 from univg_nb.train import grpo, sft
-from univg_nb.train.checkpoints import Training
+from univg_nb.train.checkpoints import EndEarly, Training
 
 TRAIN: dict[str, Callable[..., dict[str, Any]]] = {"sft": sft.train, "grpo": grpo.train}
 DESCRIBE: dict[str, Callable[..., Training]] = {
@@ -52,7 +51,7 @@ class Interrupted(Exception):  # noqa: N818 (a request, not an error)
     """The training ended early, with a checkpoint, because it was asked to."""
 
 
-class Supervisor(TrainerCallback):
+class Supervisor(EndEarly):
     """Check the processes before the first update; end early, saved, when asked.
 
     `strategy` and `processes` are those that were asked for, `folder` is that of the
@@ -60,21 +59,21 @@ class Supervisor(TrainerCallback):
     """
 
     def __init__(self, folder: Path, strategy: str, processes: int) -> None:
+        super().__init__()
         self.folder, self.strategy, self.processes = folder, strategy, processes
         self.facts: dict[str, Any] = {
             "rank": int(os.environ.get("RANK", 0)),
             "pid": os.getpid(),
         }
-        self.signaled = self.stopping = False
 
     def write(self, state: str, **facts: Any) -> None:
         """Write the state (training, finished or interrupted) and what goes with it."""
         self.facts |= {"state": state, **facts}
         write_json(self.folder / f"rank-{self.facts['rank']}.json", self.facts)
 
-    def note_signal(self, *_: Any) -> None:
-        """Signal handler: end after the current update."""
-        self.signaled = True
+    def note_signal(self, number: int, _: Any = None) -> None:
+        """Signal handler: end after the current update, however often it comes."""
+        self.signal = number
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Compare what accelerate set up with what was asked for.
@@ -109,7 +108,7 @@ class Supervisor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Agree with the other processes on whether to end; save if so."""
-        asked = self.signaled or is_launcher_gone() or (self.folder / STOP).exists()
+        asked = bool(self.signal) or is_launcher_gone() or (self.folder / STOP).exists()
         votes = torch.tensor(float(asked), device=args.device)
         if self.processes > 1:  # the request reaches them at different updates
             torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)

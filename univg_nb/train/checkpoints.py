@@ -12,6 +12,8 @@ import difflib
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.runs import Run, resolve_run_dir
 
 Stage = Literal["sft", "grpo"]  # the section of a scale
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 COMPLETE = "complete.json"  # written last into a checkpoint
 DATA_FILES = {"stage1": "stage1_cotsft.json", "stage2": "stage2_rl.json"}
 SHIPPED = "shipped"  # the stage of the stage-1 model that ships (docs/model_card.md)
@@ -240,17 +243,28 @@ def run_training(
     if not trainer.args.save_only_model:  # Recorder deletes old ones when it is safe
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     recorder = Recorder(out / "metrics.jsonl", fingerprint, limit)
+    supervised = any(isinstance(callback, EndEarly) for callback in callbacks)
+    end_early = EndEarly()
     trainer.remove_callback(PrinterCallback)
-    for callback in (*callbacks, *progress, recorder):
+    for callback in (*callbacks, end_early, *progress, recorder):
         trainer.add_callback(callback)
     if trainer.is_world_process_zero():
+        if checkpoint:
+            print(f"{out.name} {describe_resume(checkpoint)}", flush=True)
         io.write_text(out / "config.yaml", dump(training.config))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             if (out / name).is_file():
                 _drop_rows_after(out / name, first)
     base = models.sample_base(trainer.model)  # before it is sharded over processes
-    with models.ignore_rename_warnings():
+    if checkpoint and trainer.args.save_steps < 1:  # a share: as it was counted out
+        state = io.read_json(checkpoint / "trainer_state.json")
+        trainer.args.save_steps = state["save_steps"]
+    # Several processes have to agree on the update: their launcher sees to it.
+    signals = () if supervised or trainer.args.world_size > 1 else STOPPING
+    with models.ignore_rename_warnings(), end_early.listen(signals):
         done = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if end_early.stopping:
+        end_early.raise_signal(f"{out.name} {describe_stop(trainer.state)}")
     trainer.save_model(str(out / "adapter"))
     if trainer.is_world_process_zero() and models.is_adapter(out / "adapter"):
         io.write_json(out / "adapter" / models.BASE_FILE, base)
@@ -264,6 +278,59 @@ def run_training(
         "parameters": models.count_parameters(trainer.model),
         "fingerprint": fingerprint,
     }
+
+
+def describe_resume(checkpoint: Path) -> str:
+    """Say with which update a training goes on from a checkpoint."""
+    state = io.read_json(checkpoint / "trainer_state.json")
+    return f"resumes at update {state['global_step'] + 1} of {state['max_steps']}"
+
+
+def describe_stop(state: Any) -> str:
+    """Say after which update a training ended early, and how to go on."""
+    done = f"update {state.global_step} of {state.max_steps}"
+    return f"stopped after {done}, with a checkpoint; run it again to go on"
+
+
+class EndEarly(TrainerCallback):
+    """Ends a training after the current update, with a checkpoint, at a signal.
+
+    A second signal ends it at once, without a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0  # the number of the one received
+        self.stopping = False
+
+    def note_signal(self, number: int, _: Any = None) -> None:
+        """Signal handler: end after the current update."""
+        if self.signal:
+            self.raise_signal("")
+        self.signal = number
+
+    def raise_signal(self, text: str) -> None:
+        """Raise what the signal raises otherwise."""
+        if self.signal == signal.SIGTERM:
+            print(text)
+            raise SystemExit(128 + self.signal)
+        raise KeyboardInterrupt(text)
+
+    @contextmanager
+    def listen(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Handle these signals during the `with` block; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
+        before = {number: signal.signal(number, self.note_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and end if asked to, unless this was the last update."""
+        if self.signal and state.global_step < state.max_steps:
+            self.stopping = control.should_save = control.should_training_stop = True
 
 
 class Progress(ProgressCallback):
