@@ -29,6 +29,7 @@ WEIGHTS = (
     *("none", "exp", "power", "log", "log_released", "peak", "constant"),
     *("softmax", "box_size"),
 )
+OWN_WEIGHTS: set[str] = set()  # what train.difficulty.register_weight added
 # Rows to take of a data set, None = all; files, and the folder that images lie in.
 COUNTS = ("stage1", "stage2", "single", "test_per_task", "zero_shot", "single_test")
 FILES = (
@@ -58,7 +59,7 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "freeze_vision": bool,
     },
     "grpo": {
-        "weight": Literal[WEIGHTS],
+        "weight": str,  # of WEIGHTS or OWN_WEIGHTS, or FILE.py:FUNCTION
         "power": float,
         "constant": float,
         "unit_mean": bool,
@@ -280,6 +281,13 @@ def _check_section(section: str, values: Any, where: str) -> None:
                 f"{where}: {section}.{key} = {value!r} has the wrong type or value; "
                 f"expected {describe(allowed[key])}"
             )
+        if (section, key) == ("grpo", "weight"):
+            known = (*WEIGHTS, *OWN_WEIGHTS)
+            if value not in known and ":" not in value:
+                raise ValueError(
+                    f"{where}: grpo.weight = {value!r}{suggestion(value, known)} (one "
+                    "of yours: FILE.py:FUNCTION)"
+                )
         if isinstance(value, int | float):
             if value < _LEAST.get(key, value):
                 problem = f"expected {_LEAST[key]} or more"

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from univg_nb import config
+from univg_nb.train import difficulty
 from univg_nb.train.difficulty import (
     FORMS,
     difficulty_bin,
@@ -119,14 +121,74 @@ def test_wrong_input_is_named():
             difficulty_weight(torch.tensor([bad]), "exp")
 
 
-def test_a_user_adds_a_form(monkeypatch):
-    monkeypatch.setitem(FORMS, "square", FORMS["exp"])  # is restored at the end
-    del FORMS["square"]
-    register_weight("square", lambda m, **_: (1 - m) ** 2)
-    weight = difficulty_weight(torch.tensor([0.0, 0.5]), "square")
-    assert weight.tolist() == [1.0, 0.25]
+@pytest.fixture
+def own_weights(monkeypatch):
+    """Weights that a test registers are gone after it."""
+    monkeypatch.setattr(difficulty, "FORMS", dict(FORMS))
+    before = set(config.OWN_WEIGHTS)
+    yield
+    config.OWN_WEIGHTS.intersection_update(before)
+
+
+@pytest.mark.usefixtures("own_weights")
+def test_a_user_adds_a_form():
+    @register_weight("square")
+    def square(m):
+        return (1 - m) ** 2
+
+    m = torch.tensor([0.0, 0.5])
+    assert difficulty_weight(m, "square").tolist() == [1.0, 0.25]
+    assert difficulty_weight(m, square).tolist() == [1.0, 0.25]
+    config.load_scale("smoke", ["grpo.weight=square"])
+    code = difficulty.identify_weight("square")
+
+    @register_weight("square")  # a cell that is run again, edited
+    def again(m, power):
+        return m * power
+
+    assert difficulty_weight(m, "square", power=3).tolist() == [0.0, 1.5]
+    assert difficulty.identify_weight("square") not in ("", code)
     with pytest.raises(ValueError, match="'exp' is taken"):
-        register_weight("exp", lambda m, **_: m)
+        register_weight("exp")
+    with pytest.raises(ValueError, match=r"made \(\) values of \(2,\) groups"):
+        difficulty_weight(m, lambda m: m.mean())
+
+
+FILE = """
+from univg_nb.train.difficulty import register_weight
+SCALE = 2
+def half(m):
+    return m / 2
+@register_weight("mine")
+def phi(m):
+    return SCALE * m
+"""
+
+
+@pytest.mark.usefixtures("own_weights")
+def test_a_form_is_named_by_its_file(tmp_path):
+    path = tmp_path / "my_weights.py"
+    path.write_text(FILE)
+    m = torch.tensor([0.5])
+    found = [difficulty_weight(m, f"{path}:{name}") for name in ("mine", "phi", "half")]
+    assert torch.cat(found).tolist() == [1.0, 1.0, 0.25]
+    scale = config.load_scale("smoke", [f"grpo.weight={path}:mine"])
+    assert scale["grpo"]["weight"] == f"{path}:mine"
+    assert difficulty.get_weight_name(f"{path}:mine") == "mine"
+    assert difficulty.find_form("torch:exp") is torch.exp
+    code = difficulty.identify_weight(f"{path}:mine")
+    path.write_text(FILE.replace("SCALE = 2", "SCALE = 3"))
+    assert difficulty.identify_weight(f"{path}:mine") != code
+    assert difficulty_weight(m, f"{path}:mine").tolist() == [1.5]
+    for wrong, told in {
+        f"{path}:mien": "has no function 'mien'",
+        "no_such.py:mine": r"No such file.* write FILE\.py:FUNCTION",
+        "no_such_module:mine": "No module named",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            difficulty.find_form(wrong)
+    with pytest.raises(ValueError, match=r"'exq'; did you mean 'exp'\? \(one of yours"):
+        config.load_scale("smoke", ["grpo.weight=exq"])
 
 
 def test_bins_of_figure_3():

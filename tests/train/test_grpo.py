@@ -121,7 +121,7 @@ def test_a_weight_of_a_file_trains_from_the_command_line(folder, tmp_path):
         assert row["weight"] == pytest.approx(3 + row["mean_iou"], abs=1e-4)
     grpo.main(command)  # it is finished
     path.write_text(path.read_text().replace("power + m", "power - m"))
-    with pytest.raises(ValueError, match="another training"):
+    with pytest.raises(ValueError, match="a finished training of other settings"):
         grpo.main(command)
 
 

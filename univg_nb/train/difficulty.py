@@ -10,33 +10,40 @@ equals multiplying the group's advantages, which is how the trainer does it:
 phi * min(r A, clip(r) A) = min(r phi A, clip(r) phi A).
 """
 
+import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from univg_nb.config import suggestion
+from univg_nb import io
+from univg_nb.config import OWN_WEIGHTS, WEIGHTS, suggestion
+from univg_nb.runs import repo_root
 
 Form = Callable[..., Tensor]
-# phi as a function of m, any shape, and of the options power, constant and box_share.
-# "exp" (1 to 2.72) is what the released script runs; "log_released" is negative above
-# m = 0.98, where it pushes towards worse answers (docs/paper_facts.md#t3). The rest is
-# not in the paper. "peak" favors groups that succeed half of the time. "constant" is a
-# control: e^(1-m) is above 1 nearly everywhere, so it also raises the step size.
-# "softmax" has the mean 1 over the groups of an update (arXiv 2601.20614). "box_size"
-# is static: the smaller the true box, the larger the weight, whatever the replies.
+# phi as a function of m, any shape, and of those of the options power, constant and
+# box_share that it names. "exp" (1 to 2.72) is what the released script runs;
+# "log_released" is negative above m = 0.98, where it pushes towards worse answers
+# (docs/paper_facts.md#t3). The rest is not in the paper. "peak" favors groups that
+# succeed half of the time. "constant" is a control: e^(1-m) is above 1 nearly
+# everywhere, so it also raises the step size. "softmax" has the mean 1 over the groups
+# of an update (arXiv 2601.20614). "box_size" is static: the smaller the true box, the
+# larger the weight, whatever the replies.
 FORMS: dict[str, Form] = {
-    "none": lambda m, **_: torch.ones_like(m),
-    "exp": lambda m, **_: torch.exp(1 - m),
-    "power": lambda m, power, **_: (1.05 - m) ** power,
-    "log": lambda m, **_: (-torch.log(0.02 + m)).clamp(min=0),
-    "log_released": lambda m, **_: -torch.log(0.02 + m),
-    "peak": lambda m, **_: 4 * m * (1 - m),
-    "constant": lambda m, constant, **_: torch.full_like(m, constant),
-    "softmax": lambda m, power, **_: (
+    "none": lambda m: torch.ones_like(m),
+    "exp": lambda m: torch.exp(1 - m),
+    "power": lambda m, power: (1.05 - m) ** power,
+    "log": lambda m: (-torch.log(0.02 + m)).clamp(min=0),
+    "log_released": lambda m: -torch.log(0.02 + m),
+    "peak": lambda m: 4 * m * (1 - m),
+    "constant": lambda m, constant: torch.full_like(m, constant),
+    "softmax": lambda m, power: (
         (-power * m).flatten().softmax(0).view_as(m) * m.numel()
     ),
-    "box_size": lambda m, box_share, **_: torch.exp(1 - box_share.sqrt()).to(m),
+    "box_size": lambda m, box_share: torch.exp(1 - box_share.sqrt()).to(m),
 }
 RESCALED = ("none", "mad", "drop_silent")
 BINS = ("hard", "medium", "easy")
@@ -45,21 +52,88 @@ EASY_ABOVE = 0.7
 STD_FLOOR = 1e-4  # GRPO adds it to a group's standard deviation
 
 
-def register_weight(name: str, form: Form) -> None:
-    """Add a weight: a function of m that takes the options as keywords.
+def register_weight(name: str) -> Callable[[Form], Form]:
+    """Return a decorator that adds a weight under a name, or replaces one of yours.
 
-    Raises ValueError for a name that is taken.
+        @register_weight("square")
+        def square(m):
+            return (1 - m) ** 2
 
-        register_weight("square", lambda m, **_: (1 - m) ** 2)
+    The function gets the mean IoU of each group, any shape, and of the options of
+    `difficulty_weight` those that it names. The name then works wherever this process
+    takes one. For another process (a command, a notebook that is run, several GPUs) put
+    the function into a file and name that: `grpo.weight: my_weights.py:square`.
+
+    Raises:
+        ValueError: the name is that of a weight of this package, or has a colon.
     """
-    if name in FORMS:
+    if name in WEIGHTS or ":" in name:
         raise ValueError(f"weight {name!r} is taken; choose another name")
-    FORMS[name] = form
+
+    def add(form: Form) -> Form:
+        FORMS[name] = form
+        OWN_WEIGHTS.add(name)
+        return form
+
+    return add
+
+
+def find_form(weight: str) -> Form:
+    """Return the weight of a name, or the one of a file or a module.
+
+    "my_weights.py:square" is the weight that the file registers as "square", else its
+    function of that name; "package.module:square" that of a module. A relative path
+    counts from the repository, as paths of a scale do.
+
+    Raises:
+        ValueError: there is no such name, file, module or function.
+    """
+    place, colon, name = weight.rpartition(":")
+    if not colon:
+        if weight not in FORMS:
+            raise ValueError(f"unknown weight {weight!r}{suggestion(weight, FORMS)}")
+        return FORMS[weight]
+    try:
+        if place.endswith(".py"):
+            path = _find_file(place)
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(place)
+    except (OSError, ImportError) as error:
+        raise ValueError(
+            f"weight {weight!r}: {error}; write FILE.py:FUNCTION, with a path from "
+            f"{repo_root()}, or MODULE:FUNCTION"
+        ) from error
+    form = FORMS[name] if name in OWN_WEIGHTS else getattr(module, name, None)
+    if not callable(form):
+        raise ValueError(f"weight {weight!r}: {place} has no function {name!r}")
+    return form
+
+
+def identify_weight(weight: str) -> str:
+    """Return the hash of the code of a weight of yours, "" for one of this package."""
+    if weight in WEIGHTS:
+        return ""
+    place = weight.rpartition(":")[0]
+    if place.endswith(".py"):
+        return io.sha256_of(_find_file(place))
+    return io.config_hash(inspect.getsource(find_form(weight)))
+
+
+def _find_file(place: str) -> Path:
+    return repo_root() / Path(place).expanduser()
+
+
+def get_weight_name(weight: str) -> str:
+    """Return the part of a weight that names folders: that after the colon."""
+    return weight.rpartition(":")[2]
 
 
 def difficulty_weight(
     group_iou: Tensor,
-    form: str = "exp",
+    form: str | Form = "exp",
     power: float = 1.0,
     unit_mean: bool = False,
     constant: float = 1.0,
@@ -69,7 +143,7 @@ def difficulty_weight(
 
     Args:
         group_iou: mean IoU of each group, in 0..1, any shape.
-        form: a name in `FORMS`; see `register_weight`.
+        form: a name, as `find_form` takes it, or the function itself.
         power: exponent of "power", where 1 is the linear form, and of "softmax".
         unit_mean: whether to divide by the mean over the groups given, so that only
             the difference between groups remains, another control. With several
@@ -78,7 +152,8 @@ def difficulty_weight(
         box_share: share of the image that each group's true box covers, for "box_size".
 
     Raises:
-        ValueError: for an unknown form or a mean IoU outside 0..1.
+        ValueError: for an unknown form, one that does not return a weight for each
+            group, or a mean IoU outside 0..1.
     """
     m = group_iou
     if not ((m >= 0) & (m <= 1)).all():  # written so that NaN fails too
@@ -86,11 +161,17 @@ def difficulty_weight(
             f"group mean IoU must lie in 0..1, got {m.tolist()}: pass the IoU reward "
             "alone, without the format reward"
         )
-    if form not in FORMS:
-        raise ValueError(f"unknown weight {form!r}{suggestion(form, FORMS)}")
     if box_share is None:
         box_share = torch.ones_like(m)
-    weight = FORMS[form](m, power=power, constant=constant, box_share=box_share)
+    phi = find_form(form) if isinstance(form, str) else form
+    options = {"power": power, "constant": constant, "box_share": box_share}
+    named = inspect.signature(phi).parameters
+    weight = phi(m, **{key: options[key] for key in options.keys() & named.keys()})
+    if weight.shape != m.shape:
+        raise ValueError(
+            f"weight {form!r} made {tuple(weight.shape)} values of {tuple(m.shape)} "
+            "groups: return one for each"
+        )
     if unit_mean and weight.mean() > 0:
         weight = weight / weight.mean()
     return weight

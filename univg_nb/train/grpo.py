@@ -16,6 +16,7 @@ Comparison forms, each one line of the scale or one --set:
     grpo.rescale=mad                divided by the mean absolute deviation
     grpo.rescale=drop_silent        groups of equal rewards left out of the mean
     grpo.weight=peak                weight 4m(1-m), largest at a mean IoU of 0.5
+    grpo.weight=my_weights.py:mine  a function of yours (difficulty.register_weight)
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast import vllm
 from univg_nb.runs import resolve_run_dir
-from univg_nb.train import checkpoints
+from univg_nb.train import checkpoints, difficulty
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
 
@@ -156,6 +157,8 @@ def describe(
         weights = Path(sft_adapter) / name
         if weights.is_file():  # else a large model, in several files
             start = io.sha256_of(weights)
+    if code := difficulty.identify_weight(config["grpo"].get("weight", "exp")):
+        start += code
     return checkpoints.describe("grpo", config, train, start, processes)
 
 
@@ -238,10 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--fresh", action="store_true", help="begin again; keep the old in replaced/")
     options = parser.parse_args(arguments)
     config = load_scale(options.scale, options.set)
-    weight = config["grpo"].get("weight", "exp")
+    name = difficulty.get_weight_name(config["grpo"].get("weight", "exp"))
     summary = train(
         config,
-        options.out or resolve_run_dir("", options.scale) / f"grpo_{weight}",
+        options.out or resolve_run_dir("", options.scale) / f"grpo_{name}",
         checkpoints.read_training_set(options, config, "stage2"),
         sft_adapter=options.sft_adapter,
         fresh=options.fresh,

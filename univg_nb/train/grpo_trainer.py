@@ -27,6 +27,7 @@ from univg_nb.train.difficulty import (
     BINS,
     difficulty_bin,
     difficulty_weight,
+    find_form,
     group_mean_iou,
     is_silent,
     rescale_factor,
@@ -70,7 +71,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         self.weight_options |= {"unit_mean": unit_mean, "constant": constant}
         self.rescale = rescale
         # A wrong name fails here and not after the first rollout.
-        difficulty_weight(torch.zeros(1), **self.weight_options)
+        self.form = find_form(weight)
+        difficulty_weight(torch.zeros(1), **self.weight_options | {"form": self.form})
         rescale_factor(torch.zeros(1, 2), rescale)
         super().__init__(
             model, args, reward_funcs=[iou_reward, format_reward], **others
@@ -108,9 +110,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         answers = gather_object([row["answer"] for row in inputs])
         boxes = torch.tensor(answers[:: self.num_generations]).to(ious)  # (groups, 4)
         share = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) / 1000**2
-        weights = difficulty_weight(
-            self.mean_iou, **self.weight_options, box_share=share
-        )
+        options = self.weight_options | {"form": self.form, "box_share": share}
+        weights = difficulty_weight(self.mean_iou, **options)
         return weights * rescale_factor(totals, self.rescale)
 
     def _take_rows(self, values: Tensor) -> Tensor:
