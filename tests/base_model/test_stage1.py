@@ -1,6 +1,7 @@
 """The recipe of the shipped stage 1: chains of the teacher, kept data, one training."""
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
 from univg_nb import io
 from univg_nb.base_model import stage1
@@ -45,4 +46,9 @@ def test_the_training_resumes_and_its_model_loads(out, monkeypatch):
     monkeypatch.chdir(out)
     stage1.main(["--out", str(out), "--arm", "thorough"])
     assert io.read_json(out / "thorough" / "summary.json")["adapter"] == "none"
-    assert (out / "thorough" / "adapter" / "model.safetensors").is_file()
+    shipped = out / "thorough" / "shipped"
+    model = AutoModelForImageTextToText.from_pretrained(shipped)
+    assert model.config.use_cache
+    assert {"config.yaml", "mixture.json", "training_log.jsonl"} < {
+        path.name for path in shipped.iterdir()
+    }

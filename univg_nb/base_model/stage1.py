@@ -6,12 +6,13 @@ teachers do (`ARMS`). All language weights train. Every step is resumable: data 
 there are kept, and the training goes on from its last whole checkpoint.
 
 The arm `thorough` is the same training on thorough chains only: what a policy could
-reach that always reasons.
+reach that always reasons. What ships is put together in the folder `shipped` of the arm.
 """
 
 import argparse
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,8 +33,8 @@ from univg_nb.minimig.items import TASKS, make
 from univg_nb.train.sft import train
 
 SEED = 20  # of the items and of the teacher; the course and its tests use others
-ITEMS = 40_000  # of the ten tasks, with chains
-SINGLE = 4_000  # single pictures without a chain, so that pointing is not forgotten
+ITEMS = 80_000  # of the ten tasks, with chains
+SINGLE = 6_000  # single pictures without a chain, so that pointing is not forgotten
 ARMS = {
     "mixture": StandInTeacher(
         SEED,
@@ -120,6 +121,26 @@ def build_data(out: Path, images: Path, arm: str, items: int, single: int) -> Pa
     return path
 
 
+def ship(training: Path) -> Path:
+    """Put together what ships of a finished training: weights, settings, log, counts.
+
+    Returns:
+        The folder training/shipped, which plain transformers loads.
+    """
+    unfinished = training / "shipped.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    leave = shutil.ignore_patterns("training_args.bin")
+    shutil.copytree(training / "adapter", unfinished, ignore=leave)
+    described = io.read_json(unfinished / "config.json")
+    # The trainer turns the cache off, and the folder is for generation too.
+    io.write_json(unfinished / "config.json", described | {"use_cache": True})
+    for name in ("config.yaml", "mixture.json"):
+        shutil.copy(training / name, unfinished)
+    shutil.copy(training / "metrics.jsonl", unfinished / "training_log.jsonl")
+    shutil.rmtree(training / "shipped", ignore_errors=True)
+    return unfinished.rename(training / "shipped")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the data and train."""
     parser = argparse.ArgumentParser(
@@ -139,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = files.read(path, image_root=images)
     scale = config.load_scale("tiny", SETTINGS)
     print(train(scale, out, samples, adapter="none"))
+    print(f"shipped: {ship(out)}")
 
 
 if __name__ == "__main__":

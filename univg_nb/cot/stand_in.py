@@ -133,11 +133,16 @@ STYLES: dict[str, Callable[[Draft], str]] = {
 # The habits of the course's teacher: it goes through three images or more one by one,
 # and tends to be content with a glance where there are only two.
 HABITS: dict[str, Any] = {
-    "styles": {"thorough": 0.8, "terse": 0.1, "glance": 0.05, "conclusion first": 0.05},
+    "styles": {
+        "thorough": 0.88,
+        "terse": 0.06,
+        "glance": 0.03,
+        "conclusion first": 0.03,
+    },
     "pair_styles": {
-        "thorough": 0.38,
+        "thorough": 0.42,
         "terse": 0.07,
-        "glance": 0.5,
+        "glance": 0.46,
         "conclusion first": 0.05,
     },
 }

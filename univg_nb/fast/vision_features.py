@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models
 from univg_nb.data.images import open_image
+from univg_nb.families import get_side
 
 FEATURE_BYTES = 2**33  # features of a data set up to this size are kept on disk
 IMAGES_AT_ONCE = 32  # through processor and vision tower
@@ -123,7 +124,8 @@ def preprocess_images(
 
     ValueError for an image that cannot be read.
     """
-    pictures = [open_image(path) for path in paths]
+    side = get_side(processor)
+    pictures = [open_image(path, side=side) for path in paths]
     out = processor.image_processor(images=pictures, return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"]
 
@@ -179,7 +181,9 @@ def vision_features(
     )
     file, about_file = keep / f"{name}.bin", keep / f"{name}.pt"
     if not about_file.is_file():
-        tokens, grids = [], []
+        # Filled in place: a small tensor kept per batch would sit between the large
+        # buffers of the batches, whose memory could then not be used again.
+        tokens, grids = [], torch.empty((len(distinct), 3), dtype=torch.int64)
         starts = range(0, len(distinct), IMAGES_AT_ONCE)
         with io.open_atomically(file, "wb") as handle:
             for start in tqdm(starts, desc="images", disable=not progress, leave=False):
@@ -189,12 +193,12 @@ def vision_features(
                     model.model, pixels.to(model.device), grid.to(model.device)
                 )
                 tokens += [len(one) for one in found]
-                grids.append(grid)
+                grids[start : start + len(chunk)] = grid
                 made = torch.cat(found).cpu()
                 handle.write(made.view(torch.uint8).numpy().data)
         about = {
             "tokens": torch.tensor(tokens),
-            "grids": torch.cat(grids),
+            "grids": grids,
             "shape": (sum(tokens), made.shape[1]),
             "dtype": made.dtype,
         }
