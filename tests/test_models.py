@@ -16,13 +16,15 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
-from univg_nb import io, models
+from univg_nb import families, io, models
 from univg_nb.__main__ import main as run_command
 from univg_nb.base_model import architecture
-from univg_nb.evaluate.generate import GenerationOptions, generate
+from univg_nb.train.merge import write_merged
 
 SENTENCES = [
     "Find the red cup in image 2. <think>In image 1 there is a lamp.</think>",
@@ -380,7 +382,7 @@ def test_a_model_without_this_vision_tower_is_refused(tiny, tmp_path):
     tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=5)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    with pytest.raises(ValueError, match="'llava' has no vision tower as this"):
+    with pytest.raises(ValueError, match=r"'llava' does not work: .* take a Qwen2-VL"):
         models.load_for_inference({"name_or_path": str(folder)})
 
 
@@ -423,11 +425,30 @@ def test_a_folder_that_is_not_there_is_named(tiny, tmp_path, name, capsys):
 
 
 def test_the_family_says_how_boxes_are_written():
-    assert models.box_convention(Qwen2_5_VLConfig()) == "pixels"
-    assert models.box_convention(Qwen3VLConfig()) == "thousandths"
-    assert models.box_convention(Qwen2_5_VLConfig(boxes="thousandths")) == "thousandths"
-    with pytest.raises(ValueError, match=r"type 'llava' .*set model\.boxes"):
-        models.box_convention(LlavaConfig())
+    assert families.box_convention(Qwen2_5_VLConfig()) == "pixels"
+    assert families.box_convention(Qwen3VLConfig()) == "thousandths"
+    own = Qwen2_5_VLConfig(boxes="thousandths")
+    assert families.box_convention(own) == "thousandths"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Qwen3_5Config, "recurrent, and no mask"),
+        (Qwen3VLMoeConfig, "treat experts in ways"),
+        (LlavaConfig, "images and boxes are not known"),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(tmp_path, config, reason):
+    """By config.json alone, before weights are looked for."""
+    config().save_pretrained(tmp_path)
+    section = {"name_or_path": str(tmp_path)}
+    with pytest.raises(ValueError, match=f"{reason}.*dense Qwen3-VL"):
+        models.load_config(section)
+    shutil.copytree(models.ASSETS, tmp_path, dirs_exist_ok=True)
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        models.load_for_training(section)
 
 
 @pytest.fixture(scope="module")
@@ -445,30 +466,49 @@ def qwen2_5(tiny, tmp_path_factory):
     return {"name_or_path": str(folder)}
 
 
-def test_a_model_that_answers_in_pixels_must_be_trained_first(qwen2_5, tmp_path):
-    """Its training stays possible, and what is trained answers in thousandths."""
-    bare = models.load_for_inference(qwen2_5)
-    with pytest.raises(ValueError, match=r"pixels .* train it .*model\.boxes=thous"):
-        generate(*bare, [], tmp_path / "p.jsonl", GenerationOptions())
-    assert not any(tmp_path.iterdir())
-    models.check_boxes(models.load_config({**qwen2_5, "boxes": "thousandths"}))
+def units(section, adapters=()) -> tuple[str, str]:
+    """The units that a model is evaluated and trained in."""
+    loaded = models.load_for_inference(section, adapters)[0]
+    trained = models.load_for_training(section, adapters or None)[0]
+    configs = loaded.config, models.get_base_model(trained).config
+    return tuple(map(families.box_convention, configs))
+
+
+def test_an_adapter_tells_how_boxes_are_written(qwen2_5, tmp_path):
+    """What was trained to another unit than its family's is read in that one."""
+    pixels, thousandths = ("pixels",) * 2, ("thousandths",) * 2
+    assert units(qwen2_5) == pixels
+    assert units({**qwen2_5, "boxes": "thousandths"}) == thousandths
+    assert units({"name_or_path": "tiny", "boxes": "pixels"}) == pixels
     adapter = saved_adapter(qwen2_5, tmp_path / "adapter")
-    tuned, _ = models.load_for_inference(qwen2_5, adapter)
-    in_training, _ = models.load_for_training(qwen2_5)
-    tuned.save_pretrained(tmp_path / "merged")
-    models.load_processor(qwen2_5).save_pretrained(tmp_path / "merged")
-    merged, _ = models.load_for_inference({"name_or_path": str(tmp_path / "merged")})
-    said, _ = models.load_for_inference({**qwen2_5, "boxes": "thousandths"})
-    for model in (tuned, in_training, merged, said):
-        models.check_boxes(model.config)
-    for section, adapters in (
-        ({**qwen2_5, "boxes": "pixels"}, adapter),
-        ({**qwen2_5, "name_or_path": "tiny", "boxes": "pixels"}, ()),
+    assert units(qwen2_5, adapter) == pixels  # of another tool, which says nothing
+    for section, expected in (
+        (qwen2_5, pixels),
+        ({**qwen2_5, "boxes": "thousandths"}, thousandths),
     ):
-        model, _ = models.load_for_inference(section, adapters)
-        assert models.box_convention(model.config) == "pixels"
+        model, _ = models.load_for_training(section)
+        io.write_json(adapter / models.BASE_FILE, models.sample_base(model))
+        assert units(qwen2_5, adapter) == units(section, adapter) == expected
+    with pytest.raises(ValueError, match=r"boxes = pixels, but .* write thousandths"):
+        models.load_for_inference({**qwen2_5, "boxes": "pixels"}, adapter)
+    merged = write_merged(qwen2_5, [adapter], tmp_path / "merged")
+    assert units({"name_or_path": str(merged)}) == thousandths
+    assert families.box_convention(models.load_config(qwen2_5)) == "pixels"
     plain, _ = models.load_for_inference({"name_or_path": "tiny"})
     assert not hasattr(plain.config, "boxes")  # saved as it always was
+    assert "boxes" not in models.sample_base(plain)
+
+
+def test_pixel_limits_keep_their_meaning_in_tokens(tiny, tmp_path):
+    folder = copy_of(tiny, tmp_path / "model")
+    section = {"name_or_path": str(folder), "min_pixels": 3136, "max_pixels": 401_408}
+    for patch, tokens in ((14, 512), (16, 512), (8, 1568)):
+        processor = models.load_processor({"name_or_path": str(folder)})
+        processor.image_processor.patch_size = patch
+        processor.save_pretrained(folder)
+        size = models.load_processor(section).image_processor.size
+        assert size["longest_edge"] == tokens * (2 * patch) ** 2
+        assert size["shortest_edge"] >= 3136
 
 
 def test_an_adapter_stays_on_four_bit_weights(tiny, tmp_path):

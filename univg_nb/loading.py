@@ -20,6 +20,7 @@ TOKENS = (
     *("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|im_start|>", "<|im_end|>"),
 )
+OPENED = "<think>\n"  # the end of a thinking edition's prompts
 
 
 @contextmanager
@@ -57,6 +58,25 @@ def explain_loading(source: str) -> Iterator[None]:
 def _is_no_report(entry: logging.LogRecord) -> bool:
     """Return False for the table of weights that do not fit: an error names them."""
     return "LOAD REPORT" not in entry.getMessage()
+
+
+def leave_tag_to_reply(processor: ProcessorMixin) -> None:
+    """Take `<think>` off the end of prompts, where thinking editions' templates put it.
+
+    Here the tag is the reply's, as in the paper: targets and rewards have it there
+    once, and a bare box has none. The processor is saved with the changed template.
+    """
+    template: Any = processor.chat_template
+    if not isinstance(template, str) or OPENED.strip() not in template:
+        return
+    chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    if prompt.endswith(OPENED):
+        template = template.removesuffix("\n")  # as Jinja does at the end of a file
+        processor.chat_template = (
+            f"{{% set text %}}{template}{{% endset %}}"
+            f"{{{{ text[:-{len(OPENED)}] if add_generation_prompt else text }}}}"
+        )
 
 
 def refuse_names(source: str | Path, problem: str, names: Iterable[str]) -> None:

@@ -33,7 +33,13 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from univg_nb import io
-from univg_nb.loading import check_fit, explain_loading, refuse_names
+from univg_nb.families import box_convention, check_family, get_side, scale_limit
+from univg_nb.loading import (
+    check_fit,
+    explain_loading,
+    leave_tag_to_reply,
+    refuse_names,
+)
 
 ASSETS = Path(__file__).parent / "assets" / "tiny-qwen2-vl"
 STAGE1 = ASSETS.with_name("tiny-stage1")  # the same model after stage 1
@@ -50,14 +56,6 @@ IN_TOWER = r".*\bvisual\..*"
 NOT_QUANTIZED = ["model.visual", "lm_head"]
 
 Quantization = Literal["nf4"]
-Boxes = Literal["thousandths", "pixels"]
-# How a family was taught to write boxes, by the model type: in thousandths of width and
-# height, or in pixels of the resized image.
-BOXES: dict[str, Boxes] = {
-    "qwen2_vl": "thousandths",
-    "qwen2_5_vl": "pixels",
-    "qwen3_vl": "thousandths",
-}
 BASE_FILE = "base.json"  # in an adapter's folder: `sample_base` of what it trained on
 
 
@@ -87,9 +85,10 @@ def ignore_rename_warnings() -> Iterator[None]:
 def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
     """Load the processor, with the pixel limits of a scale's `model` section.
 
-    They bound the pixels of an image after resizing, both inclusive. On the processor
-    itself they have no effect (docs/paper_facts.md#t4). Raises ValueError if min_pixels
-    is above max_pixels, or for a processor of another kind of model.
+    They bound the pixels of an image after resizing, both inclusive, and are larger
+    where tokens are (`families.scale_limit`). On the processor itself they have no
+    effect (docs/paper_facts.md#t4). Raises ValueError if min_pixels is above
+    max_pixels, or for a processor of another kind of model.
     """
     name = resolve_model_path(model_section["name_or_path"])
     if (Path(name) / "adapter_config.json").is_file():
@@ -106,13 +105,15 @@ def load_processor(model_section: Mapping[str, Any]) -> ProcessorMixin:
         )
     size = dict(images.size)
     for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        size[edge] = model_section.get(key) or size[edge]
+        if pixels := model_section.get(key):
+            size[edge] = scale_limit(pixels, get_side(processor))
     if size["shortest_edge"] > size["longest_edge"]:
         raise ValueError(
             f"model.min_pixels = {size['shortest_edge']} is larger than "
             f"model.max_pixels = {size['longest_edge']}; swap or widen them"
         )
     images.size = type(images.size)(**size)
+    leave_tag_to_reply(processor)
     return processor
 
 
@@ -172,13 +173,16 @@ def load_adapter(
     return adapted
 
 
-def sample_base(model: torch.nn.Module) -> dict[str, list[float]]:
+def sample_base(model: torch.nn.Module) -> dict[str, Any]:
     """Return first entries of embedding and layer 0, to know a base model by.
 
-    Adapters do not change them until they are merged. 4-bit weights are left out.
+    Adapters do not change them until they are merged. 4-bit weights are left out. Where
+    boxes are written in pixels, "boxes" says it.
     """
     base = get_base_model(model)
-    found: dict[str, list[float]] = {}
+    found: dict[str, Any] = {}
+    if box_convention(base.config) == "pixels":
+        found["boxes"] = "pixels"
     for part in (base.get_input_embeddings(), base.model.language_model.layers[0]):
         with gather_weights(part):
             found |= {
@@ -211,7 +215,7 @@ def _check_base(
     # Rounding to bf16 changes a number by less than 2^-8 of it.
     same = [
         torch.allclose(torch.tensor(before[name]), torch.tensor(now[name]), 2**-7, 1e-6)
-        for name in before.keys() & now.keys()
+        for name in before.keys() & now.keys() - {"boxes"}
     ]
     if not same or not all(same):
         below = "the adapter before it is merged into" if stacked else "it is put on"
@@ -241,7 +245,7 @@ def load_for_training(
     processor = load_processor(model_section)
     model = _load_weights(model_section, None if lora else adapter, quantize)
     check_fit(model, processor)
-    _set_boxes(model.config, model_section, trained=True)
+    _set_boxes(model.config, model_section, adapter if lora else None)
     model.requires_grad_(quantize is None)
     if lora:
         model = load_adapter(model, str(adapter), trainable=True)
@@ -266,7 +270,7 @@ def load_for_inference(
             one adapter; several raise ValueError.
     """
     paths = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    trained, whole = bool(paths), None
+    whole = None
     kinds = [is_adapter(path) for path in paths]
     if not all(kinds[1:]):
         raise ValueError(
@@ -280,7 +284,7 @@ def load_for_inference(
     processor = load_processor(model_section)
     model = _load_weights(model_section, whole, quantize)
     check_fit(model, processor)
-    _set_boxes(model.config, model_section, trained)
+    _set_boxes(model.config, model_section, paths[-1] if paths else None)
     if quantize is None:
         model.to(get_device())
     for position, path in enumerate(paths):
@@ -316,6 +320,9 @@ def _load_weights(
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     source = source if folder is None else str(folder)
     with explain_loading(source):
+        config = AutoConfig.from_pretrained(source)
+    check_family(config, source)
+    with explain_loading(source):
         model, found = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
@@ -339,50 +346,35 @@ def _load_weights(
 # ---------------------------------------------------------------- how boxes are written
 
 
-def box_convention(config: Any) -> Boxes:
-    """Return how a model with this configuration writes boxes.
-
-    `config.boxes` is there on weights that were fine-tuned to another way than their
-    family's. Raises ValueError for a family that is not known.
-    """
-    found = getattr(config, "boxes", None) or BOXES.get(config.model_type)
-    if found is None:
-        raise ValueError(
-            f"how models of type {config.model_type!r} write boxes is not known; set "
-            "model.boxes to thousandths or pixels"
-        )
-    return found
-
-
-def check_boxes(config: Any) -> None:
-    """Raise ValueError for a model whose replies would be read wrongly."""
-    if box_convention(config) == "pixels":
-        raise ValueError(
-            f"a model of type {config.model_type!r} writes boxes in pixels of the "
-            "resized image, but replies are read in thousandths; train it first (its "
-            "adapter answers in thousandths), or set model.boxes=thousandths if these "
-            "weights were trained so"
-        )
-
-
 def load_config(model_section: Mapping[str, Any]) -> Any:
     """Load the configuration of a model that another process holds."""
     name = resolve_model_path(model_section["name_or_path"])
     with explain_loading(name):
         config = AutoConfig.from_pretrained(name)
-    _set_boxes(config, model_section, trained=False)
+    check_family(config, name)
+    _set_boxes(config, model_section)
     return config
 
 
-def _set_boxes(config: Any, model_section: Mapping[str, Any], trained: bool) -> None:
+def _set_boxes(
+    config: Any, model_section: Mapping[str, Any], adapter: str | Path | None = None
+) -> None:
     """Note in the configuration if boxes are written otherwise than by the family.
 
-    That is as `model.boxes` says; with "auto" (default), weights that were trained on
-    top of the base answer in thousandths, as every training file has them.
+    That is as `model.boxes` says; with "auto" (default) as the adapter was trained,
+    which a file beside it tells, else as the weights say.
     """
     boxes = model_section.get("boxes", "auto")
-    boxes = "thousandths" if boxes == "auto" and trained else boxes
-    if boxes not in ("auto", BOXES.get(config.model_type)):
+    path = Path(adapter) / BASE_FILE if adapter else None
+    if path and path.is_file():
+        trained = io.read_json(path).get("boxes", "thousandths")
+        if boxes not in ("auto", trained):
+            raise ValueError(
+                f"model.boxes = {boxes}, but the adapter {adapter} was trained to "
+                f"write {trained}; set model.boxes to auto or to that"
+            )
+        boxes = trained
+    if boxes not in ("auto", box_convention(config)):
         config.boxes = boxes
 
 

@@ -87,6 +87,14 @@ def find_boxes(text: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, _NUMBER.findall(box))) for box in _BOX.findall(text)]
 
 
+def scan_boxes(text: str) -> list[tuple[int, int, tuple[float, ...]]]:
+    """Return (start, end, four numbers) of every box in a text, as `find_boxes`."""
+    return [
+        (*match.span(), tuple(map(float, _NUMBER.findall(match[0]))))
+        for match in _BOX.finditer(text)
+    ]
+
+
 def parse_box(text: str, mode: str = "answer") -> ParsedBox:
     """Parse the box of a reply. Whatever the reply is, no error is raised.
 

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from univg_nb.data.sample import GroundingSample
+from univg_nb.families import SIDE, get_side
 
-MIN_SIDE = 28  # one merged patch of Qwen2-VL; smaller images its processor refuses
+MIN_SIDE = SIDE  # smaller images are enlarged; more where tokens are larger
 MIN_PIXELS = 3136  # Qwen2-VL enlarges smaller images to this size
 MAX_RATIO = 200  # the processor's limit on long side / short side
 
@@ -160,19 +161,22 @@ def _scale_transparency(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = tuple(v >> 8 for v in value)
 
 
-def _enlarge(width: int, height: int) -> tuple[int, int]:
-    """Bring the short side up to `MIN_SIDE`; decided by this image alone.
+def _enlarge(width: int, height: int, side: int) -> tuple[int, int]:
+    """Bring the short side up to `MIN_SIDE` or a token; decided by this image alone.
 
     The released code resizes every image after a small one to that one's size
     (docs/paper_facts.md#t5).
     """
-    scale = max(1, MIN_SIDE / min(width, height))
+    scale = max(1, max(MIN_SIDE, side) / min(width, height))
     return round(width * scale), round(height * scale)
 
 
-def open_image(path: str | os.PathLike[str], sample_id: str = "") -> Image.Image:
-    """Open and decode an image: RGB, upright by EXIF, short side at least 28 px.
+def open_image(
+    path: str | os.PathLike[str], sample_id: str = "", side: int = MIN_SIDE
+) -> Image.Image:
+    """Open and decode an image: RGB, upright by EXIF, short side at least a token.
 
+    `side` is that of a token (`get_side`); below MIN_SIDE it changes nothing.
     Transparent parts become white. Of several frames or pages the first is taken. The
     processor's min_pixels/max_pixels do the rest.
 
@@ -194,7 +198,7 @@ def open_image(path: str | os.PathLike[str], sample_id: str = "") -> Image.Image
         turn = _TURNS.get(_find_orientation(image))
     if turn is not None:
         rgb = rgb.transpose(turn)
-    size = _enlarge(*rgb.size)
+    size = _enlarge(*rgb.size, side)
     return rgb if size == rgb.size else rgb.resize(size)
 
 
@@ -233,9 +237,40 @@ def load_data_url(path: str, sample_id: str = "", max_pixels: int = 1_003_520) -
     return encode_data_url(image, "JPEG", quality=92)
 
 
+def fit_size(
+    width: int, height: int, side: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return (width, height) as a processor resizes a picture, multiples of `side`.
+
+    This is the rule of `smart_resize` in transformers (a test compares them), computed
+    here so that audit and scores take seconds and need no transformers.
+    """
+    sides = (width, height)
+    columns, rows = (round(value / side) for value in sides)
+    pixels = columns * rows * side**2
+    if pixels > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        columns, rows = (max(1, math.floor(v / shrink / side)) for v in sides)
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        columns, rows = (math.ceil(v * grow / side) for v in sides)
+    return columns * side, rows * side
+
+
+def fit_image(
+    path: str, side: int, limits: tuple[int, int], sample_id: str = ""
+) -> tuple[int, int]:
+    """Return (width, height) of an image as a model sees it; see `image_size`.
+
+    `limits` are the least and the most pixels of its processor.
+    """
+    size = _enlarge(*image_size(path, sample_id), side)
+    return fit_size(*size, side, *limits)
+
+
 def count_image_tokens(path: str, processor: Any, sample_id: str = "") -> int:
     """Return the tokens of an image in a prompt of this processor; see `image_size`."""
-    width, height = _enlarge(*image_size(path, sample_id))
+    width, height = _enlarge(*image_size(path, sample_id), get_side(processor))
     image_processor = processor.image_processor
     patches = image_processor.get_number_of_image_patches(height, width)
     return patches // image_processor.merge_size**2
@@ -245,19 +280,10 @@ def estimate_image_tokens(width: int, height: int, max_pixels: int = 401_408) ->
     """Return the tokens of an image of so many pixels in Qwen2-VL.
 
     One token stands for a block of 28 x 28 pixels after resizing to `max_pixels` at
-    most. This is the rule of `smart_resize` in transformers (a test compares them),
-    computed here so that the audit takes seconds and needs no transformers.
+    most. A model with larger tokens has fewer of them.
     """
-    sides = (width, height)
-    columns, rows = (round(side / MIN_SIDE) for side in sides)
-    pixels = columns * rows * MIN_SIDE**2
-    if pixels > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        columns, rows = (max(1, math.floor(v / shrink / MIN_SIDE)) for v in sides)
-    elif pixels < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (width * height))
-        columns, rows = (math.ceil(v * grow / MIN_SIDE) for v in sides)
-    return columns * rows
+    columns, rows = fit_size(width, height, SIDE, MIN_PIXELS, max_pixels)
+    return columns * rows // SIDE**2
 
 
 def find_missing_images(

@@ -44,6 +44,15 @@ def messages(sample: GroundingSample, style: str = "univg") -> list[dict[str, An
     return [{"role": "user", "content": parts}]
 
 
+def open_thinking(text: str) -> str:
+    """Return a server's reply with the `<think>` that its prompt may have ended in.
+
+    A local model writes the tag itself (`loading.leave_tag_to_reply`).
+    """
+    head, closed, _ = text.partition("</think>")
+    return f"<think>{text}" if closed and "<think>" not in head else text
+
+
 def reply_text(sample: GroundingSample, cot: bool = True) -> str:
     """Return the reply to learn: `<think>...</think><answer>(x1,y1),(x2,y2)</answer>`.
 

@@ -104,12 +104,19 @@ _FIXED_IMAGE = {
 _LAST_NAMED = ("common_object", "object_tracking", "multi_view")
 
 
+def find_image_names(text: str) -> list[tuple[int, int]]:
+    """Return (position, number) where a text names an image; see `image_numbers`."""
+    order = _ORDINALS.split("|")
+    return [
+        (found.start(), order.index(word.lower()) + 1 if word else int(plain or nth))
+        for found in _IMAGE_NUMBER.finditer(text)
+        for plain, nth, word in [found.groups()]
+    ]
+
+
 def image_numbers(text: str) -> list[int]:
     """Return the images that a text names ("image 2", "2nd image", "second image")."""
-    return [
-        _ORDINALS.split("|").index(word.lower()) + 1 if word else int(plain or ordinal)
-        for plain, ordinal, word in _IMAGE_NUMBER.findall(text)
-    ]
+    return [number for _, number in find_image_names(text)]
 
 
 def find_target_image(sample: GroundingSample) -> int | None:

@@ -2,9 +2,10 @@
 
 `predictions.jsonl` has one row for each reply: {"index": i, "id": ..., "response":
 "...", "tokens": n, "truncated": bool}; `index` is the item's position in the records
-file. The settings that replies depend on lie beside it; a run resumes only under equal
-settings. Under torchrun each process generates a batch in turn, and the first writes
-the rows of all.
+file. Boxes stand there in thousandths and in the paper's notation, whatever the model
+writes; where that changed a reply, "written" is the model's own. The settings that
+replies depend on lie beside the file; a run resumes only under equal settings. Under
+torchrun each process generates a batch in turn, and the first writes the rows of all.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from univg_nb.config import (
     within,
 )
 from univg_nb.data import files, prompts
+from univg_nb.data.conventions import PLAIN, BoxConvention, get_convention
 from univg_nb.data.images import (
     check_images,
     count_image_tokens,
@@ -114,14 +116,13 @@ def generate(
         "replies", "truncated" (the file's), "new", "tokens", "seconds" (this call's).
 
     Raises:
-        ValueError: an image is missing, another process writes to `out`, or the model
-            writes boxes in another way.
+        ValueError: an image is missing, or another process writes to `out`.
         SettingsMismatchError: `out` was made under other settings.
     """
-    if not isinstance(model, ServedModel):
-        models.check_boxes(model.config)
     indices = sorted(set(range(len(samples)) if indices is None else indices))
     check_images(samples, indices)
+    convention = _find_convention(model, processor)
+    asked = {i: convention.ask(samples[i]) for i in indices}
     out = Path(out)
     settings = _collect_settings(model, processor, samples, options) | (facts or {})
     reply: Any = served.reply if isinstance(model, ServedModel) else replies.reply
@@ -130,16 +131,18 @@ def generate(
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         """Return a batch's rows; the seed tells sampled replies to an item apart."""
         seeds = [noise_seed(0, i, options.seed) for i in batch]
-        made = reply(model, processor, [samples[i] for i in batch], seeds=seeds, **how)
-        return [
-            {"index": i, "id": samples[i].id, "response": one.text}
-            | {"tokens": one.tokens, "truncated": one.truncated}
-            for i, one in zip(batch, made, strict=True)
-        ]
+        made = reply(model, processor, [asked[i] for i in batch], seeds=seeds, **how)
+        new_rows = []
+        for i, one in zip(batch, made, strict=True):
+            text = convention.read(one.text, convention.locate(samples[i]))
+            written = {} if text == one.text else {"written": one.text}
+            row = {"index": i, "id": samples[i].id, "response": text, **written}
+            new_rows.append(row | {"tokens": one.tokens, "truncated": one.truncated})
+        return new_rows
 
     with io.locked(out):
         rows = {} if fresh else _read_rows(out, settings)
-        batches = plan_batches(processor, samples, indices, options)
+        batches = plan_batches(processor, asked, indices, options)
         # A batch cut short by a kill is regenerated whole, and only its missing rows
         # are added: the file ends up as that of an undisturbed run.
         todo = [batch for batch in batches if not rows.keys() >= set(batch)]
@@ -170,6 +173,15 @@ def generate(
     }
 
 
+def _find_convention(
+    model: PreTrainedModel | ServedModel, processor: ProcessorMixin
+) -> BoxConvention:
+    """Return how a model of this process or of a server writes boxes."""
+    if isinstance(model, ServedModel):
+        return model.convention
+    return get_convention(models.get_base_model(model).config, processor)
+
+
 def _prepare_file(out: Path, settings: dict[str, Any], fresh: bool) -> None:
     """Begin a predictions file, or end the last line of the one that goes on."""
     if out.is_file():
@@ -196,6 +208,9 @@ def _collect_settings(
         "items_hash": hash_items(samples),
     }
     del settings["batch_size"]  # replies do not depend on it
+    convention = _find_convention(model, processor)
+    if convention != PLAIN:
+        settings["convention"] = asdict(convention)
     if isinstance(model, ServedModel):
         made_by = {"attention": "server", "weights_hash": ["served", model.model]}
         return settings | made_by
@@ -227,7 +242,7 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 def plan_batches(
     processor: ProcessorMixin,
-    samples: Sequence[GroundingSample],
+    samples: Sequence[GroundingSample] | Mapping[int, GroundingSample],
     indices: Sequence[int],
     options: GenerationOptions,
 ) -> list[list[int]]:
@@ -285,8 +300,7 @@ def _connect(
             "univg_nb merge), serve that folder and name it with --model, without "
             "--adapter and --quantize"
         )
-    models.check_boxes(models.load_config(section))
-    processor = models.load_processor(section)
+    config, processor = models.load_config(section), models.load_processor(section)
     own = models.load_processor({"name_or_path": options.model})
     most = own.image_processor.size["longest_edge"]
     asked = processor.image_processor.size["longest_edge"]
@@ -296,7 +310,8 @@ def _connect(
             f"would a server, but {asked} are asked for; serve a folder that "
             "python -m univg_nb merge wrote"
         )
-    return ServedModel(options.server, options.model), processor
+    convention = get_convention(config, processor)
+    return ServedModel(options.server, options.model, convention), processor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

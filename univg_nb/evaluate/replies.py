@@ -5,7 +5,7 @@ without padding, and noise is drawn for each reply (`fast.sampling`, as in rollo
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 from transformers import (
     BatchFeature,
@@ -18,6 +18,7 @@ from univg_nb.data import prompts
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate.predictions import Reply
+from univg_nb.families import get_side
 from univg_nb.fast import sampling
 from univg_nb.fast.prompts import split_rows
 
@@ -43,7 +44,7 @@ def encode(
     Raises:
         ValueError: if an image cannot be read.
     """
-    open_once = cache(open_image)
+    open_once = cache(partial(open_image, side=get_side(processor)))
     return processor(
         text=[render_prompt(processor, s, style) for s in samples],
         images=[[open_once(path, s.id) for path in s.images] for s in samples],

@@ -15,9 +15,11 @@ import openai
 from transformers import ProcessorMixin
 
 from univg_nb.data import prompts
+from univg_nb.data.conventions import PLAIN, BoxConvention
 from univg_nb.data.images import encode_data_url, open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate.predictions import Reply
+from univg_nb.families import get_side
 from univg_nb.fast.sampling import get_vision_token_ids
 from univg_nb.fast.vllm import resize_image
 
@@ -29,10 +31,12 @@ class ServedModel:
     Attributes:
         base_url: such as "http://127.0.0.1:8000/v1"; OPENAI_API_KEY may hold a key.
         model: its name at the endpoint: for vLLM the folder or hub name it serves.
+        convention: how it writes boxes.
     """
 
     base_url: str
     model: str
+    convention: BoxConvention = PLAIN
 
 
 def reply(
@@ -65,7 +69,8 @@ def reply(
     def ask(sample: GroundingSample, seed: int) -> Reply:
         content: list[dict[str, Any]] = []
         for path in sample.images:
-            image = resize_image(open_image(path, sample.id), processor.image_processor)
+            image = open_image(path, sample.id, get_side(processor))
+            image = resize_image(image, processor.image_processor)
             url = encode_data_url(image, "PNG", compress_level=1)
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": prompts.user_text(sample, style)})
@@ -79,7 +84,7 @@ def reply(
         )
         (choice,) = answer.choices
         return Reply(
-            choice.message.content or "",
+            prompts.open_thinking(choice.message.content or ""),
             truncated=choice.finish_reason == "length",
             tokens=answer.usage.completion_tokens if answer.usage else 0,
         )

@@ -92,13 +92,16 @@ def compute_positions(backbone: Module, prompt: Prompt) -> Tensor:
     return positions[:, 0]  # (3, 1, P) -> (3, P)
 
 
-def open_images(conversations: Sequence[Any]) -> None:
-    """Open the images that structured messages name by a path, in place."""
+def open_images(conversations: Sequence[Any], side: int) -> None:
+    """Open the images that structured messages name by a path, in place.
+
+    `side` is that of a token in pixels.
+    """
     for messages in conversations:
         for message in messages if isinstance(messages, list) else ():
             for part in message["content"]:
                 if isinstance(part, dict) and isinstance(part.get("image"), str):
-                    part["image"] = open_image(part["image"])
+                    part["image"] = open_image(part["image"], side=side)
 
 
 def make_prompts(

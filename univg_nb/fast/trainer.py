@@ -26,6 +26,7 @@ from trl.trainer.utils import (
 )
 
 from univg_nb import models
+from univg_nb.families import get_side
 from univg_nb.fast import check, packed_rows, prompts, sampling, vllm
 from univg_nb.fast.attention import MODEL_TYPES, get_attention
 from univg_nb.fast.folded import fold_adapter
@@ -123,7 +124,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         start = self.accelerator.process_index * count
         rows = [(start + row) // size - start // size for row in range(count)]
         distinct = [prompts_of_rows[rows.index(g)] for g in range(rows[-1] + 1)]
-        prompts.open_images(distinct)
+        prompts.open_images(distinct, get_side(self.processing_class))
         ids, images, fields = super()._tokenize_prompts(distinct)
         device, self.row_groups = self.accelerator.device, rows
         self.prompts = prompts.make_prompts(ids, images, fields, device)

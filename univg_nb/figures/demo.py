@@ -19,6 +19,7 @@ from univg_nb import models
 from univg_nb.config import UnfitError, load_scale, make_parser, output_file, within
 from univg_nb.data import prompts
 from univg_nb.data.boxes import Box, ParsedBox, parse_box
+from univg_nb.data.conventions import get_convention
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 from univg_nb.evaluate import replies
@@ -74,8 +75,7 @@ def ask(
     `think=False` the model is asked in single-image mode, for a box alone.
 
     Raises:
-        ValueError: no question, no or too many images, a file that is no image, or a
-            model that writes boxes in another way.
+        ValueError: no question, no or too many images, or a file that is no image.
     """
     if not 1 <= len(images) <= MOST_IMAGES:
         raise ValueError(
@@ -83,13 +83,15 @@ def ask(
         )
     if not question.strip():
         raise ValueError("the question is empty; write what to look for")
-    models.check_boxes(model.config)
+    boxes = get_convention(models.get_base_model(model).config, processor)
     paths = tuple(map(str, images))
     sample = GroundingSample("demo", "", paths, question.strip(), _ANYWHERE, cot=think)
     (made,) = replies.reply(
-        model, processor, [sample], style=style, max_new_tokens=max_new_tokens
+        *(model, processor, [boxes.ask(sample)]),
+        style=style,
+        max_new_tokens=max_new_tokens,
     )
-    parsed = parse_box(made.text)
+    parsed = parse_box(boxes.read(made.text, boxes.locate(sample)))
     target = find_target_image(sample)
     if target is None:
         named = [n for n in image_numbers(made.text) if 1 <= n <= len(paths)]

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from univg_nb.data import prompts
+from univg_nb.data.conventions import PLAIN, BoxConvention
 from univg_nb.data.images import count_image_tokens
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import EncodedImage, preprocess_images
@@ -31,6 +32,7 @@ def tokenize(
     processor: ProcessorMixin,
     chains: bool = True,
     max_length: int | None = None,
+    convention: BoxConvention = PLAIN,
 ) -> Dataset:
     """Tokenize a training set and check every sample before any training.
 
@@ -40,6 +42,7 @@ def tokenize(
         chains: False makes the control without reasoning: the prompt is the question
             alone and the reply only the box.
         max_length: most tokens of a sample, those of its images included.
+        convention: how the model writes boxes.
 
     Returns:
         Rows with index, sample_id, images (paths), image_tokens (of each image),
@@ -56,11 +59,12 @@ def tokenize(
     for index, sample in enumerate(samples):
         name = f"{sample.source} sample {sample.id}".strip()
         prompt = processor.apply_chat_template(
-            prompts.messages(sample, style="univg" if chains else "plain"),
+            prompts.messages(convention.ask(sample), "univg" if chains else "plain"),
             tokenize=False,
             add_generation_prompt=True,
         )
-        reply = prompts.reply_text(sample, cot=chains) + tokenizer.eos_token
+        reply = prompts.reply_text(sample, cot=chains)
+        reply = convention.write(reply, convention.locate(sample)) + tokenizer.eos_token
         # Apart, as when the model generates.
         ids, reply_ids = tokenizer([prompt, reply], add_special_tokens=False).input_ids
         for path in sample.images:

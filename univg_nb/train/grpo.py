@@ -41,6 +41,7 @@ from univg_nb.config import (
     make_parser,
     output_folder,
 )
+from univg_nb.data.conventions import PLAIN, BoxConvention, get_convention
 from univg_nb.data.images import check_images
 from univg_nb.data.prompts import user_text
 from univg_nb.data.sample import GroundingSample
@@ -50,21 +51,27 @@ from univg_nb.train import checkpoints, difficulty
 from univg_nb.train.grpo_trainer import DifficultyGRPOTrainer
 
 
-def to_rows(train: Sequence[GroundingSample]) -> Dataset:
+def to_rows(
+    train: Sequence[GroundingSample], convention: BoxConvention = PLAIN
+) -> Dataset:
     """Make rows for TRL, which puts the images in front of the text.
 
     Images stay paths and are opened when needed. `cot` False is the single-image mode:
-    the prompt asks for no chain, the format reward for a bare box.
+    the prompt asks for no chain, the format reward for a bare box. `pictures` says what
+    a model that writes boxes in pixels must know of the images.
     """
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": user_text(sample)}],
+                "prompt": [
+                    {"role": "user", "content": user_text(convention.ask(sample))}
+                ],
                 "images": list(sample.images),
                 "answer": [float(v) for v in sample.answer],
                 "cot": sample.cot,
                 "sample_id": sample.id,
                 "task": sample.task,
+                **convention.describe(sample),
             }
             for sample in train
         ]
@@ -124,6 +131,7 @@ def build_trainer(
     four_bit = config["sft"].get("adapter") == "qlora"
     quantize: models.Quantization | None = "nf4" if four_bit else None
     model, processor = models.load_for_training(config["model"], sft_adapter, quantize)
+    convention = get_convention(models.get_base_model(model).config, processor)
     own = {key: section[key] for key in OWN_SECTIONS["grpo"] if key in section}
     if own.pop("freeze_vision", True):
         models.freeze_vision(model)
@@ -134,8 +142,9 @@ def build_trainer(
         return DifficultyGRPOTrainer(
             model=model,
             args=arguments,
-            train_dataset=to_rows(train),
+            train_dataset=to_rows(train, convention),
             processing_class=processor,
+            convention=convention,
             rollout_log=rollout_log,
             **own | options,
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from univg_nb import io
+from univg_nb.data.conventions import PLAIN, BoxConvention, Pictures
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.train import rollouts
 from univg_nb.train.difficulty import (
@@ -50,6 +51,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         rescale: the way of `difficulty.rescale_factor`.
         max_zero_updates: so many generations in a row without any reward are an error.
         rollout_log: rollouts.jsonl, or None.
+        convention: how the model writes boxes; rewards and the log read it.
         **others: further arguments; for the rows see `grpo.to_rows`.
     """
 
@@ -65,6 +67,7 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         rescale: str = "none",
         max_zero_updates: int = 20,
         rollout_log: Path | None = None,
+        convention: BoxConvention = PLAIN,
         **others: Any,
     ) -> None:
         self.weight_options: dict[str, Any] = {"form": weight, "power": power}
@@ -77,18 +80,30 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         super().__init__(
             model, args, reward_funcs=[iou_reward, format_reward], **others
         )
-        self.rollout_log = rollout_log
+        self.rollout_log, self.convention = rollout_log, convention
         self.max_zero_updates = max_zero_updates
         self.zero_updates = 0
 
     # ------------------------------------------------------------ rewards and weights
 
-    def _calculate_rewards(self, *args: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: list, prompts: Any, completions: list, *args: Any
+    ) -> Tensor:
         """Run TRL's; keep the rewards of all processes, (N, 2), groups adjacent."""
         began = time.perf_counter()
-        self.gathered_rewards = super()._calculate_rewards(*args)
+        if self.convention != PLAIN:
+            pairs = zip(inputs, completions, strict=True)
+            texts = [self._read(row, turns[-1]["content"]) for row, turns in pairs]
+            completions = [[{"role": "assistant", "content": one}] for one in texts]
+        self.gathered_rewards = super()._calculate_rewards(
+            inputs, prompts, completions, *args
+        )
         self._record_seconds("reward", began)
         return self.gathered_rewards
+
+    def _read(self, row: dict[str, Any], text: str) -> str:
+        """Return a reply to a row as this project writes it."""
+        return self.convention.read(text, Pictures(**row.get("pictures", {})))
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
         """Run TRL's; multiply this process's advantages by its groups' weights."""
@@ -138,6 +153,10 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         if self.rollout_log is None:
             return
         names = gather_object([(row["sample_id"], row["task"]) for row in inputs])
+        wanted = [
+            {key: row[key] for key in row.keys() & {"pictures"}} for row in inputs
+        ]
+        rows = gather_object(wanted)
         columns = {
             "iou": self.gathered_rewards[:, IOU],
             "format": self.gathered_rewards[:, FORMAT],
@@ -147,7 +166,8 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
         # One process writes the file (docs/paper_facts.md#t11).
         if self.accelerator.is_main_process:
             names = names[:: self.num_generations]
-            replies = [turns[-1]["content"] for turns in self._logs["completion"]]
+            pairs = zip(rows, self._logs["completion"], strict=True)
+            replies = [self._read(row, turns[-1]["content"]) for row, turns in pairs]
             step = self.state.global_step + 1
             for row in rollouts.make_group_rows(step, names, weights, replies, columns):
                 io.append_jsonl(self.rollout_log, row)

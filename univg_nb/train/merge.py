@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from univg_nb import models
 from univg_nb.config import load_scale, make_parser, output_folder
+from univg_nb.data.conventions import get_convention
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.prompts import split_rows
 from univg_nb.fast.sampling import get_vision_token_ids, sample_replies
@@ -62,7 +63,9 @@ def merge_check(
         merged, _ = models.load_for_inference(section)
     largest = 0.0
     sums, count, same = torch.zeros(3, dtype=torch.float64), 0, 0
-    dataset, collate = tokenize(samples, processor), VisionCollator(processor)
+    boxes = get_convention(merged.config, processor)
+    dataset = tokenize(samples, processor, convention=boxes)
+    collate = VisionCollator(processor)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=processor.tokenizer.eos_token_id,

@@ -29,6 +29,7 @@ from univg_nb.config import (
     make_parser,
     output_folder,
 )
+from univg_nb.data.conventions import get_convention
 from univg_nb.data.images import check_images
 from univg_nb.data.sample import GroundingSample
 from univg_nb.fast.vision_features import (
@@ -139,7 +140,9 @@ def build_trainer(
         models.freeze_vision(base)
     set_seed(arguments.seed)  # LoRA draws its matrices
     model = base if adapter == "none" else models.add_lora(base, section.get("lora"))
-    dataset = tokenize(samples, processor, chains, section.get("max_length"))
+    boxes = get_convention(base.config, processor)
+    longest = section.get("max_length")
+    dataset = tokenize(samples, processor, chains, longest, boxes)
     features = None
     if frozen and features_fit(dataset, get_feature_width(base.config)):
         base.to(models.get_device())
