@@ -6,7 +6,7 @@ teachers do (`ARMS`). All language weights train. Every step is resumable: data 
 there are kept, and the training goes on from its last whole checkpoint.
 
 The arm `thorough` is the same training on thorough chains only: what a policy could
-reach that always reasons. What ships is put together in the folder `shipped` of the arm.
+reach that always reasons. What ships is put together in the arm's folder `shipped`.
 """
 
 import argparse
