@@ -103,7 +103,10 @@ def test_it_runs_at_smoke_scale(path, smoke_run, capsys):
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=ids)
 def test_solutions_pass_their_checks(path, capsys):
-    """Here, without a kernel: they are functions and the exercises' own checkers."""
+    """Here, without a kernel: they are functions and the exercises' own checkers.
+
+    A wrong answer gets a line from each of them and raises nothing.
+    """
     names = {}
     for number, cell in enumerate(
         notebooks.code_cells(notebooks.read_notebook(path)), 1
@@ -111,3 +114,10 @@ def test_solutions_pass_their_checks(path, capsys):
         exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
     said = capsys.readouterr().out
     assert " solved" in said and "not solved" not in said
+    checks = [name for name in names if name.startswith("check_")]
+    arguments = {"check_1_2": (0.3,)}  # what a checker gets beside the function
+    for answer in (None, -1, "?", (1, 2), [0.5]):
+        for name in checks:
+            names[name](lambda *_, given=answer, **__: given, *arguments.get(name, ()))
+            line = capsys.readouterr().out
+            assert line.count("not solved: ") == 1 == len(line.splitlines()), line
