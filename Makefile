@@ -8,10 +8,10 @@ NB ?=
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
-COURSE := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir $(RUN_DIR)
+COURSE := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir "$(RUN_DIR)"
 # `make figures` takes any run folders: RUN="runs/a runs/b"
-RUN ?= $(RUN_DIR)
-OUT ?= $(firstword $(RUN))/paper
+RUN ?=
+OUT ?= $(or $(firstword $(RUN)),$(RUN_DIR))/paper
 WIDTH ?= column
 
 # glibc keeps freed memory: torch on a CPU is much faster with it (see launch/runner.py).
@@ -21,7 +21,7 @@ export MALLOC_TOP_PAD_ := 268435456
 
 .DEFAULT_GOAL := help
 # Options of `make small` and `make full`, as --set of the scale.
-GPUS ?= $(if $(filter full,$(MAKECMDGOALS) $(SCALE)),8,1)
+GPUS ?= $(if $(filter full full_%,$(MAKECMDGOALS) $(SCALE)),8,1)
 NODES ?= 1
 ADAPTER ?=
 VLLM ?=
@@ -34,9 +34,11 @@ LAUNCH := --set launch.processes=$(GPUS) --set launch.nodes=$(NODES) \
         --set sft.learning_rate=1e-4 --set grpo.learning_rate=1e-5) \
     $(if $(VLLM),--set grpo.use_vllm=true --set grpo.vllm_mode=$(VLLM))
 DATA ?= data
+BOOK ?= runs/book
 
 .PHONY: help install run test lab figures figures-check small full plan data base stage1
-.PHONY: bench record clean study
+.PHONY: small_qwen3_vl full_qwen3_vl full_qwen2_5_vl
+.PHONY: bench book record clean study
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | \
@@ -70,31 +72,38 @@ test: $(STAMP) ## lint, types, unit tests, every notebook at SCALE=smoke (what C
 	    $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	    --durations 12
 
-lab: $(STAMP) ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: $(STAMP) ## JupyterLab on the notebooks; ARGS="--no-browser --port 8890"
+	$(BIN)/jupyter lab notebooks $(ARGS)
+
+book: $(STAMP) ## the notebooks as one HTML site in BOOK=runs/book
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	    -e '.[book]'
+	@$(BIN)/python docs/make_book.py "$(BOOK)"
 
 figures: $(STAMP) ## every table and figure of RUN for a paper, to OUT (WIDTH=page)
-	@$(BIN)/python -m univg_nb figures $(RUN) --out $(OUT) --width $(WIDTH)
+	@$(BIN)/python -m univg_nb figures $(or $(RUN),"$(RUN_DIR)") --out "$(OUT)" --width $(WIDTH)
 
 figures-check: $(STAMP) ## fails if a file in OUT, README or a notebook is stale
-	@$(BIN)/python -m univg_nb figures --check $(OUT)
+	@$(BIN)/python -m univg_nb figures --check "$(OUT)"
 
 study: $(STAMP) ## the trainings over seeds behind the claims; ARGS=plan or status
 	@$(BIN)/python -m univg_nb study $(or $(ARGS),run)
 
-small full: $(STAMP)
+NEWER := small_qwen3_vl full_qwen3_vl full_qwen2_5_vl
+small full $(NEWER): $(STAMP)
 	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) \
 	    $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
 small: ## Qwen2-VL-2B, QLoRA, one 24 GB GPU; never run by the authors
 full: ## Qwen2-VL-7B, the paper's recipe on GPUS=8; never run by the authors
+small_qwen3_vl: ## small on Qwen3-VL-4B; full_qwen3_vl, full_qwen2_5_vl: full on those
 
 plan: $(STAMP) ## what SCALE needs on GPUS x GPU=H100-80G, and what is missing here
 	@$(BIN)/python -m univg_nb plan $(SCALE) --gpus $(GPUS) \
 	    $(if $(GPU),--gpu $(GPU)) $(LAUNCH)
 
 data: $(STAMP) ## download the released data and weights (SCALE=small or full) to DATA
-	@$(BIN)/python -m univg_nb download $(SCALE) --to $(DATA) $(if $(YES),--yes)
+	@$(BIN)/python -m univg_nb download $(SCALE) --to "$(DATA)" $(if $(YES),--yes)
 
 base: $(STAMP) ## train the shipped tiny model again, from nothing
 	$(BIN)/python -m univg_nb.base_model.training --out runs/base
@@ -102,14 +111,14 @@ base: $(STAMP) ## train the shipped tiny model again, from nothing
 
 stage1: $(STAMP) ## train the shipped model of stage 1 again, from the shipped base
 	$(BIN)/python -m univg_nb.base_model.stage1 --out runs/stage1
-	$(BIN)/python -m univg_nb.base_model.evaluate runs/stage1/mixture/adapter \
+	$(BIN)/python -m univg_nb.base_model.evaluate runs/stage1/mixture/shipped \
 	    --style univg --groups 30
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests
 
 record: $(STAMP) ## copy the outputs of RUN_DIR into notebooks/
-	@$(BIN)/python -m univg_nb run --record $(RUN_DIR) $(NB)
+	@$(BIN)/python -m univg_nb run --record "$(RUN_DIR)" $(NB)
 
 clean: ## remove caches and runs/smoke, runs/tiny (not .venv, not other runs)
 	rm -rf runs/smoke runs/tiny .pytest_cache .ruff_cache .mypy_cache .hypothesis build

@@ -65,6 +65,48 @@ def test_7b_parameters_and_sharded_bytes_equal_the_count_by_hand(full):
     assert (made.batch["rows"], made.updates) == (24, 3750)
 
 
+# Numbers of parameters as their publishers give them.
+NEWER = {
+    "full_qwen2_5_vl": (8_292_166_656, 28),
+    "full_qwen3_vl": (8_767_123_696, 32),
+    "small_qwen3_vl": (4_437_815_808, 32),
+}
+
+
+@pytest.mark.parametrize("scale", NEWER)
+def test_a_newer_base_is_planned_from_its_shipped_sizes(scale):
+    """No network: the model exists on the meta device, its pictures as 512 tokens."""
+    config = runs.load_scale(scale)
+    count, side = NEWER[scale]
+    where = planning.choose_layout(config, "grpo")
+    made = cost.Plan(config, "grpo", where, cost.find_gpu("H100-80G"), 10_000)
+    parts = made.parameters
+    assert parts["total"]["parameters"] - parts["adapter"]["parameters"] == count
+    assert made.vision.patch_size * made.vision.spatial_merge_size == side
+    assert where.images == planning.IMAGES * 512
+    rows = made.section["gradient_accumulation_steps"]  # of 8 replies, a prompt each
+    tokens = rows * (where.tokens + 7 * where.reply)
+    text = made.text
+    keys = text.num_hidden_layers * text.num_key_value_heads * 128  # width of a head
+    assert made.memory["KV cache"] == 2 * 2 * keys * tokens
+    thinking = config["model"]["name_or_path"].replace("Instruct", "Thinking")
+    assert cost.load_architecture(thinking).get_text_config().hidden_size == (
+        text.hidden_size
+    )
+
+
+def test_each_reply_has_its_prompt_in_a_cache_of_trls_own(full):
+    shared = plan(full, "grpo", tokens=2500).memory
+    alone = plan(changed(full, grpo={"shared_prefix": False}), "grpo", tokens=2500)
+    assert (
+        plan(full, "grpo", strategy="fsdp2", tokens=2500).memory["KV cache"]
+        == (alone.memory["KV cache"])
+    )
+    ratio = 8 * 2500 / (2500 + 7 * 256)
+    assert alone.memory["KV cache"] == pytest.approx(ratio * shared["KV cache"])
+    assert alone.memory["activations"] > 4 * shared["activations"]
+
+
 def test_what_a_strategy_shards(full):
     one = 2 * (LANGUAGE + VISION)
     ddp, zero2, fsdp = (plan(full, strategy=s) for s in ("ddp", "zero2", "fsdp2"))
@@ -73,6 +115,24 @@ def test_what_a_strategy_shards(full):
     assert zero2.memory["gradients"] == 2 * LANGUAGE / 8
     total = sum(fsdp.memory[k] for k in ("weights", "gradients", "optimiser"))
     assert total == pytest.approx((2 * VISION + 16 * LANGUAGE) / 8)
+
+
+def test_full_fine_tuning_in_pure_bf16_and_in_mixed_precision(full):
+    table = planning.account_by_precision(full, cost.find_gpu("H100-80G"))
+    pure, ddp, mixed, zero2, zero3 = table.values()
+    states = ("weights", "gradients", "optimiser")
+    frozen = 2 * VISION / 1e9
+
+    def add(row):
+        return sum(row[k] for k in states)
+
+    assert add(pure) == add(ddp) == pytest.approx(frozen + 8 * LANGUAGE / 1e9)
+    assert (pure["buffers"], ddp["buffers"]) == (0, 2 * LANGUAGE / 1e9)
+    assert ddp["peak"] - pure["peak"] == pytest.approx(2 * LANGUAGE / 1e9)
+    assert add(mixed) == pytest.approx(frozen + 16 * LANGUAGE / 1e9)
+    assert add(zero2) == pytest.approx(frozen + (2 + 14 / 8) * LANGUAGE / 1e9)
+    assert add(zero3) == pytest.approx(add(mixed) / 8)
+    assert zero3["peak"] == plan(full).peak / 1e9
 
 
 def test_nf4_packs_the_linear_layers_of_the_language_model(full):

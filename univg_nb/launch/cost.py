@@ -104,7 +104,8 @@ def choose_strategy(processes: int, strategy: str | None) -> str:
 def load_architecture(name_or_path: str) -> Any:
     """Load a model's configuration: "tiny", a folder, a shipped one, or the hub's."""
     path = Path(name := models.resolve_model_path(name_or_path))
-    shipped = SCALES / "models" / f"{path.name}.json"
+    edition = path.name.replace("-Thinking", "-Instruct")  # of the same sizes
+    shipped = SCALES / "models" / f"{edition}.json"
     if (path / "config.json").is_file() or not shipped.is_file():
         with explain_loading(name):
             return AutoConfig.from_pretrained(name)
@@ -138,7 +139,8 @@ class Plan:
 
     Attributes:
         model: on the meta device, with what the stage trains marked; `base` is it
-            without adapters.
+            without adapters, `head` the width of an attention head, `tower` that of
+            the vision tower.
         parameters: from `models.count_parameters`.
         memory: bytes per process, by component.
         batch: rows (for GRPO replies), prompts and tokens of one update, in all.
@@ -185,7 +187,11 @@ class Plan:
                 self.model = models.add_lora(self.model, config["sft"].get("lora"))
         self.base = models.get_base_model(self.model)
         self.text = self.base.config.get_text_config()
-        self.vision = self.base.config.vision_config
+        self.vision = vision = self.base.config.vision_config
+        heads = self.text.num_attention_heads  # Qwen3's have a width of their own
+        self.head = getattr(self.text, "head_dim", self.text.hidden_size // heads)
+        # In Qwen2-VL, hidden_size is the width behind the merger.
+        self.tower = getattr(vision, "embed_dim", vision.hidden_size)
         self.parameters = models.count_parameters(self.model)
         self.memory = self._count_static_memory() | self._count_passing_memory()
         rows = self.rows * self.steps * layout.processes
@@ -275,9 +281,11 @@ class Plan:
         """Return what comes and goes, at its largest, and what is not the model's."""
         layout, section, text = self.layout, self.section, self.text
         tokens, packed, prompts = layout.tokens, self.rows, self.rows // self.group
-        if self.stage == "grpo":  # prompt once, replies behind it: one row per group
+        vllm, generated = section.get("use_vllm", False), self.rows * self.steps
+        shared = section.get("shared_prefix", True) and layout.strategy != "fsdp2"
+        if self.stage == "grpo" and shared:  # a row: a prompt, its replies behind it
             tokens += (self.group - 1) * layout.reply
-            packed = max(1, prompts)
+            packed, generated = max(1, prompts), max(1, generated // self.group)
         size, layers = self.base.lm_head.weight.element_size(), text.num_hidden_layers
         kept = self._count_kept(packed, tokens)
         if section.get(
@@ -286,20 +294,18 @@ class Plan:
             kept += layers * packed * tokens * text.hidden_size * size
         else:
             kept *= layers
-        width = text.hidden_size // text.num_attention_heads
-        per_token = 2 * layers * text.num_key_value_heads * width * size
-        cached = self.stage == "grpo" and not section.get("use_vllm")
+        per_token = 2 * layers * text.num_key_value_heads * self.head * size
+        cached = self.stage == "grpo" and not vllm
         patches = prompts * layout.images * self.vision.spatial_merge_size**2
-        generated = cached * self.rows * self.steps * layout.tokens
         memory = {
             "activations": float(kept),
             "logits": self._count_logits(),
-            "KV cache": float(generated * per_token),
-            "vision": float(patches * self.vision.embed_dim * 10 * size),
+            "KV cache": float(cached * generated * tokens * per_token),
+            "vision": float(patches * self.tower * 10 * size),
             "runtime": 0.0 if self.gpu is CPU else RUNTIME,
         }
         mode = section.get("vllm_mode", "colocate")
-        if section.get("use_vllm") and mode == "colocate":
+        if vllm and mode == "colocate":
             share = section.get("vllm_gpu_memory_utilization", 0.3)
             memory["vLLM"] = share * self.gpu.memory_gb * 1e9
         return memory
@@ -316,11 +322,10 @@ class Plan:
                 kept[storage._cdata] = tensor
             return tensor
 
-        width = self.text.hidden_size
+        size = (rows, tokens, self.text.hidden_size)
         options = {"dtype": layer.input_layernorm.weight.dtype, "device": "meta"}
-        hidden = torch.empty((rows, tokens, width), requires_grad=True, **options)
-        width //= self.text.num_attention_heads
-        rotary = torch.empty((rows, tokens, width), **options)
+        hidden = torch.empty(size, requires_grad=True, **options)
+        rotary = torch.empty((rows, tokens, self.head), **options)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(hidden, attention_mask=None, position_embeddings=(rotary, rotary))
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -356,7 +361,8 @@ class Plan:
             language -= text.vocab_size * text.hidden_size
         trained = parts["total"]["trainable"]
         passes = 1 + bool(self.section.get("activation_checkpointing", False))
-        attention = 2 * self.layout.typical * text.hidden_size * text.num_hidden_layers
+        wide = text.num_attention_heads * self.head
+        attention = 2 * self.layout.typical * wide * text.num_hidden_layers
         forward = (2 * language + attention) * tokens
         backward = (2 * language + 2 * attention + 2 * trained) * tokens
         merge = self.vision.spatial_merge_size**2

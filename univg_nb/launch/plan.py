@@ -10,7 +10,7 @@ import importlib
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ import torch
 
 from univg_nb.config import add_scale_arguments, load_scale, make_parser, spread, within
 from univg_nb.data.audit import audit
+from univg_nb.families import scale_limit
 from univg_nb.fast import vllm
 from univg_nb.io import read_json
 from univg_nb.launch import cost
@@ -71,7 +72,8 @@ def choose_layout(
     strategy = cost.choose_strategy(processes, strategy or launch.get("strategy"))
     vision = cost.load_architecture(model["name_or_path"]).vision_config
     side = vision.patch_size * vision.spatial_merge_size
-    images = IMAGES * (model.get("max_pixels", 12_845_056) // side**2)
+    pixels = scale_limit(model.get("max_pixels", 12_845_056), side)
+    images = IMAGES * (pixels // side**2)
     reply = section.get("max_completion_length", 256)
     limit = section.get("max_length") or 0
     if report and report["samples"]:
@@ -85,6 +87,43 @@ def choose_layout(
     if longest:
         reply, images, typical = (min(n, longest) for n in (reply, images, typical))
     return Layout(strategy, processes, tokens, reply, images, typical)
+
+
+def account_by_precision(
+    config: Mapping[str, Any], gpu: cost.Gpu, count: int = 8
+) -> dict[str, dict[str, float]]:
+    """Return what stage 1 of all language weights takes on one of its GPUs, in GB.
+
+    In pure bf16 a trained parameter costs 8 bytes: weight, gradient and two moments of
+    2 each. In mixed precision it costs 16: the moments have 4 bytes each, and there is
+    an fp32 copy of the weight. One process and DDP train in pure bf16, ZeRO and FSDP in
+    mixed precision.
+
+    Args:
+        config: a whole scale without an adapter, its weights in bf16.
+        gpu: the card.
+        count: GPUs of DDP, ZeRO-2 and ZeRO-3.
+
+    Returns:
+        {way: {"weights", "gradients", "optimiser", "buffers", "rest", "peak"}}; rest is
+        activations, logits, vision and runtime.
+    """
+    ways = {
+        "pure bf16, 1 GPU": ("single", 1),
+        f"pure bf16, DDP on {count}": ("ddp", count),
+        "mixed, 1 GPU": ("zero3", 1),  # nothing to cut
+        f"mixed, ZeRO-2 on {count}": ("zero2", count),
+        f"mixed, ZeRO-3 on {count}": ("zero3", count),
+    }
+    rows, table = choose_layout(config, "sft"), {}
+    for way, (strategy, processes) in ways.items():
+        where = replace(rows, strategy=strategy, processes=processes)
+        plan = Plan(config, "sft", where, gpu, 1)
+        row = {k: plan.memory[k] for k in ("weights", "gradients", "optimiser")}
+        row["buffers"] = plan.memory["buffers"]
+        row["rest"] = plan.peak - sum(row.values())
+        table[way] = {k: v / 1e9 for k, v in {**row, "peak": plan.peak}.items()}
+    return table
 
 
 # ---------------------------------------------------------------- as text
