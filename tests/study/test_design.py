@@ -99,7 +99,7 @@ def test_the_planned_seeds_and_items_have_the_power(spread):
         seen.append(effect.lo > 0)
         covered.append(effect.lo <= 0.01 <= effect.hi)
     assert 0.75 <= np.mean(seen) <= 0.93
-    assert 0.93 <= np.mean(covered) <= 0.98
+    assert 0.93 <= np.mean(covered) <= 0.97
 
 
 def test_fewer_seeds_or_items_would_not_do():

@@ -260,7 +260,7 @@ def draw_difficulty(runs: Runs, width: float) -> Figure:
     figure, axes = _draw_panels(rows, width, 2.1)
     for ax, groups in zip(axes, rows.values(), strict=True):
         plots.plot_difficulty_shares(tables.compute_difficulty_shares(groups), ax=ax)
-        ax.set_title("", loc="left")  # the caption says it
+        ax.set_xlabel("update")  # the caption says the rest
     return _share_legend(figure)
 
 

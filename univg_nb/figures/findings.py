@@ -29,6 +29,10 @@ MATTERS = 0.01  # the smallest gain in accuracy that matters: one point
 VERDICTS = ("supported", "contradicted", "undecided")
 _NORMAL = NormalDist()
 _RULE_OF_THREE = -math.log(0.05)  # an event never seen in n trials: at most 3/n
+# Where seeds do not differ, the estimate of what they add scatters around 0 and may
+# leave too small a variance. With this least share of the items' own, intervals of
+# three seeds or more cover 93 to 97 % in simulation, whatever varies.
+_LEAST_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def compute_effect(
 
     Items and seeds are crossed: every seed answers every item. Both are drawn by
     chance, so the variances of the two means are added and what they share, the
-    residual, is taken off once. Tasks are not drawn: items vary within them.
+    residual, is taken off once. Tasks are not drawn: items vary within them. Degrees of
+    freedom are Satterthwaite's. Two seeds are too few for an interval of the method:
+    it covers 88 % at worst.
     The interval is never narrower than three differing items would make it, which is
     the rule of three when no item differs at all.
 
@@ -127,7 +133,7 @@ def compute_effect(
             square = (rest**2).sum() / ((seeds - 1) * (n - 1))
             shared += n * weight**2 * square / seeds
     over_seeds = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    variance = max(over_items + over_seeds - shared, over_items, over_seeds)
+    variance = max(over_items + over_seeds - shared, _LEAST_SHARE * over_items)
     least = _RULE_OF_THREE / (len(counts) * counts.min())
     if not math.isfinite(variance):
         half = 1.0
@@ -135,7 +141,8 @@ def compute_effect(
         half = least
     else:
         parts = over_items**2 / free + over_seeds**2 / max(seeds - 1, 1)
-        half = max(least, find_t_quantile(variance**2 / parts) * math.sqrt(variance))
+        freedom = max(variance**2 / parts, seeds - 1)
+        half = max(least, find_t_quantile(freedom) * math.sqrt(variance))
     low, high = max(-1.0, mean - half), min(1.0, mean + half)
     errors = [math.sqrt(over_items), math.nan, math.nan]
     if seeds > 1:

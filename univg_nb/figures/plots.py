@@ -31,17 +31,22 @@ MODEL_COLORS = {
     "grpo_none": ORANGE,
     "grpo_exp": RED,
 }
-BIN_COLORS = {"easy": GREEN, "medium": ORANGE, "hard": RED}
+# Levels of difficulty have colors that no model has.
+BIN_COLORS = {"easy": "#01665E", "medium": "#BFA16B", "hard": "#6B3E0B"}
+# Weights have the color of the model that is trained with them, or one of their own.
+FORM_COLORS = {"none": ORANGE, "exp": RED, "power": "#332288", "log": "#44AA99"}
 _BIN_LABELS = {
     "easy": f"easy, mean IoU > {EASY_ABOVE}",
     "medium": "medium",
     "hard": f"hard, mean IoU < {HARD_BELOW}",
 }
 BIN_LINES = {"easy": "-", "medium": ":", "hard": "-."}
-# Of what becomes of items, in the order of scoring.KINDS.
-KIND_COLORS = (GREEN, SKY, ORANGE, RED, GRAY)
+# Of what becomes of items, in the order of scoring.KINDS: green is right, gray is not.
+KIND_COLORS = (GREEN, "#8FD3BD", "#D6D2CA", "#A39C90", "#4D4D4D")
 _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-# What colors say, lines and hatches say again: for prints in gray.
+# What colors say, lines and hatches say again: for prints in gray. Where two models
+# coincide, the dashes of the later one let the line of the earlier one through.
+MODEL_LINES = {"base": ":", "sft_nocot": "-.", "sft_qlora": "--", "grpo_exp": "--"}
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _HATCHES = ("", "////", "....", "xxxx", "")
 
@@ -51,8 +56,10 @@ def color_of(name: str, index: int) -> str:
     return MODEL_COLORS.get(name, _SPARE[index % len(_SPARE)])
 
 
-def line_of(index: int) -> Any:
-    """Return the line style of the curve with that place."""
+def line_of(index: int, name: str = "") -> Any:
+    """Return a model's own line style, or that of the curve with that place."""
+    if name in MODEL_COLORS:
+        return MODEL_LINES.get(name, "-")
     return _LINES[index % len(_LINES)]
 
 
@@ -123,7 +130,8 @@ def plot_training_curves(
             color = color_of(name, index)
             ax.plot(steps, values, ".", color=color, alpha=0.25, markersize=5)
             line = smooth(values, max(1, len(values) // 10))
-            ax.plot(steps, line, line_of(index), color=color, linewidth=2, label=name)
+            style = line_of(index, name)
+            ax.plot(steps, line, style, color=color, linewidth=2, label=name)
         ax.set_ylabel(key.replace("_", " "))
         count_updates(ax)
         if len(runs) > 1:
@@ -162,10 +170,10 @@ def plot_difficulty_shares(
         if name != "medium" and len(steps) > 1:  # the paper draws two trends
             trend = np.polyval(np.polyfit(steps, values, 1), steps)
             ax.plot(steps, trend, "--", color=color, linewidth=1.5)
-    ax.set_title(key, fontsize=9, loc="left", color="0.35")
-    ax.set(ylabel="share of groups", ylim=(0, 1))
-    count_updates(ax)
-    ax.legend(ncols=2, loc="upper left", frameon=False)
+    ax.set(ylabel="share of groups", ylim=(0, 1), xlabel=f"update ({key})")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    look: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    ax.legend(ncols=2, frameon=False, **look)
     return figure
 
 
@@ -175,19 +183,20 @@ def plot_weight_functions(
     """Plot the weight over the mean IoU of a group, for forms of difficulty_weight."""
     figure, ax = create_axes(None, 6.8, 4.2)
     m = torch.linspace(0, 1, 501)
-    ax.axvspan(0, HARD_BELOW, color=RED, alpha=0.07, linewidth=0)
-    ax.axvspan(EASY_ABOVE, 1, color=GREEN, alpha=0.07, linewidth=0)
+    hard, easy = BIN_COLORS["hard"], BIN_COLORS["easy"]
+    ax.axvspan(0, HARD_BELOW, color=hard, alpha=0.07, linewidth=0)
+    ax.axvspan(EASY_ABOVE, 1, color=easy, alpha=0.07, linewidth=0)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
     for index, form in enumerate(forms):
         # the two logs differ only below 0: dots over dashes show both
         style = line_of(index)
-        color = (BLUE, PURPLE, ORANGE, "black", SKY, GRAY)[index % 6]
+        color = FORM_COLORS.get(form, ("black", GRAY, PURPLE, SKY)[index % 4])
         phi = difficulty.difficulty_weight(m, form)
         ax.plot(m, phi, style, color=color, linewidth=2, label=form)
     top = ax.get_ylim()[1]
-    ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color=RED)
-    ax.text((1 + EASY_ABOVE) / 2, top, "easy", ha="center", va="bottom", color=GREEN)
+    ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color=hard)
+    ax.text((1 + EASY_ABOVE) / 2, top, "easy", ha="center", va="bottom", color=easy)
     ax.set(xlabel="mean IoU of the group", ylabel="weight φ", xlim=(0, 1))
     ax.set_ylim(top=top)
     ax.legend(frameon=False)
@@ -271,11 +280,9 @@ def plot_iou_curve(ious: Mapping[str, Sequence[float]]) -> Figure:
         reached = np.asarray(values)[:, None] >= thresholds  # (N, 201)
         share = 100 * reached.mean(axis=0)
         share[0] = np.nan  # IoU >= 0 holds for every reply
-        color, style = color_of(name, index), line_of(index)
-        ax.plot(
-            thresholds, share, linestyle=style, color=color, linewidth=2, label=name
-        )
-        ax.plot(0.5, share[100], "o", color=color)
+        look: dict[str, Any] = {"linewidth": 2, "label": name}
+        look |= {"color": color_of(name, index), "linestyle": line_of(index, name)}
+        ax.plot(thresholds, share, **look)
     ax.set(xlabel="IoU threshold", ylabel="items at or above it, %")
     ax.set(xlim=(0, 1), ylim=(0, 100))
     ax.legend(frameon=False)
