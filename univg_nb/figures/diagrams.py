@@ -1,4 +1,4 @@
-"""Figures 1 and 2 of the paper and its two cases.
+"""Figures 1 and 2 of the paper, its two cases, and how a picture becomes tokens.
 
 Figure 1 and the cases are drawn from samples and results; Figure 2 is a diagram and
 needs no data.
@@ -15,12 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+from torch import Tensor
 
 from univg_nb import paper
 from univg_nb.data.boxes import Box, to_pixels
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.figures import drawing, plots
+from univg_nb.figures.drawing import GRAY, PURPLE, SKY
 from univg_nb.io import read_asset
 
 
@@ -194,3 +197,90 @@ def _draw_panel(ax: Axes, panel: Mapping[str, Any], size: float) -> None:
 
 def _find_color(name: str) -> str:
     return getattr(drawing, name.upper(), name)
+
+
+# ---------------------------------------------------------------- pictures as tokens
+
+
+def draw_patches(
+    image: Image.Image, patch: int, merge: int, ax: Axes | None = None
+) -> Figure:
+    """Draw a picture as the vision tower cuts it: patches thin, image tokens thick.
+
+    Args:
+        image: as the processor resized it; its sides are multiples of patch * merge.
+        patch: pixels of a patch's side.
+        merge: patches of a token's side.
+        ax: axes to draw into.
+
+    Raises:
+        ValueError: if a side is no such multiple.
+    """
+    token = patch * merge
+    if image.width % token or image.height % token:
+        raise ValueError(
+            f"a picture of {image.size} pixels does not split into blocks of {token}; "
+            "resize it as the processor does (data.images.fit_size)"
+        )
+    figure, ax = plots.create_axes(ax, 4, 4 * image.height / image.width)
+    ax.imshow(image, extent=(0, image.width, image.height, 0))
+    for step, width, color in ((patch, 0.5, SKY), (token, 1.4, drawing.BLUE)):
+        look: dict[str, Any] = {"color": color, "linewidth": width}
+        ax.vlines(np.arange(0, image.width + 1, step), 0, image.height, **look)
+        ax.hlines(np.arange(0, image.height + 1, step), 0, image.width, **look)
+    columns = image.width // token
+    for number in range(columns * (image.height // token)):
+        if columns > 8:  # too many to be read
+            break
+        x, y = (token * (k + 0.5) for k in (number % columns, number // columns))
+        text = ax.text(x, y, str(number + 1), ha="center", va="center", fontsize=8)
+        text.set_bbox({"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
+    ax.set_axis_off()
+    return figure
+
+
+POSITION_COLORS = {"time": GRAY, "height": PURPLE, "width": SKY}
+
+
+def plot_positions(positions: Tensor, image: Tensor) -> Figure:
+    """Plot the three M-RoPE positions of a prompt over its tokens.
+
+    Args:
+        positions: (3, P), of time, height and width.
+        image: bool (P,), which tokens are of a picture; those are shaded.
+    """
+    figure, ax = plots.create_axes(None, 9, 3.4)
+    for place in image.nonzero().flatten().tolist():
+        ax.axvspan(place - 0.5, place + 0.5, color="0.92", lw=0, zorder=0)
+    rows = zip(POSITION_COLORS.items(), positions.tolist(), strict=True)
+    for k, ((name, color), values) in enumerate(rows):
+        ax.plot(values, ".-", color=color, lw=0.6, ms=9 - 2.5 * k, label=name)
+    ax.set(xlabel="token of the prompt (gray: of a picture)", ylabel="position")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def draw_position_grid(
+    positions: Tensor, columns: int, ax: Axes | None = None
+) -> Figure:
+    """Draw the positions (time, height, width) of one picture's tokens, in its grid.
+
+    Args:
+        positions: (3, tokens), row by row.
+        columns: tokens in a row of the picture.
+        ax: axes to draw into.
+    """
+    triples = positions.T.tolist()
+    rows = len(triples) // columns
+    figure, ax = plots.create_axes(ax, 1.0 * columns, 0.6 * rows + 0.4)
+    for number, triple in enumerate(triples):
+        x, y = number % columns, number // columns
+        ax.add_patch(Rectangle((x, y), 1, 1, fc="0.95", ec=drawing.BLUE))
+        for k, (value, color) in enumerate(
+            zip(triple, POSITION_COLORS.values(), strict=True)
+        ):
+            place = (x + 0.2 + 0.3 * k, y + 0.5)
+            ax.text(*place, str(value), color=color, ha="center", va="center")
+    ax.set(xlim=(-0.05, columns + 0.05), ylim=(rows + 0.05, -0.05))
+    ax.set_axis_off()
+    return figure
