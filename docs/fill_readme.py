@@ -1,4 +1,4 @@
-"""Fill the measured tables of README.md from a run, and draw its pictures.
+"""Fill the measured tables of README.md and docs/ from a run, and draw the pictures.
 
     python docs/fill_readme.py runs/tiny
 
@@ -6,9 +6,8 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
-verdicts on the paper's claims, ``models`` by the evaluations of the shipped models
-(also in docs/model_card.md), ``bench`` by what `make bench` measured of an update. No
-number in them is typed.
+verdicts on the paper's claims, ``models`` by the evaluations of the shipped models,
+``bench`` by what `make bench` measured of an update. No number in them is typed.
 """
 
 import re
@@ -23,14 +22,31 @@ from univg_nb.fast.packed_rows import block_mask
 from univg_nb.figures import drawing, exhibits
 from univg_nb.figures.tables import format_markdown
 from univg_nb.io import read_json, write_text
-from univg_nb.launch.notebooks import read_notebook
 from univg_nb.minimig import items
 from univg_nb.models import ASSETS, STAGE1
 from univg_nb.runs import format_speed
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-CARD = ROOT / "docs" / "model_card.md"
+PAGES = {  # parts of each page
+    "README.md": ("minutes", "results"),
+    "docs/results.md": ("findings",),
+    "docs/fast_step.md": ("bench",),
+    "docs/model_card.md": ("models",),
+}
+LEARNED = {
+    "00": "the paper in five sentences; what the model sees, answers and cannot do",
+    "01": "boxes, formats and the ten tasks; how data is audited before training",
+    "02": "how chains of reasoning are written, checked and chosen",
+    "03": "where the loss of SFT is, what LoRA trains, whether chains help",
+    "04": "what four bits save and cost",
+    "05": "GRPO by hand, then trained: what eight tries of a question teach",
+    "06": "which groups teach, and whether weighting them by difficulty pays",
+    "07": "scoring with intervals; how parsers change a number",
+    "08": "what carries over to questions that training never showed",
+    "09": "every table and figure of the paper beside ours, with verdicts",
+    "10": "memory, hours and price of the real thing, and its recipe",
+    "11": "why a shared prompt need not be computed eight times",
+}
 PICTURES = ROOT / "notebooks" / "images"
 RECORDS = ROOT / "notebooks" / "reference_runs"
 SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
@@ -40,20 +56,20 @@ def fill(text, name, content):
     """Return `text` with the part called `name` replaced; ValueError without it."""
     part = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
     if len(part.findall(text)) != 1:
-        raise ValueError(f"README needs one part <!-- {name} --> ... <!-- /{name} -->")
+        raise ValueError(f"one part <!-- {name} --> ... <!-- /{name} --> is needed")
     return part.sub(lambda found: f"{found[1]}\n{content.strip()}\n{found[2]}", text)
 
 
 def format_minutes(run_dir):
-    """Return a table of the notebooks: title, and minutes from the manifest."""
+    """Return a table of the notebooks: what one learns, minutes from the manifest."""
     manifest = read_json(run_dir / "manifest.json")
     ran = manifest["notebooks"]
     rows = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        title = read_notebook(path).cells[0].source.splitlines()[0].lstrip("# ")
         minutes = ran.get(path.stem, {}).get("seconds", float("nan")) / 60
-        rows[f"[{path.stem}](notebooks/{path.name})"] = title, minutes
-    frame = pd.DataFrame(rows, index=["what it does", "minutes"]).T.infer_objects()
+        learned = LEARNED[path.name[:2]]
+        rows[f"[{path.stem}](notebooks/{path.name})"] = learned, minutes
+    frame = pd.DataFrame(rows, index=["what you learn", "minutes"]).T.infer_objects()
     frame.loc["all"] = "", frame["minutes"].sum()
     table = format_markdown(frame.rename_axis("notebook"))
     return f"{table.strip()}\n\n{format_speed(manifest['speed'])}"
@@ -64,6 +80,7 @@ def format_models():
     made = {
         "base": read_json(ASSETS / "evaluation.json"),
         "stage 1": read_json(STAGE1 / "evaluation.json"),
+        "thorough chains only": read_json(STAGE1 / "evaluation_thorough.json"),
     }
     rows = {}
     for name, first in made["base"]["tests"].items():
@@ -84,7 +101,7 @@ def format_models():
         rows[label] = {"items": next(iter(groups.values()))["n"]}
         rows[label] |= {m: f"{found[key]:.2f}" for m, found in groups.items()}
     frame = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
-    return format_markdown(frame.rename_axis("held-out scenes, Acc@0.5 in %"))
+    return format_markdown(frame.rename_axis("held-out scenes, `Acc@0.5` in %"))
 
 
 def format_interval(ends, factor, form):
@@ -154,7 +171,7 @@ def draw_items():
 
 
 def build_parts(run_dir):
-    """Return the content of every part of README by name."""
+    """Return the content of every part of `PAGES` by name."""
     results = run_dir / "tables" / "results.md"
     return {
         "results": results.read_text(encoding="utf-8"),
@@ -166,13 +183,13 @@ def build_parts(run_dir):
 
 
 def main(run_dir):
-    """Write the tables into README.md and draw its pictures."""
-    text = README.read_text(encoding="utf-8")
-    for name, content in build_parts(run_dir).items():
-        text = fill(text, name, content)
-    write_text(README, text)
-    card = CARD.read_text(encoding="utf-8")
-    write_text(CARD, fill(card, "models", format_models()))
+    """Write the tables into their pages and draw the pictures of README."""
+    content = build_parts(run_dir)
+    for page, names in PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in names:
+            text = fill(text, name, content[name])
+        write_text(ROOT / page, text)
     draw_mask().save(PICTURES / "shared_prefix.png", optimize=True)
     draw_items().save(PICTURES / "minimig.png", optimize=True)
 

@@ -281,6 +281,7 @@ def test_readme_and_notebooks_are_compared_with_the_run_that_they_name(
     make_notebook(page, 1.5)
     real = Path(__file__).parents[2] / "docs" / "fill_readme.py"
     source = real.read_text().partition("def build_parts")[0]
+    source += "PAGES = {'README.md': ['results']}\n"
     source += "def build_parts(run):\n    return {'results': '| 1.5 |'}\n"
     write_text(tmp_path / "docs" / "fill_readme.py", source)
     write_text(tmp_path / "README.md", "<!-- results -->\n| 1.5 |\n<!-- /results -->")

@@ -213,11 +213,13 @@ def check_texts(run: Path) -> Iterator[str]:
             yield f"{path.name}: its tables are not those of {executed}; run --record"
     script = root / "docs" / "fill_readme.py"
     if named and script.is_file():
-        readme = runpy.run_path(str(script))
-        text = (root / "README.md").read_text(encoding="utf-8")
-        for part, content in readme["build_parts"](run).items():
-            if readme["fill"](text, part, content) != text:
-                yield f"README.md: {part} is not what the artifacts say; run {script}"
+        filler = runpy.run_path(str(script))
+        content = filler["build_parts"](run)
+        for page, parts in filler["PAGES"].items():
+            text = (root / page).read_text(encoding="utf-8")
+            for part in parts:
+                if filler["fill"](text, part, content[part]) != text:
+                    yield f"{page}: {part} is not what the artifacts say; run {script}"
 
 
 def _read_tables(notebook: str) -> list[str]:

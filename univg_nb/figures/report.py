@@ -212,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="items shown of each kind (default: 6)",
     )
     options = parser.parse_args(arguments)
+    options.image_root = options.image_root or Path(options.records).parent
     bench, how = score.read_scoring_arguments(options)
     files = parse_named_files(options.predictions)
     print(
