@@ -22,7 +22,17 @@ from univg_nb.data.sample import GroundingSample, find_target_image
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 RED, SKY, PURPLE, GRAY = "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F"
 TARGET_COLOR = GREEN
-PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)
+# A model has its color in every picture, of boxes and of numbers.
+MODEL_COLORS = {
+    "base": GRAY,
+    "sft_nocot": "#8C510A",
+    "sft_lora": BLUE,
+    "sft_qlora": PURPLE,
+    "shipped": "black",
+    "grpo_none": ORANGE,
+    "grpo_exp": RED,
+}
+PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)  # of other names
 LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
 
 LabeledBox = tuple[Sequence[float], str, str]  # box, color, label
@@ -123,18 +133,20 @@ def show_sample(
     *,
     columns: int = 3,
     title: bool = True,
+    side: float = 3.7,
 ) -> Figure:
     """Show a sample's images, its answer in green and predictions with their IoU.
 
     Predictions are boxes on 0..1000 by name, None for a reply without a box. Where it
-    is not known which image the boxes belong to, each image has them.
+    is not known which image the boxes belong to, each image has them. An image is
+    `side` inches wide.
     """
     target = get_target_index(sample)
     boxes, legend = label_boxes(sample, predictions or {})
     count = len(sample.images)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = create_figure(3.7 * columns, 3.9 * rows + 0.9)
+    figure = create_figure(side * columns, (side + 0.2) * rows + 0.9)
     for index, path in enumerate(sample.images):
         marked = boxes if target in (None, index) else []
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -154,7 +166,7 @@ def show_sample(
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     if title:
         heading = f"{sample.task}: {clean_question(sample)}"
-        heading = textwrap.fill(heading, width=42 * columns)
+        heading = textwrap.fill(heading, width=round(11.4 * side * columns))
         figure.suptitle(heading, parse_math=False)
     return figure
 
@@ -171,7 +183,8 @@ def label_boxes(
     targets = sample.boxes or (sample.answer,)
     boxes: list[LabeledBox] = [(box, TARGET_COLOR, "target") for box in targets]
     legend = {f"target {sample.answer}": TARGET_COLOR}
-    for (name, box), color in zip(predictions.items(), cycle(PREDICTION_COLORS)):
+    for (name, box), spare in zip(predictions.items(), cycle(PREDICTION_COLORS)):
+        color = MODEL_COLORS.get(name, spare)
         if box is None:
             legend[f"{name}: no box"] = color
         else:

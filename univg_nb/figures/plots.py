@@ -17,20 +17,20 @@ from matplotlib.ticker import MaxNLocator
 
 from univg_nb import paper
 from univg_nb.figures import drawing
-from univg_nb.figures.drawing import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, SKY
+from univg_nb.figures.drawing import (
+    BLUE,
+    GRAY,
+    GREEN,
+    MODEL_COLORS,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+)
 from univg_nb.io import open_atomically
 from univg_nb.train import difficulty
 from univg_nb.train.difficulty import EASY_ABOVE, HARD_BELOW
 
-MODEL_COLORS = {
-    "base": GRAY,
-    "sft_nocot": SKY,
-    "sft_lora": BLUE,
-    "sft_qlora": PURPLE,
-    "shipped": "black",
-    "grpo_none": ORANGE,
-    "grpo_exp": RED,
-}
 # Levels of difficulty have colors that no model has.
 BIN_COLORS = {"easy": "#01665E", "medium": "#BFA16B", "hard": "#6B3E0B"}
 # Weights have the color of the model that is trained with them, or one of their own.
