@@ -1,5 +1,6 @@
 """Boxes between a model and the 0-1000 grid: units, notations, which picture."""
 
+import logging
 import math
 import random
 import time
@@ -9,6 +10,9 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from univg_nb import io
+from univg_nb.__main__ import main as run_command
+from univg_nb.data import files
 from univg_nb.data.boxes import format_box, iou, parse_box
 from univg_nb.data.conventions import PLAIN, BoxConvention, Pictures
 from univg_nb.data.images import fit_size
@@ -87,10 +91,50 @@ def test_a_pixel_reply_scores_as_the_same_in_thousandths(tmp_path, size):
         # half a pixel and half a thousandth at each edge
         slack = 2 * (1 + 500 / min(width, height)) / 400
         assert item.status == "ok" and abs(item.iou - iou(guess, answer)) <= slack
-        assert iou_reward([read], [answer], [True]) == [pytest.approx(item.iou)]
-        assert format_reward([read], [True]) == [1.0]
+        usual = not written.startswith("[")  # which the paper's rewards do not read
+        assert iou_reward([read], [answer], [True]) == [pytest.approx(item.iou * usual)]
+        assert format_reward([read], [True]) == [float(usual)]
         (lost,) = score_items([sample], {0: Reply(text)})
         assert abs(lost.iou - item.iou) > 0.1  # what converting is for
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_a_file_of_another_program_is_converted_or_not_scored_in_silence(
+    tmp_path, caplog, size
+):
+    """Pixels of the resized picture in a file without settings."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    answer = (200, 300, 700, 900)
+    sample = GroundingSample("a", "refer", ("a.png",), "Find it.", answer)
+    records = tmp_path / "bench.json"
+    files.write([sample], records, "mig_bench")
+    (seen,) = PIXELS.locate(replace(sample, images=(str(tmp_path / "a.png"),))).sizes
+    exact = [v * seen[k % 2] / 1000 for k, v in enumerate(answer)]
+    x1, y1, x2, y2 = map(round, exact)
+    command = ["score", "--records", str(records), "--image-root", str(tmp_path)]
+    command += ["--out", str(tmp_path / "scores.json"), "--max-pixels", "401408"]
+    command += ["--predictions", str(tmp_path / "p.jsonl")]
+
+    def run(text: str, *options: str) -> int:
+        io.write_text(tmp_path / "p.jsonl", "")
+        io.append_jsonl(tmp_path / "p.jsonl", {"index": 0, "response": text})
+        return run_command([*command, *options])
+
+    def read_iou() -> float:
+        return io.read_json(tmp_path / "scores.json")["pooled"]["mean_iou"]
+
+    usual = f'```json\n{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}\n```'
+    assert run(usual) == 2 and not (tmp_path / "scores.json").exists()
+    with caplog.at_level(logging.WARNING, "univg_nb"):
+        assert run(f"({x1},{y1}),({x2},{y2})") == 0
+    assert "say how boxes are written" in caplog.text
+    least = 1 - 4 * (0.5 + 500 / min(seen)) / 500
+    for text in (usual, f"({x1},{y1}),({x2},{y2})"):
+        caplog.clear()
+        assert run(text, "--boxes", "pixels") == 0 and not caplog.text
+        assert read_iou() >= least
+    assert run("(200,300),(700,900)", "--boxes", "thousandths") == 0
+    assert read_iou() == 1.0
 
 
 JSON_REPLIES = [

@@ -27,7 +27,8 @@ _REPLY = re.compile(
 )
 
 
-_Change = Callable[[Sequence[float], Sequence[int]], str]
+_NUMBER = re.compile(r"[0-9.+-]++")  # in a box that `scan_boxes` found
+_Change = Callable[[Sequence[float], Sequence[int]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,14 @@ class BoxConvention:
         if not self.pixels:
             return text
 
-        def to_pixels(box: Sequence[float], size: Sequence[int]) -> str:
+        def to_pixels(box: Sequence[float], size: Sequence[int]) -> list[int]:
             exact = [v * size[k % 2] / GRID for k, v in enumerate(box)]
             edges = [round(v) for v in exact]
             for low, high in ((0, 2), (1, 3)):
                 if edges[low] == edges[high] and box[low] < box[high]:
                     edges[low] = int(exact[low])
                     edges[high] = edges[low] + 1
-            return format_box(edges)
+            return edges
 
         return _convert(text, pictures, to_pixels, reading=False)
 
@@ -119,10 +120,8 @@ class BoxConvention:
         if not self.pixels:
             return text
 
-        def to_grid(box: Sequence[float], size: Sequence[int]) -> str:
-            return format_box(
-                [round(GRID * v / size[k % 2]) for k, v in enumerate(box)]
-            )
+        def to_grid(box: Sequence[float], size: Sequence[int]) -> list[int]:
+            return [round(GRID * v / size[k % 2]) for k, v in enumerate(box)]
 
         return _convert(text, pictures, to_grid, reading=True)
 
@@ -154,19 +153,27 @@ def _rewrite_json(match: re.Match[str]) -> str:
 
 
 def _convert(text: str, pictures: Pictures, change: _Change, reading: bool) -> str:
-    """Rewrite every box of a text by `change`, a function of box and picture's size."""
-    made, done = [], 0
+    """Put other numbers into every box of a text, in the notation it has.
+
+    `change` is a function of a box and of its picture's size.
+    """
+    made, done, names = [], 0, find_image_names(text)
     for start, end, box in scan_boxes(text):
         if max(map(abs, box)) >= 1e9 or (max(box) <= 1 and "." in text[start:end]):
             continue  # no coordinate, or a share of the picture in any unit
-        size = _choose_size(text, start, pictures, reading)
-        made += [text[done:start], change(box, size)]
+        size = _choose_size(text, start, pictures, names, reading)
+        notation = _NUMBER.sub("{}", text[start:end])
+        made += [text[done:start], notation.format(*change(box, size))]
         done = end
     return "".join([*made, text[done:]])
 
 
 def _choose_size(
-    text: str, start: int, pictures: Pictures, reading: bool
+    text: str,
+    start: int,
+    pictures: Pictures,
+    names: Sequence[tuple[int, int]],
+    reading: bool,
 ) -> Sequence[int]:
     """Return the size of the picture that the box at `start` of a text is in.
 
@@ -176,11 +183,10 @@ def _choose_size(
     sizes, target = pictures.sizes, pictures.target
     if all(list(size) == list(sizes[0]) for size in sizes):
         return sizes[0]
-    names = [(at, n) for at, n in find_image_names(text) if 1 <= n <= len(sizes)]
-    before = [number for at, number in names if at < start]
+    before = [n for at, n in names if at < start and 1 <= n <= len(sizes)]
     thinking = text.rfind("<think>", 0, start) > text.rfind("</think>", 0, start)
     if thinking or not (reading or "<answer>" in text[:start]):
-        after = [number for at, number in names if at > start]
+        after = [n for at, n in names if at > start and 1 <= n <= len(sizes)]
         target = before[-1] if before else (*after, target)[0]
     elif target is None and before:
         target = before[-1]

@@ -9,6 +9,7 @@ torchrun each process generates a batch in turn, and the first writes the rows o
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,13 +33,13 @@ from univg_nb.config import (
     within,
 )
 from univg_nb.data import files, prompts
-from univg_nb.data.conventions import PLAIN, BoxConvention, get_convention
+from univg_nb.data.conventions import PLAIN, get_convention
 from univg_nb.data.images import (
     check_images,
     count_image_tokens,
     find_missing_images,
 )
-from univg_nb.data.sample import GroundingSample
+from univg_nb.data.sample import GroundingSample, find_target_image
 from univg_nb.evaluate import replies, served
 from univg_nb.evaluate.predictions import (
     get_settings_path,
@@ -50,6 +51,8 @@ from univg_nb.evaluate.predictions import (
 from univg_nb.evaluate.score import Benchmark
 from univg_nb.evaluate.served import ServedModel
 from univg_nb.fast.sampling import noise_seed
+
+logger = logging.getLogger(__name__)
 
 ZERO_SHOT_FORMATS = ("lisa", "llmseg", "reasonvos", "revos")
 # Most pixels of an image there (docs/paper_facts.md#evaluation).
@@ -121,28 +124,27 @@ def generate(
     """
     indices = sorted(set(range(len(samples)) if indices is None else indices))
     check_images(samples, indices)
-    convention = _find_convention(model, processor)
-    asked = {i: convention.ask(samples[i]) for i in indices}
     out = Path(out)
     settings = _collect_settings(model, processor, samples, options) | (facts or {})
+    if settings.get("convention", {}).get("pixels"):
+        _warn_of_unknown_targets([samples[i] for i in indices])
     reply: Any = served.reply if isinstance(model, ServedModel) else replies.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         """Return a batch's rows; the seed tells sampled replies to an item apart."""
         seeds = [noise_seed(0, i, options.seed) for i in batch]
-        made = reply(model, processor, [asked[i] for i in batch], seeds=seeds, **how)
-        new_rows = []
-        for i, one in zip(batch, made, strict=True):
-            text = convention.read(one.text, convention.locate(samples[i]))
-            written = {} if text == one.text else {"written": one.text}
-            row = {"index": i, "id": samples[i].id, "response": text, **written}
-            new_rows.append(row | {"tokens": one.tokens, "truncated": one.truncated})
-        return new_rows
+        made = reply(model, processor, [samples[i] for i in batch], seeds=seeds, **how)
+        return [
+            {"index": i, "id": samples[i].id, "response": one.text}
+            | {"tokens": one.tokens, "truncated": one.truncated}
+            | ({"written": one.written} if one.written else {})
+            for i, one in zip(batch, made, strict=True)
+        ]
 
     with io.locked(out):
         rows = {} if fresh else _read_rows(out, settings)
-        batches = plan_batches(processor, asked, indices, options)
+        batches = plan_batches(processor, samples, indices, options)
         # A batch cut short by a kill is regenerated whole, and only its missing rows
         # are added: the file ends up as that of an undisturbed run.
         todo = [batch for batch in batches if not rows.keys() >= set(batch)]
@@ -173,13 +175,15 @@ def generate(
     }
 
 
-def _find_convention(
-    model: PreTrainedModel | ServedModel, processor: ProcessorMixin
-) -> BoxConvention:
-    """Return how a model of this process or of a server writes boxes."""
-    if isinstance(model, ServedModel):
-        return model.convention
-    return get_convention(models.get_base_model(model).config, processor)
+def _warn_of_unknown_targets(samples: Sequence[GroundingSample]) -> None:
+    """Warn of replies whose pixels may be read in the wrong image."""
+    if unknown := sum(find_target_image(sample) is None for sample in samples):
+        logger.warning(
+            "%d of %d items do not say which image holds the target: a box in pixels "
+            "is read in the image that the reply names last, else in the last; give "
+            "target_image in the records",
+            *(unknown, len(samples)),
+        )
 
 
 def _prepare_file(out: Path, settings: dict[str, Any], fresh: bool) -> None:
@@ -208,7 +212,10 @@ def _collect_settings(
         "items_hash": hash_items(samples),
     }
     del settings["batch_size"]  # replies do not depend on it
-    convention = _find_convention(model, processor)
+    if isinstance(model, ServedModel):
+        convention = model.convention
+    else:
+        convention = get_convention(models.get_base_model(model).config, processor)
     if convention != PLAIN:
         settings["convention"] = asdict(convention)
     if isinstance(model, ServedModel):
@@ -242,7 +249,7 @@ def _read_rows(out: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 def plan_batches(
     processor: ProcessorMixin,
-    samples: Sequence[GroundingSample] | Mapping[int, GroundingSample],
+    samples: Sequence[GroundingSample],
     indices: Sequence[int],
     options: GenerationOptions,
 ) -> list[list[int]]:

@@ -1,10 +1,11 @@
 """Recorded replies: the rows of `predictions.jsonl` and the settings beside them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from univg_nb.data.conventions import BoxConvention
 from univg_nb.data.sample import GroundingSample
 from univg_nb.io import config_hash, read_json, read_jsonl
 
@@ -14,14 +15,29 @@ class Reply:
     """A reply of a model.
 
     Attributes:
-        text: without special tokens.
+        text: without special tokens; boxes in thousandths, in the paper's notation.
         truncated: whether it ended at the limit and not with an end token.
         tokens: their number, the end token included; 0 if it was not recorded.
+        foreign: whether it is from a file without settings, which `generate` did not
+            write: nothing says in which unit its boxes are.
+        written: the model's own text where converting its boxes changed it, else "".
     """
 
     text: str
     truncated: bool = False
     tokens: int = 0
+    foreign: bool = False
+    written: str = ""
+
+
+def convert_reply(
+    reply: Reply, sample: GroundingSample, convention: BoxConvention
+) -> Reply:
+    """Return a model's reply to a sample as this project writes it."""
+    text = convention.read(reply.text, convention.locate(sample))
+    return (
+        reply if text == reply.text else replace(reply, text=text, written=reply.text)
+    )
 
 
 def read_rows(path: str | Path) -> dict[int, dict[str, Any]]:
@@ -86,8 +102,11 @@ def read_predictions(
     rows = read_rows(path)
     if items is not None:
         _check_items(Path(path), rows, items)
+    foreign = not get_settings_path(path).is_file()
     return {
-        index: Reply(row["response"], row.get("truncated", False), row.get("tokens", 0))
+        index: Reply(
+            row["response"], row.get("truncated", False), row.get("tokens", 0), foreign
+        )
         for index, row in rows.items()
     }
 

@@ -14,10 +14,12 @@ from transformers import (
     ProcessorMixin,
 )
 
+from univg_nb import models
 from univg_nb.data import prompts
+from univg_nb.data.conventions import get_convention
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.predictions import Reply
+from univg_nb.evaluate.predictions import Reply, convert_reply
 from univg_nb.families import get_side
 from univg_nb.fast import sampling
 from univg_nb.fast.prompts import split_rows
@@ -66,6 +68,8 @@ def reply(
 ) -> list[Reply]:
     """Generate one reply to each sample, all in one batch.
 
+    The model is asked and answers in its own way of writing boxes (`conventions`); the
+    replies that return are as this project writes them.
     The model is in eval mode meanwhile: with dropout, replies would depend on chance.
     `generate.GenerationOptions` describes the options; sampling needs a seed for each
     sample.
@@ -73,7 +77,9 @@ def reply(
     Raises:
         ValueError: if an image cannot be read.
     """
-    inputs = encode(processor, samples, style).to(model.device)
+    boxes = get_convention(models.get_base_model(model).config, processor)
+    asked = [boxes.ask(sample) for sample in samples]
+    inputs = encode(processor, asked, style).to(model.device)
     counts = [len(sample.images) for sample in samples]
     groups = split_rows(groups=range(len(samples)), num_images=counts, **inputs)
     ends = model.generation_config.eos_token_id
@@ -100,7 +106,9 @@ def reply(
     texts = processor.batch_decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return [
+    found = [
         Reply(text, truncated=tokens[-1] not in ends, tokens=len(tokens))
         for tokens, text in zip(ids, texts, strict=True)
     ]
+    pairs = zip(found, samples, strict=True)
+    return [convert_reply(one, sample, boxes) for one, sample in pairs]

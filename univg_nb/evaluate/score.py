@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from univg_nb import io
-from univg_nb.config import make_parser, output_file
+from univg_nb.config import make_parser, output_file, within
 from univg_nb.data import files
 from univg_nb.data.boxes import MODES
+from univg_nb.data.conventions import BoxConvention
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import scoring
 from univg_nb.evaluate.predictions import read_generation_settings, read_predictions
 from univg_nb.evaluate.scoring import ScoringOptions
+from univg_nb.families import SIDE
 from univg_nb.paper import MIG_TASKS, TASK_COLUMN
 
 
@@ -119,14 +121,26 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parser", choices=MODES, default="answer")
     add("--rule", choices=scoring.RULES, default="one", help="of several true boxes")
     add("--allow-missing", action="store_true", help="leave out items without a reply")
+    add(
+        "--boxes",
+        choices=("thousandths", "pixels"),
+        help="how replies of another program have them; pixels: of the resized image",
+    )
+    add("--min-pixels", type=within(int, 1), default=3136, help="of its images")
+    add("--max-pixels", type=within(int, 1), default=12_845_056, help="of its images")
 
 
 def read_scoring_arguments(
     options: argparse.Namespace,
 ) -> tuple[Benchmark, ScoringOptions]:
     """Return the benchmark that these options name, and how replies are read."""
+    pixels, limits = options.boxes == "pixels", (options.min_pixels, options.max_pixels)
+    convention = BoxConvention(pixels, True, SIDE, *limits) if options.boxes else None
     how = ScoringOptions(
-        options.parser, options.rule, allow_missing=options.allow_missing
+        options.parser,
+        options.rule,
+        allow_missing=options.allow_missing,
+        convention=convention,
     )
     return Benchmark.read(options.records, options.image_root), how
 

@@ -5,6 +5,7 @@ docs/paper_facts.md#evaluation. A defect of the released scorers is kept as an o
 where a published number depends on it, and corrected otherwise.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,13 @@ from typing import Any, Literal
 import numpy as np
 
 from univg_nb.data.boxes import NO_ANSWER, NO_BOX, OK, Box, iou, parse_box, stretch_box
+from univg_nb.data.conventions import BoxConvention
 from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate import intervals
-from univg_nb.evaluate.predictions import Reply
+from univg_nb.evaluate.predictions import Reply, convert_reply
 from univg_nb.paper import TASK_COLUMN
+
+logger = logging.getLogger(__name__)
 
 RULES = ("one", "any")
 # What can become of an item, best first, and the least IoU of each kind.
@@ -38,12 +42,14 @@ class ScoringOptions:
         rule: "one" released box, or the best of "any" (docs/paper_facts.md#e8).
         stretch: stretch boxes as for Migician's published row (`boxes.stretch_box`).
         allow_missing: leave out items without a reply instead of refusing them.
+        convention: how boxes are written in files that `generate` did not write.
     """
 
     parser: Literal["answer", "released"] = "answer"
     rule: Literal["one", "any"] = "one"
     stretch: bool = False
     allow_missing: bool = False
+    convention: BoxConvention | None = None
 
 
 DEFAULT_OPTIONS = ScoringOptions()
@@ -85,8 +91,10 @@ def score_items(
         indices: items to score; None for all.
 
     Raises:
-        ValueError: an item has no reply, or a reply belongs to no item.
+        ValueError: an item has no reply, a reply belongs to no item, or nothing says
+            in which unit JSON boxes of another program are.
     """
+    _check_units(replies.values(), options)
     wanted = sorted(set(range(len(samples)) if indices is None else indices))
     beyond = [i for i in replies if i >= len(samples)]
     if beyond:
@@ -106,9 +114,29 @@ def score_items(
     ]
 
 
+def _check_units(replies: Iterable[Reply], options: ScoringOptions) -> None:
+    """Warn of boxes in an unknown unit; refuse JSON, in which two are usual."""
+    foreign = [reply for reply in replies if reply.foreign]
+    if options.convention or not foreign:
+        return
+    if found := sum("bbox_2d" in reply.text for reply in foreign):
+        raise ValueError(
+            f"{found} replies hold JSON boxes (bbox_2d), in pixels if a Qwen2.5-VL "
+            "wrote them, in thousandths if a Qwen3-VL did, and no settings beside the "
+            "predictions say which; give --boxes pixels or thousandths"
+        )
+    logger.warning(
+        "%d replies have no settings beside them that say how boxes are written; read "
+        "as thousandths. --boxes says so, or pixels",
+        len(foreign),
+    )
+
+
 def _score_reply(
     sample: GroundingSample, index: int, reply: Reply, options: ScoringOptions
 ) -> ItemScore:
+    if options.convention and reply.foreign:
+        reply = convert_reply(reply, sample, options.convention)
     parsed = parse_box(reply.text, mode=options.parser)
     targets = sample.boxes if options.rule == "any" else ()
     value = 0.0

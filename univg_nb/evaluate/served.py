@@ -18,7 +18,7 @@ from univg_nb.data import prompts
 from univg_nb.data.conventions import PLAIN, BoxConvention
 from univg_nb.data.images import encode_data_url, open_image
 from univg_nb.data.sample import GroundingSample
-from univg_nb.evaluate.predictions import Reply
+from univg_nb.evaluate.predictions import Reply, convert_reply
 from univg_nb.families import get_side
 from univg_nb.fast.sampling import get_vision_token_ids
 from univg_nb.fast.vllm import resize_image
@@ -73,7 +73,8 @@ def reply(
             image = resize_image(image, processor.image_processor)
             url = encode_data_url(image, "PNG", compress_level=1)
             content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": prompts.user_text(sample, style)})
+        text = prompts.user_text(model.convention.ask(sample), style)
+        content.append({"type": "text", "text": text})
         answer = client.chat.completions.create(
             model=model.model,
             messages=[{"role": "user", "content": content}],
@@ -83,11 +84,12 @@ def reply(
             logit_bias={str(token): -100 for token in banned},
         )
         (choice,) = answer.choices
-        return Reply(
+        made = Reply(
             prompts.open_thinking(choice.message.content or ""),
             truncated=choice.finish_reason == "length",
             tokens=answer.usage.completion_tokens if answer.usage else 0,
         )
+        return convert_reply(made, sample, model.convention)
 
     try:
         with ThreadPoolExecutor(max(1, len(samples))) as pool:

@@ -19,7 +19,6 @@ from univg_nb import models
 from univg_nb.config import UnfitError, load_scale, make_parser, output_file, within
 from univg_nb.data import prompts
 from univg_nb.data.boxes import Box, ParsedBox, parse_box
-from univg_nb.data.conventions import get_convention
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample, find_target_image, image_numbers
 from univg_nb.evaluate import replies
@@ -83,20 +82,19 @@ def ask(
         )
     if not question.strip():
         raise ValueError("the question is empty; write what to look for")
-    boxes = get_convention(models.get_base_model(model).config, processor)
     paths = tuple(map(str, images))
     sample = GroundingSample("demo", "", paths, question.strip(), _ANYWHERE, cot=think)
     (made,) = replies.reply(
-        *(model, processor, [boxes.ask(sample)]),
-        style=style,
-        max_new_tokens=max_new_tokens,
+        model, processor, [sample], style=style, max_new_tokens=max_new_tokens
     )
-    parsed = parse_box(boxes.read(made.text, boxes.locate(sample)))
+    parsed = parse_box(made.text)
     target = find_target_image(sample)
     if target is None:
         named = [n for n in image_numbers(made.text) if 1 <= n <= len(paths)]
         target = named[-1] if named else None
-    return Answer(made.text, parsed, _draw_sheet(paths, parsed.box, target))
+    return Answer(
+        made.written or made.text, parsed, _draw_sheet(paths, parsed.box, target)
+    )
 
 
 def _draw_sheet(
