@@ -40,6 +40,7 @@ COURSE = (
     "nbclient",
     "nbformat",
     "papermill",
+    "voila",
 )
 
 

@@ -1,6 +1,7 @@
 """The interactive question: its function, and its form without a browser."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import builders
 import numpy as np
@@ -60,32 +61,79 @@ def test_ask_refuses_what_it_cannot_answer(loaded, items):
         demo.ask(*loaded, ["a.png"], " ")
 
 
-def test_panel_asks_on_a_press_and_shows_mistakes(loaded, items, tmp_path, capsys):
+def said_by(form):
+    """The text below the form, and the picture if there is one."""
+    output = form.children[-1]
+    return output.children[0].value, output.children[1:]
+
+
+def upload_of(name, content):
+    known = {"type": "image/png", "last_modified": datetime.now(UTC)}
+    return {"name": name, "size": len(content), "content": memoryview(content), **known}
+
+
+def test_panel_shows_pictures_asks_on_a_press_and_keeps_nothing(
+    loaded, items, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     form = demo.build_panel(
-        *loaded, {"one": items[0], "two": items[1]}, tmp_path / "up", max_new_tokens=2
+        *loaded, {"one": items[0], "two": items[1]}, max_new_tokens=2
     )
-    choice, upload, question, think, button, _ = form.children
+    choice, files, shown, question, think, press, output = form.children
+    upload, clear = files.children
     assert question.value == items[0].question and think.value
+    assert len(shown.children) == len(items[0].images)
     choice.value = "two"
     assert question.value == items[1].question
-    assert capsys.readouterr().out == ""  # nothing is asked before the press
-    button.click()
-    assert "box None: no_answer" in capsys.readouterr().out
-    content = memoryview(b"no image")
-    known = {"type": "image/png", "size": 8, "last_modified": datetime.now(UTC)}
-    upload.value = ({"name": "../evil.PNG", "content": content, **known},)
-    button.click()
-    assert "upload_1 is not an image" in capsys.readouterr().out
-    # a name that a browser sends is no path here
-    assert [p.name for p in (tmp_path / "up").iterdir()] == ["upload_1"]
+    assert len(shown.children) == len(items[1].images)
+    assert output.children == ()  # nothing is asked before the press
+    press.click()
+    text, pictures = said_by(form)
+    assert "box None: no_answer" in text and len(pictures) == 1
+    assert not press.disabled and press.description == "Ask"
+    upload.value = (upload_of("../evil <b>.PNG", b"no image"),)
+    assert [box.children[1].value for box in shown.children] == [
+        "image 1: ../evil <b>.PNG"
+    ]
+    press.click()
+    text, pictures = said_by(form)
+    # The user's name for it, and not where it lay.
+    assert ": image evil &lt;b&gt;.PNG is not an image" in text and not pictures
+    assert list(tmp_path.iterdir()) == []
+    picture = Path(items[2].images[0]).read_bytes()
+    upload.value = (upload_of("a.png", picture), upload_of("a.png", picture))
+    press.click()
+    assert said_by(form)[1] and list(tmp_path.iterdir()) == []
+    clear.click()
+    assert upload.value == () and said_by(form) == (
+        "<pre style='white-space: pre-wrap'></pre>",
+        (),
+    )
+    assert len(shown.children) == len(items[1].images)
     question.value = ""
-    button.click()
-    assert "the question is empty" in capsys.readouterr().out
+    press.click()
+    assert "the question is empty" in said_by(form)[0]
+
+
+def test_a_panel_is_busy_while_the_model_thinks(loaded, items, monkeypatch):
+    form = demo.build_panel(*loaded, {})
+    _, _, question, _, press, _ = form.children  # no example to choose
+    seen = []
+
+    def look(*_, **__):
+        seen.append((press.disabled, press.description, said_by(form)[0]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(demo, "ask", look)
+    question.value = "Where?"
+    press.click()
+    assert seen[0][:2] == (True, "Thinking …") and "is thinking" in seen[0][2]
+    assert "enough" in said_by(form)[0] and not press.disabled
 
 
 def test_ask_from_a_shell_writes_the_image(items, tmp_path, capsys):
     out = tmp_path / "answer.png"
-    arguments = ["--model", "tiny", "--style", "direct", "--out", str(out)]
+    arguments = ["--model", "tiny", "--out", str(out)]
     arguments += [*items[3].images[:2], "Find the cup in the second image."]
     demo.main(arguments)
     said = capsys.readouterr().out
