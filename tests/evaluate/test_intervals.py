@@ -60,9 +60,10 @@ def test_paired_bootstrap_matches_theory_and_repeats():
 
 
 def test_paired_bootstrap_of_equal_models_sees_nothing():
-    hits = [1, 0, 1, 1, 0]
+    hits = [1, 0, 1, 1, 0] * 60
     result = paired_bootstrap(hits, hits, n_boot=200)
-    assert result == {"mean_diff": 0.0, "lo": 0.0, "hi": 0.0, "p": 1.0}
+    bound = pytest.approx(3 / 300, rel=0.01)  # the rule of three
+    assert result == {"mean_diff": 0.0, "lo": -result["hi"], "hi": bound, "p": 1.0}
     with pytest.raises(ValueError, match="same order"):
         paired_bootstrap([1, 0], [1])
 

@@ -280,3 +280,22 @@ def test_show_sample_and_teaser(run_dir, tmp_path):
     assert "not recorded" in figure.legends[0].get_texts()[-1].get_text()
     results = tables.load_result_table(run_dir)
     drawn(diagrams.draw_teaser([item, several], results, {"single": results}))
+
+
+def test_a_forest_of_zeros_has_an_axis_of_points_and_no_empty_legend():
+    columns = {"ours": 0.0, "lo": -0.04, "hi": 0.04, "paper": float("nan")}
+    figure = plots.plot_forest(pd.DataFrame(columns, index=["Static", "AVG"]))
+    (ax,) = figure.axes
+    assert ax.get_xlim() == (-2, 2)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ours, 95 % interval"]
+
+
+def test_colors_have_one_meaning_and_coinciding_models_are_seen():
+    models = set(plots.MODEL_COLORS.values())
+    assert len(models) == len(plots.MODEL_COLORS)
+    assert not models & set(plots.BIN_COLORS.values())
+    for form in ("none", "exp"):
+        assert plots.FORM_COLORS[form] == plots.MODEL_COLORS[f"grpo_{form}"]
+    for earlier, later in (("grpo_none", "grpo_exp"), ("sft_lora", "sft_qlora")):
+        assert (plots.line_of(0, earlier), plots.line_of(0, later)) == ("-", "--")

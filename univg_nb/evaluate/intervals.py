@@ -72,7 +72,8 @@ def paired_bootstrap(
     Returns:
         mean_diff = mean(a - b), its percentile interval lo, hi, and a two-sided p:
         twice the smaller share of resamples on either side of 0, counting the sample
-        itself, so never exactly 0.
+        itself, so never exactly 0. Differences that are all 0 have the interval of the
+        rule of three, +- 3/N.
     """
     first, second = _pair(a, b)
     difference = first - second  # (N,)
@@ -82,6 +83,9 @@ def paired_bootstrap(
     resampled = (difference[rng.integers(n, size=(k, n))] for k in sizes)  # (k, N)
     means = np.concatenate([values.mean(axis=1) for values in resampled])
     low, high = np.quantile(means, [0.025, 0.975])
+    if not difference.any():  # nothing to resample: the rule of three, at most 3/n
+        high = min(1.0, -math.log(0.05) / n)
+        low = -high
     below = (np.sum(means <= 0) + 1) / (n_boot + 1)
     above = (np.sum(means >= 0) + 1) / (n_boot + 1)
     return {

@@ -31,10 +31,11 @@ from univg_nb.io import open_atomically
 from univg_nb.train import difficulty
 from univg_nb.train.difficulty import EASY_ABOVE, HARD_BELOW
 
-# Levels of difficulty have colors that no model has.
-BIN_COLORS = {"easy": "#01665E", "medium": "#BFA16B", "hard": "#6B3E0B"}
+# Levels of difficulty have colors that no model has: the darker, the harder.
+BIN_COLORS = {"easy": "#B39DDB", "medium": "#7E57C2", "hard": "#311B92"}
 # Weights have the color of the model that is trained with them, or one of their own.
-FORM_COLORS = {"none": ORANGE, "exp": RED, "power": "#332288", "log": "#44AA99"}
+FORM_COLORS = {form: MODEL_COLORS[f"grpo_{form}"] for form in ("none", "exp")}
+FORM_COLORS |= {"power": "#7A7A00", "log": "#44AA99"}
 _BIN_LABELS = {
     "easy": f"easy, mean IoU > {EASY_ABOVE}",
     "medium": "medium",
@@ -322,13 +323,16 @@ def plot_forest(gains: pd.DataFrame) -> Figure:
     figure, ax = create_axes(None, 6.5, 0.5 * len(gains) + 1.2)
     y = np.arange(len(gains))
     ax.axvline(0, color="0.4", linewidth=0.8)
-    ax.plot(gains["paper"], y - 0.16, "D", mfc="white", mec="0.35", label="paper")
+    if gains["paper"].notna().any():
+        ax.plot(gains["paper"], y - 0.16, "D", mfc="white", mec="0.35", label="paper")
     ax.hlines(y + 0.12, gains["lo"], gains["hi"], color=BLUE, linewidth=1.8)
     ax.plot(gains["ours"], y + 0.12, "o", color=BLUE, label="ours, 95 % interval")
     for place in np.flatnonzero(gains["ours"].isna()).tolist():
         ax.text(0, place + 0.12, " not run", va="center", color="0.35")
     ax.set_yticks(y, gains.index)
     ax.set_ylim(len(gains) - 0.4, -0.6)
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, -2), max(high, 2))  # no axis of hundredths around zeros
     ax.set_xlabel("gain, points of Acc@0.5")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
