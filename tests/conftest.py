@@ -29,6 +29,16 @@ def grpo_folder(tmp_path_factory):
     return build_folder(tmp_path_factory.mktemp("grpo"))
 
 
+@pytest.fixture(scope="session")
+def family_folders(grpo_folder, tmp_path_factory):
+    """The same for each family: {"qwen2", "qwen2_5", "qwen3": folder}."""
+    from tiny_models import PROCESSORS, save_model
+
+    root = tmp_path_factory.mktemp("families")
+    made = {name: save_model(root / name, grpo_folder, name) for name in PROCESSORS}
+    return {"qwen2": grpo_folder} | made
+
+
 @pytest.fixture(scope="module")
 def model_cfg(folder):
     """`model` section of a scale: the shipped architecture, random weights."""

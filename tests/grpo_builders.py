@@ -143,6 +143,42 @@ def scripted_update(folder, out, per_device, accumulation):
     return io.read_jsonl(log), gradients
 
 
+def sampled_updates(folder: Path, out: Path, per_device: int) -> None:
+    """Three updates of two groups each, wherever the replies are drawn.
+
+    No reply has a box: the weight decay parts the policy from the reference, so that
+    there is a KL to learn from. A larger epsilon: else Adam steps by the rounding of a
+    gradient of 0.
+    """
+    decay = {"weight_decay": 100.0, "adam_epsilon": 1e-4, "max_steps": 3}
+    config = make_config(folder, per_device_train_batch_size=per_device, **decay)
+    grpo.train(config, out, make_samples(folder), sft_adapter=folder / "sft")
+
+
+UNTIMED = ("seconds", "step_time", "train_runtime")
+
+
+def what_was_learned(out: Path):
+    """(metrics but for times, rollouts, weights) of a finished training."""
+    metrics = [
+        {k: v for k, v in row.items() if not k.startswith(UNTIMED)}
+        for row in io.read_jsonl(out / "metrics.jsonl")
+    ]
+    (weights,) = (out / "adapter").glob("*model.safetensors")
+    return metrics, io.read_jsonl(out / "rollouts.jsonl"), weights.read_bytes()
+
+
+class Interrupt(TrainerCallback):
+    """Ends the training as Ctrl-C would, after an update and before its log."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def ready_batch(trainer):
     """Return the micro-batch of an update, as compute_loss takes it."""
     trainer.model.train()

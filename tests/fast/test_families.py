@@ -11,7 +11,7 @@ import pytest
 import torch
 from grpo_builders import make_config, make_samples, make_trainer
 from test_shared_prefix import as_batch, gradient_of, shared_rows, whole_rows
-from tiny_models import END, TOKENS, WORDS, build, make_prompt, save_model
+from tiny_models import END, TOKENS, WORDS, build, make_prompt
 
 from univg_nb import models
 from univg_nb.fast import packed_rows, sampling, vision_features
@@ -24,11 +24,8 @@ IMAGES = [(2, 3), (1, 2), (3, 2), (2, 2), (1, 1), (4, 1)]  # height, width in to
 
 
 @pytest.fixture(scope="module")
-def folders(grpo_folder, tmp_path_factory):
-    """A model of each family, an SFT adapter and images, as `grpo_folder`."""
-    root = tmp_path_factory.mktemp("families")
-    made = {name: save_model(root / name, grpo_folder, name) for name in FAMILIES[1:]}
-    return made | {"qwen2": grpo_folder}
+def folders(family_folders):
+    return family_folders
 
 
 def make_groups(images: int) -> list:

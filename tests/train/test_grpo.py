@@ -12,16 +12,18 @@ import pytest
 import torch
 from grpo_builders import (
     G,
+    Interrupt,
     box_text,
     make_config,
     make_samples,
     make_trainer,
     ready_batch,
+    sampled_updates,
     scored_batch,
     scripted_update,
+    what_was_learned,
 )
 from interrupted import killed
-from transformers import TrainerCallback
 
 from univg_nb import io, models
 from univg_nb.config import dump
@@ -36,6 +38,8 @@ def folder(grpo_folder):
 
 
 # ---------------------------------------------------------------- weights
+
+TWO = [(G, 1), (G // 2, 2)]  # batch and accumulation of each of two processes
 
 
 def assert_same_update(made, expected):
@@ -70,32 +74,53 @@ def test_T2_weights_and_gradient_do_not_depend_on_the_layout(
 
 
 @pytest.mark.slow
-def test_T2_nor_on_two_processes(folder, tmp_path, one_batch):
+def test_T2_nor_on_two_processes(family_folders, tmp_path, one_batch):
     """Both processes have replies, and one file has each of them once
-    (docs/paper_facts.md#t11)."""
-    layouts = [(G, 1), (G // 2, 2)]
+    (docs/paper_facts.md#t11). With every family, and with sampled replies too: random
+    numbers do not depend on who draws them."""
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, torch\n"
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "import grpo_builders\n"
-        "folder, out = map(Path, sys.argv[1:])\n"
-        f"for number, layout in enumerate({layouts}):\n"
-        "    made = grpo_builders.scripted_update(folder, out / str(number), *layout)\n"
-        "    rank = torch.distributed.get_rank()\n"
-        "    torch.save(made, out / f'{number}_{rank}.pt')\n"
+        "import grpo_builders as builders\n"
+        "for folder in map(Path, sys.argv[2:]):\n"
+        "    out = Path(sys.argv[1]) / folder.name\n"
+        "    out.mkdir(exist_ok=True)\n"
+        f"    for number, layout in enumerate({TWO}):\n"
+        "        place = out / str(number)\n"
+        "        made = builders.scripted_update(folder, place, *layout)\n"
+        "        rank = torch.distributed.get_rank()\n"
+        "        torch.save(made, out / f'{number}_{rank}.pt')\n"
+        f"    builders.sampled_updates(folder, out / 'sampled', {G})\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc_per_node", "2", str(script), str(tmp_path)]
     subprocess.run(
-        [*launch, "--nproc_per_node", "2", str(script), str(folder), str(tmp_path)],
+        [*launch, *map(str, family_folders.values())],
         check=True,
         env={**os.environ, "PYTHONPATH": str(Path(grpo.__file__).parents[2])},
     )
-    for number in range(len(layouts)):
-        made = [torch.load(tmp_path / f"{number}_{rank}.pt") for rank in (0, 1)]
-        assert_same_update(made[0], one_batch)
-        assert all(torch.equal(made[0][1][k], g) for k, g in made[1][1].items())
+    for name, folder in family_folders.items():
+        out, expected = tmp_path / folder.name, one_batch
+        if name != "qwen2":
+            expected = scripted_update(folder, tmp_path / name / "one", 2 * G, 1)
+        for number in range(len(TWO)):
+            made = [torch.load(out / f"{number}_{rank}.pt") for rank in (0, 1)]
+            assert_same_update(made[0], expected)
+            assert all(torch.equal(made[0][1][k], g) for k, g in made[1][1].items())
+        sampled_updates(folder, tmp_path / name / "alone", 2 * G)
+        made = [
+            what_was_learned(path)
+            for path in (out / "sampled", tmp_path / name / "alone")
+        ]
+        logs, rollout_rows, _ = zip(*made, strict=True)
+        assert rollout_rows[0] == rollout_rows[1] and len(rollout_rows[0]) == 3 * 2
+        assert any(len(set(row["replies"])) > 1 for row in rollout_rows[0])
+        assert logs[0][-1]["kl"] > 1e-6 and logs[0][-1]["grad_norm"] > 1e-6
+        keys = ("reward", "loss", "kl", "grad_norm", "groups/mean_iou")
+        values = [[row[key] for row in log for key in keys] for log in logs]
+        assert values[0] == pytest.approx(values[1], abs=1e-5), name
 
 
 def test_unknown_weight_fails_before_any_rollout(folder, tmp_path):
@@ -203,30 +228,6 @@ def test_only_the_adapter_trains(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path)
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
-
-
-UNTIMED = ("seconds", "step_time", "train_runtime")
-
-
-def what_was_learned(out: Path):
-    """(metrics but for times, rollouts, adapter) of a finished training."""
-    metrics = [
-        {k: v for k, v in row.items() if not k.startswith(UNTIMED)}
-        for row in io.read_jsonl(out / "metrics.jsonl")
-    ]
-    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
-    return metrics, io.read_jsonl(out / "rollouts.jsonl"), weights
-
-
-class Interrupt(TrainerCallback):
-    """Ends the training as Ctrl-C would, after an update and before its log."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -520,3 +521,26 @@ def test_gradient_by_bin_is_the_logits_gradient(folder, tmp_path):
     )
     torch.testing.assert_close(made, expected)
     assert made[2] == 0
+
+
+def test_rewards_and_log_read_replies_in_the_models_own_unit(folder, tmp_path):
+    """Images of 64 x 64 pixels: the box is (6,6),(32,32) in a pixel model's targets."""
+    section = {"name_or_path": str(folder / "base"), "boxes": "pixels"}
+    config = make_config(folder) | {"model": section}
+    log = tmp_path / "rollouts.jsonl"
+    samples = [
+        replace(one, question=f"{one.question} like (0,0),(250,250) in image 1")
+        for one in make_samples(folder)
+    ]
+    trainer = grpo.build_trainer(config, tmp_path, samples, folder / "sft", log)
+    rows = [trainer.train_dataset[0]] * 2
+    assert rows[0]["answer"] == [100, 100, 500, 500]
+    assert "like (0,0),(16,16) in image 1" in rows[0]["prompt"][0]["content"]
+    texts = ["(6,6),(32,32)", "(100,100),(500,500)"]
+    replies = [[{"role": "assistant", "content": text}] for text in texts]
+    right, wrong = trainer._calculate_rewards(rows, [[]] * 2, replies, [[1]] * 2)
+    assert right.tolist() == [pytest.approx(0.97, abs=0.02), 1.0]
+    assert wrong.tolist() == [0.0, 1.0]
+    trainer.train()
+    for row in io.read_jsonl(log):
+        assert "pictures" not in row and len(row["replies"]) == len(row["boxes"])

@@ -107,22 +107,20 @@ def build(kind: str, **text):
     return model.train()
 
 
-def save_model(folder: Path, grpo_folder: Path, family: str) -> Path:
-    """What `grpo_builders.build_folder` saves, for another family than Qwen2-VL: base,
-    sft, images."""
+def save_base(folder: Path, family: str, tokenizer, **text):
+    """Save a model of random weights and its processor, whose images have at most nine
+    tokens; return the model."""
     patch, processor, video_processor = PROCESSORS[family]
-    shutil.copytree(grpo_folder, folder, ignore=shutil.ignore_patterns("base", "sft"))
-    tokenizer = AutoTokenizer.from_pretrained(grpo_folder / "base")
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     ids = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
-    numbers = {"bos_token_id": tokenizer.pad_token_id}
-    numbers |= {"eos_token_id": tokenizer.eos_token_id}
-    numbers |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-    config = make_config(family, dict(zip(TOKENS, ids, strict=True)), patch, **numbers)
+    text |= {"bos_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    text |= {"eos_token_id": tokenizer.eos_token_id}
+    text |= {"pad_token_id": tokenizer.pad_token_id}
+    config = make_config(family, dict(zip(TOKENS, ids, strict=True)), patch, **text)
     torch.manual_seed(0)
     model = CLASSES[family](config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder / "base")
+    model.save_pretrained(folder)
     sides = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (6 * patch) ** 2}
     numbers = {"patch_size": patch, "merge_size": 2, "size": sides}
     processor(
@@ -130,8 +128,18 @@ def save_model(folder: Path, grpo_folder: Path, family: str) -> Path:
         video_processor=video_processor(**numbers),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder / "base")
-    add_lora(model).save_pretrained(folder / "sft")
+    ).save_pretrained(folder)
+    return model
+
+
+def save_model(folder: Path, grpo_folder: Path, family: str) -> Path:
+    """What `grpo_builders.build_folder` saves, for another family than Qwen2-VL: base,
+    sft, images."""
+    shutil.copytree(grpo_folder, folder, ignore=shutil.ignore_patterns("base", "sft"))
+    tokenizer = AutoTokenizer.from_pretrained(grpo_folder / "base")
+    add_lora(save_base(folder / "base", family, tokenizer)).save_pretrained(
+        folder / "sft"
+    )
     return folder
 
 
