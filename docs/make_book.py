@@ -28,11 +28,12 @@ PAGES = (
 PAGES += ("at_scale", "gpu", "architecture")
 CONFIGURATION = f"""
 project = {TITLE!r}
-extensions = ["myst_nb", "sphinx_mathjax_offline"]
+extensions = ["myst_nb", "sphinx-mathjax-offline"]
 html_theme = "sphinx_book_theme"
 html_title = project
 html_show_copyright = html_show_sourcelink = html_copy_source = False
 html_theme_options = {{"use_download_button": False, "home_page_in_toc": True}}
+html_theme_options["navbar_persistent"] = []  # the search of the contents is enough
 html_static_path = ["static"]
 html_css_files = ["book.css"]
 nb_execution_mode = "off"
