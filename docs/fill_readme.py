@@ -7,7 +7,8 @@
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
 verdicts on the paper's claims, ``models`` by the evaluations of the shipped models,
-``bench`` by what `make bench` measured of an update. No number in them is typed.
+``bench`` by what `make bench` measured of an update, ``gpu`` by what was measured on
+GPUs. No number in them is typed.
 """
 
 import re
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from univg_nb.fast.packed_rows import block_mask
-from univg_nb.figures import drawing, exhibits
+from univg_nb.figures import drawing, exhibits, gpu
 from univg_nb.figures.tables import format_markdown
 from univg_nb.io import read_json, write_text
 from univg_nb.minimig import items
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {  # parts of each page
     "README.md": ("minutes", "results"),
     "docs/results.md": ("findings",),
-    "docs/fast_step.md": ("bench",),
+    "docs/fast_step.md": ("bench", "gpu"),
     "docs/model_card.md": ("models",),
 }
 LEARNED = {
@@ -141,6 +142,14 @@ def format_bench():
     return "\n".join(lines)
 
 
+def format_gpu():
+    """Return what was measured on GPUs, the plain way beside ours."""
+    records = gpu.load_gpu_records(RECORDS)
+    table = gpu.compare_ways(records)
+    line = gpu.format_gpu_line(records)
+    return line if table.empty else f"{format_markdown(table, digits=2)}\n{line}"
+
+
 def draw_mask(prompt=8, replies=3, length=4):
     """Draw which token of a shared row (down) sees which (across): blue squares."""
     owner = [0] * prompt + [r + 1 for r in range(replies) for _ in range(length)]
@@ -177,6 +186,7 @@ def build_parts(run_dir):
         "results": results.read_text(encoding="utf-8"),
         "minutes": format_minutes(run_dir),
         "bench": format_bench(),
+        "gpu": format_gpu(),
         "findings": format_findings(run_dir),
         "models": format_models(),
     }
