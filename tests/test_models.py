@@ -493,6 +493,8 @@ def test_an_adapter_tells_how_boxes_are_written(qwen2_5, tmp_path):
         models.load_for_inference({**qwen2_5, "boxes": "pixels"}, adapter)
     merged = write_merged(qwen2_5, [adapter], tmp_path / "merged")
     assert units({"name_or_path": str(merged)}) == thousandths
+    with pytest.raises(ValueError, match=r"merged was trained to write thousandths"):
+        models.load_config({"name_or_path": str(merged), "boxes": "pixels"})
     assert families.box_convention(models.load_config(qwen2_5)) == "pixels"
     plain, _ = models.load_for_inference({"name_or_path": "tiny"})
     assert not hasattr(plain.config, "boxes")  # saved as it always was

@@ -364,16 +364,17 @@ def _set_boxes(
     That is as `model.boxes` says; with "auto" (default) as the adapter was trained,
     which a file beside it tells, else as the weights say.
     """
-    boxes = model_section.get("boxes", "auto")
+    boxes, trained = model_section.get("boxes", "auto"), getattr(config, "boxes", None)
     path = Path(adapter) / BASE_FILE if adapter else None
     if path and path.is_file():
         trained = io.read_json(path).get("boxes", "thousandths")
-        if boxes not in ("auto", trained):
-            raise ValueError(
-                f"model.boxes = {boxes}, but the adapter {adapter} was trained to "
-                f"write {trained}; set model.boxes to auto or to that"
-            )
-        boxes = trained
+    if trained and boxes not in ("auto", trained):
+        source = adapter or model_section["name_or_path"]
+        raise ValueError(
+            f"model.boxes = {boxes}, but {source} was trained to write {trained}; set "
+            "model.boxes to auto or to that"
+        )
+    boxes = trained or boxes
     if boxes not in ("auto", box_convention(config)):
         config.boxes = boxes
 
