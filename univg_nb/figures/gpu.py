@@ -65,6 +65,29 @@ def format_gpu_line(records: pd.DataFrame) -> str:
     return f"Measured on: {'; '.join(dict.fromkeys(records['device']))}."
 
 
+def compare_ways(records: pd.DataFrame) -> pd.DataFrame:
+    """Put the plain way and the fastest other one side by side, where both have a time.
+
+    Returns a row for each device and thing that was measured, under its name: device,
+    plain s, ours s, times as fast, plain GB, ours GB.
+    """
+    keys = ["device", "measured"]
+    is_plain = records["way"].isin(_PLAIN)
+    ours = records[~is_plain].sort_values("seconds").drop_duplicates(keys)
+    both = records[is_plain].merge(ours, on=keys, suffixes=("_plain", ""))
+    return pd.DataFrame(
+        {
+            "measured": both["measured"],
+            "device": both["device"],
+            "plain, s": both["seconds_plain"],
+            "ours, s": both["seconds"],
+            "times as fast": both["speedup"],
+            "plain, GB": both["memory_gb_plain"],
+            "ours, GB": both["memory_gb"],
+        }
+    ).set_index("measured")
+
+
 def plot_gpu_speedups(records: pd.DataFrame) -> Figure:
     """Draw how many times as fast each way is as the plain one, a color per device.
 
