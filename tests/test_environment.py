@@ -3,6 +3,8 @@
 import ast
 import importlib.metadata
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -104,3 +106,23 @@ def test_the_makefile_installs_torch_first_from_the_constraints():
     recipe = (ROOT / "Makefile").read_text()
     assert recipe.index("(torch|torchvision)==") < recipe.index("-e '.[course,dev]'")
     assert {"torch", "torchvision"} <= set(PINS)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "RUN_DIR=runs/my run"], '--run-dir "runs/my run"'),
+        (["record", "RUN_DIR=runs/my run"], '--record "runs/my run"'),
+        (
+            ["figures", "RUN_DIR=runs/my run"],
+            'figures "runs/my run" --out "runs/my run/',
+        ),
+        (["figures", "RUN=a b"], 'figures a b --out "a/paper"'),
+        (["lab", "ARGS=--no-browser --port 1"], "lab notebooks --no-browser --port 1"),
+    ],
+)
+def test_make_takes_folders_with_spaces_and_passes_options_on(words, said):
+    command = ["make", "-n", "-C", str(ROOT), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said in done.stdout

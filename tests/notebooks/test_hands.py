@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from interrupted import held_by_another_process
 from notebook_kernel import Kernel, code_of
 
 from univg_nb import io
@@ -75,3 +76,38 @@ def test_a_training_that_is_stopped_goes_on_when_run_again(kernel, course, name)
     assert io.read_json(course / stage / "stage.json")["status"] == "finished"
     steps = [row["step"] for row in io.read_jsonl(metrics)]
     assert steps == list(range(1, UPDATES + 1))
+
+
+def test_a_second_kernel_on_a_stage_is_told_who_works_there(kernel, tmp_path):
+    begin = f"from univg_nb import runs\nrun = runs.start('smoke', {str(tmp_path)!r})"
+    assert not kernel.run(begin).text("error")
+    with held_by_another_process(tmp_path / "sft_lora") as pid:
+        said = kernel.run("stage = run.stage('sft_lora', {})").text("error")
+    assert f"process {pid}, since" in said and "wait until that ends" in said
+    assert said.startswith("error: ") and len(said.splitlines()) == 2
+    assert not kernel.run("stage = run.stage('sft_lora', {})").text("error")
+
+
+def test_a_parameter_that_cannot_be_meant_is_one_line(kernel):
+    kernel.run("from univg_nb import runs")
+    said = kernel.run("run = runs.start('smoke', 5)").text("error")
+    assert said.startswith("error: RUN_DIR = 5: write a folder in quotes")
+    assert len(said.splitlines()) == 2  # and that of the cell
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("raise NotImplementedError", "0.1 not solved yet"),
+        ("pass", "got None, expected 0.5; is the `return` missing?"),
+        ("return 50.0", "a share of 0 to 1 is wanted, not percent"),
+        ("return ious.mean()", "in the line: return ious.mean()"),
+    ],
+)
+def test_a_wrong_answer_is_a_line_and_no_error(kernel, answer, said):
+    (source,) = (s for s in code_of("00").values() if "def check_0_1" in s)
+    kernel.run("from univg_nb.exercises import checker, expect")
+    seen = kernel.run(source.replace("raise NotImplementedError", answer))
+    assert not seen.text("error")
+    (line,) = seen.text("stdout").splitlines()
+    assert line.startswith("0.1 not solved") and said in line
