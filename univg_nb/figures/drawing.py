@@ -25,7 +25,7 @@ TARGET_COLOR = GREEN
 # A model has its color in every picture, of boxes and of numbers.
 MODEL_COLORS = {
     "base": GRAY,
-    "sft_nocot": "#8C510A",
+    "sft_nocot": "#882255",
     "sft_lora": BLUE,
     "sft_qlora": PURPLE,
     "shipped": "black",
