@@ -283,7 +283,7 @@ def draw_curves(runs: Runs, width: float) -> Figure:
     )
     for ax, name in zip(figure.axes, names.values(), strict=True):
         ax.set_ylabel(name)
-    return _share_legend(_resize(figure, width, 2.2 if wide else 4.6), columns=3)
+    return _resize(figure, width, 2.2 if wide else 4.6)
 
 
 def draw_forest(runs: Runs, width: float) -> Figure:

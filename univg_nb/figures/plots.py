@@ -135,8 +135,10 @@ def plot_training_curves(
             ax.plot(steps, line, style, color=color, linewidth=2, label=name)
         ax.set_ylabel(key.replace("_", " "))
         count_updates(ax)
-        if len(runs) > 1:
-            ax.legend(frameon=False)
+    if len(runs) > 1:
+        look: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
+        lines = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*lines, ncols=min(3, len(runs)), **look)
     return figure
 
 
@@ -196,8 +198,8 @@ def plot_weight_functions(
         phi = difficulty.difficulty_weight(m, form)
         ax.plot(m, phi, style, color=color, linewidth=2, label=form)
     top = ax.get_ylim()[1]
-    ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color=hard)
-    ax.text((1 + EASY_ABOVE) / 2, top, "easy", ha="center", va="bottom", color=easy)
+    ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color="0.3")
+    ax.text((1 + EASY_ABOVE) / 2, top, "easy", ha="center", va="bottom", color="0.3")
     ax.set(xlabel="mean IoU of the group", ylabel="weight φ", xlim=(0, 1))
     ax.set_ylim(top=top)
     ax.legend(frameon=False)
@@ -286,7 +288,7 @@ def plot_iou_curve(ious: Mapping[str, Sequence[float]]) -> Figure:
         ax.plot(thresholds, share, **look)
     ax.set(xlabel="IoU threshold", ylabel="items at or above it, %")
     ax.set(xlim=(0, 1), ylim=(0, 100))
-    ax.legend(frameon=False)
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return figure
 
 
