@@ -86,7 +86,7 @@ figures: $(STAMP) ## every table and figure of RUN for a paper, to OUT (WIDTH=pa
 figures-check: $(STAMP) ## fails if a file in OUT, README or a notebook is stale
 	@$(BIN)/python -m univg_nb figures --check "$(OUT)"
 
-study: $(STAMP) ## the trainings over seeds behind the claims; ARGS=plan or status
+study: $(STAMP) ## the trainings over seeds behind the claims; ARGS=rates, plan or status
 	@$(BIN)/python -m univg_nb study $(or $(ARGS),run)
 
 NEWER := small_qwen3_vl full_qwen3_vl full_qwen2_5_vl
