@@ -10,6 +10,7 @@ from univg_nb.cot.stand_in import StandInTeacher
 from univg_nb.minimig.items import make
 from univg_nb.study import arms, command, outcomes
 from univg_nb.study.design import read_study
+from univg_nb.train import checkpoints
 
 STUDY = """
 scale: smoke
@@ -105,6 +106,36 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys, monkeypatch):
     call("plan")
     assert "grpo_exp - grpo_none, 2 seeds, 10 items" in capsys.readouterr().out
     assert io.read_json(run_dir / "plan.json")["seeds"] >= 2
+
+
+def test_rates_are_the_best_on_validation(call, tmp_path, monkeypatch):
+    """More hits the nearer to twice the rate of sft_a, the same for every grpo."""
+    path, start = tmp_path / "study.yaml", checkpoints.SHIPPED
+    text = STUDY.replace("start: sft_a_0", f"start: {start}")
+    path.write_text(text + "rates: {arms: [sft_a, grpo_none], factors: [4, 1, 2]}\n")
+    made = []
+
+    def train(run, study, arm, config, out, needs):
+        made.append(config[arm.train]["learning_rate"])
+        curves = {"easy": [0.1, 0.2, 0.3], "hard": [0.5, 0.4, 0.4]}
+        return {"curves": curves}
+
+    def evaluate(run, config, style, adapters, out):
+        hits = 7
+        if "sft" in out.name:
+            hits = {4: 2, 1: 3, 2: 9}[round(config["sft"]["learning_rate"] / 2e-3)]
+        assert "-val-" in io.read_text(run.dir / "test" / "mig_bench.json")
+        return {"hits": "1" * hits + "0" * (10 - hits), "thinks": "1" * 10}
+
+    monkeypatch.setattr(arms, "train_arm", train)
+    monkeypatch.setattr(arms, "evaluate", evaluate)
+    call("rates")
+    assert len(made) == 6
+    found = io.read_json(tmp_path / "run" / "rates.json")["chosen"]
+    assert found == {"sft_a": 4e-3, "grpo_none": 1e-4}
+    assert call("rates")[1] == []  # what is done is kept
+    study = read_study(path, tmp_path / "run")
+    assert study.make_config(study.arms["more"], 0)["sft"]["learning_rate"] == 4e-3
 
 
 @pytest.mark.slow

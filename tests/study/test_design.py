@@ -10,7 +10,7 @@ from univg_nb.figures import findings
 from univg_nb.figures.findings import compute_effect
 from univg_nb.minimig.items import TASKS
 from univg_nb.study import power
-from univg_nb.study.design import PLAN, Goal, read_study
+from univg_nb.study.design import PLAN, RATES, Goal, read_study
 from univg_nb.study.power import Spread
 
 # as measured of short trainings: some items change, each seed a little
@@ -41,6 +41,21 @@ def test_jobs_are_listed_seed_by_seed():
         study.list_jobs(["grpo_exq"])
 
 
+def test_every_arm_takes_the_rate_of_the_one_trained_its_way(tmp_path):
+    chosen = {"sft_21k": 0.5, "sft_more": 0.25, "grpo_none": 0.125}
+    io.write_json(tmp_path / RATES, {"chosen": chosen})
+    study = read_study(run_dir=tmp_path)
+    rates = {
+        arm.name: study.make_config(arm, 0)[arm.train]["learning_rate"]
+        for arm in study.arms.values()
+        if arm.train
+    }
+    assert {rates.pop(name) for name in ("sft_nocot", "sft_21k", "sft_90k")} == {0.5}
+    assert rates.pop("sft_more") == 0.25  # its own option gives way
+    assert set(rates.values()) == {0.125} and len(rates) == 11
+    assert set(chosen) == set(study.rates.arms)
+
+
 def test_a_plan_raises_the_numbers_of_the_file(tmp_path):
     io.write_json(tmp_path / PLAN, {"seeds": 7, "items": 100})
     study = read_study(run_dir=tmp_path)
@@ -54,6 +69,7 @@ def test_a_plan_raises_the_numbers_of_the_file(tmp_path):
         ("{a: {train: rl}}", "arm a: train = 'rl'; expected"),
         ("{a: {from: b}}", "arm a: begins = 'b'; expected"),
         ("{a: {constant_of: b}}", "arm a: constant_of names no arm above it"),
+        ("{a: {}}, rates: {arms: [a]}", "rates: no trained arm a"),
     ],
 )
 def test_a_wrong_design_is_refused(tmp_path, text, message):
@@ -99,7 +115,7 @@ def test_the_planned_seeds_and_items_have_the_power(spread):
         seen.append(effect.lo > 0)
         covered.append(effect.lo <= 0.01 <= effect.hi)
     assert 0.75 <= np.mean(seen) <= 0.93
-    assert 0.93 <= np.mean(covered) <= 0.97
+    assert 0.93 <= np.mean(covered) <= 0.98  # of 400; see test_findings.py
 
 
 def test_fewer_seeds_or_items_would_not_do():

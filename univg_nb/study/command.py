@@ -1,5 +1,6 @@
 """The command `study`: how many seeds it takes, the trainings, how far they are.
 
+    python -m univg_nb study rates     # learning rates, on the validation split
     python -m univg_nb study run --seeds 0 1 --only grpo_none grpo_exp     # a pilot
     python -m univg_nb study plan
     python -m univg_nb study run
@@ -13,11 +14,50 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from univg_nb import config, io, runs
 from univg_nb.launch.queue import run_processes
 from univg_nb.study import arms, outcomes, power
-from univg_nb.study.design import DEFAULT, PLAN, Study, read_study
+from univg_nb.study.design import DEFAULT, PLAN, RATES, Study, read_study
+
+
+def choose_rates(run_dir: Path, file: str, jobs: int) -> None:
+    """Choose the learning rates by the rule of the study; `run` takes them.
+
+    Each arm of `rates` is trained with seed 0 and each factor times its own rate, and
+    answers the validation split. The best is taken, of equals the smallest.
+    """
+    study, content = read_study(file), config.load_yaml(io.read_text(file), file)
+    if not study.rates.arms:
+        raise ValueError(f"{file}: rates.arms names no arm to choose a rate for")
+    tried: dict[str, tuple[str, float]] = {}
+    arms: dict[str, Any] = {}
+    for name in study.rates.arms:
+        train, given = str(study.arms[name].train), content["arms"][name]
+        own = study.make_config(study.arms[name], 0)[train]["learning_rate"]
+        for factor in sorted(study.rates.factors):
+            key, rate = f"{name}_x{factor:g}", factor * own
+            option = f"{train}.learning_rate={rate!r}"
+            arms[key] = given | {"set": [*given.get("set", []), option]}
+            tried[key] = name, rate
+    content |= {"arms": arms, "seeds": 1, "claims": {}, "rates": {}}
+    content["data"] = content["data"] | {"test_split": "val"}
+    folder = run_dir / "rates"
+    io.write_text(folder / "study.yaml", config.dump(content))
+    words = [str(folder / "study.yaml"), "--run-dir", str(folder), "--out", str(folder)]
+    if main(["run", *words, "--jobs", str(jobs)]):
+        raise RuntimeError(f"{folder}: not every training finished; run it again")
+    record = io.read_json(folder / f"study_{Path(study.scale).stem}.json")["arms"]
+    accuracy = {key: record[key]["0"]["macro_acc_05"] for key in tried}
+    chosen: dict[str, float] = {}
+    for name in study.rates.arms:
+        keys = [key for key, (arm, _) in tried.items() if arm == name]
+        chosen[name] = tried[max(keys, key=accuracy.__getitem__)][1]
+        for key in keys:
+            print(f"{key}: rate {tried[key][1]:g}, {accuracy[key]:.1%} on validation")
+        print(f"{name} takes {chosen[name]:g}")
+    io.write_json(run_dir / RATES, {"chosen": chosen, "validation": accuracy})
 
 
 def plan(run_dir: Path, study: Study, variance: Sequence[float] | None) -> None:
@@ -78,7 +118,7 @@ def parse_options(typed: Sequence[str]) -> argparse.Namespace:
         "study", "Trainings over seeds, behind the claims.", "run --seeds 0 1"
     )
     add, count = parser.add_argument, config.within(int, 0)
-    add("what", choices=("plan", "run", "status"))
+    add("what", choices=("rates", "plan", "run", "status"))
     add("study", nargs="?", default=str(DEFAULT), help="default: the course's")
     add("--run-dir", default="", help="default: runs/study_SCALE")
     add("--only", nargs="+", default=[], metavar="ARM", help="run only these arms")
@@ -104,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = read_study(options.study)
     scale = Path(study.scale).stem
     run_dir = runs.resolve_run_dir(options.run_dir or f"runs/study_{scale}")
+    if options.what == "rates":
+        choose_rates(run_dir, options.study, options.jobs)
+        return 0
     if options.what == "plan":
         plan(run_dir, study, options.variance)
         return 0

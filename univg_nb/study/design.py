@@ -14,6 +14,7 @@ from univg_nb.minimig.items import TASKS
 
 DEFAULT = io.ASSETS / "study.yaml"
 PLAN = "plan.json"  # in the run folder: what `study plan` found
+RATES = "rates.json"  # in the run folder: what `study rates` found
 START, BASE = "start", "base"  # what an arm may begin from
 
 
@@ -46,8 +47,19 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How learning rates are chosen: of which arms, times which factors."""
+
+    arms: tuple[str, ...] = ()
+    factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+
+
+@dataclass(frozen=True)
 class Study:
-    """A study; `read_study` makes it. `items` are of all tasks together."""
+    """A study; `read_study` makes it. `items` are of all tasks together.
+
+    `chosen` has the learning rates that `study rates` chose, by arm.
+    """
 
     scale: str
     arms: dict[str, Arm]
@@ -58,15 +70,29 @@ class Study:
     seeds: int = 5
     items: int = 2000
     claims: dict[str, str] = field(default_factory=dict)
+    rates: Rates = Rates()
+    chosen: dict[str, float] = field(default_factory=dict)
 
     @property
     def per_task(self) -> int:
         """Test items of each task, so that there are at least `items`."""
         return -(-self.items // len(TASKS))
 
+    def find_rate(self, arm: Arm) -> float | None:
+        """Return the learning rate that was chosen for an arm, if any was.
+
+        It is that of the arm of `rates` that is trained the same way from the same
+        start, else of the first that is trained the same way.
+        """
+        like = [n for n in self.chosen if self.arms[n].train == arm.train]
+        like.sort(key=lambda name: self.arms[name].begins != arm.begins)
+        return self.chosen[like[0]] if like else None
+
     def make_config(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Return the scale as this arm and seed set it."""
         own = [f"{arm.train}.seed={seed}"] if arm.train else []
+        if rate := self.find_rate(arm):
+            own.append(f"{arm.train}.learning_rate={rate!r}")
         options = [*self.set, *arm.set, *own]
         return reduce(config.override, options, config.load_scale(self.scale))
 
@@ -85,7 +111,9 @@ class Study:
 
 
 def read_study(path: str | Path = DEFAULT, run_dir: Path | None = None) -> Study:
-    """Read a study; the plan in `run_dir` may raise its numbers of seeds and items.
+    """Read a study, and what is in `run_dir`: learning rates, and a plan.
+
+    The plan may raise the numbers of seeds and items.
 
     Raises ValueError, naming the file and the key, for what a study cannot have.
     """
@@ -97,11 +125,17 @@ def read_study(path: str | Path = DEFAULT, run_dir: Path | None = None) -> Study
         if arms[name].constant_of not in (None, *arms):
             raise ValueError(f"{path}: arm {name}: constant_of names no arm above it")
     goal = _make(Goal, content["plan"], f"{path}: plan")
-    study = _make(Study, content | {"arms": arms, "plan": goal}, str(path))
+    rates = _make(Rates, content.get("rates", {}), f"{path}: rates")
+    if unknown := [n for n in rates.arms if n not in arms or not arms[n].train]:
+        raise ValueError(f"{path}: rates: no trained arm {', '.join(unknown)}")
+    parts = {"arms": arms, "plan": goal, "rates": rates}
+    study = _make(Study, content | parts, str(path))
     file = run_dir / PLAN if run_dir else None
     plan = io.read_json(file) if file and file.is_file() else {}
     numbers = {k: max(getattr(study, k), plan.get(k, 0)) for k in ("seeds", "items")}
-    return replace(study, **numbers)
+    file = run_dir / RATES if run_dir else None
+    found = io.read_json(file)["chosen"] if file and file.is_file() else {}
+    return replace(study, **numbers, chosen=found)
 
 
 def _make(kind: type, values: Mapping[str, Any], where: str) -> Any:
