@@ -233,9 +233,12 @@ def _strip_folders(text: str, uploads: Sequence[Mapping[str, Any]]) -> str:
 
 
 PAGE = """
+from IPython.display import clear_output
 from univg_nb.figures import demo
 
-demo.open_page({name!r}, {adapters!r}, {images!r}, {question!r}, **{options!r})
+panel = demo.open_page({name!r}, {adapters!r}, {images!r}, {question!r}, **{options!r})
+clear_output()  # the bar of loading
+panel
 """
 
 
