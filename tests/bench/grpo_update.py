@@ -22,7 +22,13 @@ import psutil
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2VLConfig, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    TrainerCallback,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trl import GRPOConfig, GRPOTrainer
 
 from univg_nb import config, io, models, runs
@@ -54,28 +60,43 @@ class Case:
     reduced: bool = False
 
 
-# A size at which a CPU computes what a GPU is to compute; the ratios are arbitrary.
+# Sizes at which a CPU computes what a GPU is to compute; the ratios are arbitrary.
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [2, 3, 3],
+    },
+}
 REDUCED = {
-    "text_config": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 2048,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000.0,
-            "mrope_section": [2, 3, 3],
+    "qwen2_vl": {
+        "text_config": NARROW,
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 32,
+            "num_heads": 2,
+            "hidden_size": 64,
+            "mlp_ratio": 2,
+            "patch_size": 14,
         },
     },
-    "vision_config": {
-        "depth": 2,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "hidden_size": 64,
-        "mlp_ratio": 2,
-        "patch_size": 14,
+    "qwen3_vl": {
+        "text_config": NARROW | {"head_dim": 16},
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 2],
+        },
     },
 }
 
@@ -200,20 +221,28 @@ def random_model(
     tiny = {"name_or_path": "tiny", "attn_implementation": "sdpa"} | bounds
     model, processor = models.load_for_inference(tiny)
     shape = io.read_json(config.SCALES / "models" / f"{name}.json")
-    if reduced:
-        shape = {
-            key: value | REDUCED[key] if key in REDUCED else value
-            for key, value in shape.items()
-        }
+    family = shape.pop("model_type")
+    for key, narrow in REDUCED[family].items() if reduced else ():
+        shape[key] = shape[key] | narrow
     for kind in ("image", "video", "vision_start", "vision_end"):
         key = f"{kind}_token_id"
         shape[key] = getattr(model.config, key)
     with torch.device(device or models.get_device()):
         large = AutoModelForImageTextToText.from_config(
-            Qwen2VLConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa"
+            CONFIG_MAPPING[family](**shape),
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
         )
     large.generation_config = model.generation_config
-    processor.image_processor.patch_size = 14
+    images = processor.image_processor
+    images.patch_size = large.config.vision_config.patch_size
+    if family == "qwen3_vl":
+        processor = Qwen3VLProcessor(
+            image_processor=images,
+            tokenizer=processor.tokenizer,
+            video_processor=Qwen3VLVideoProcessor(),
+            chat_template=processor.chat_template,
+        )
     return large, processor
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from univg_nb.minimig import export
 
 if __name__ == "__main__":
-    sizes = {"stage1": 1200, "stage2": 800, "single": 100}
+    sizes = {"stage2": 1600}
     if "--dry" in sys.argv:
-        sizes = {"stage1": 24, "stage2": 24, "single": 0}
+        sizes = {"stage2": 24}
     export.build(Path(sys.argv[1]), dict.fromkeys(export.SIZES, 0) | sizes)

@@ -66,6 +66,7 @@ from univg_nb.launch.cost import Layout  # noqa: E402
 from univg_nb.train import checkpoints, grpo, sft  # noqa: E402
 
 SMALL, LARGE = "Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct"
+NEWER = "Qwen3-VL-4B-Instruct"
 # Six pictures of 22 x 22 tokens make a prompt of about 3,000.
 REAL = {"images": 6, "side": 616, "completion": 256, "group": 8}
 DRY = {"images": 2, "side": 56, "completion": 6, "group": 4}
@@ -458,10 +459,18 @@ def updates_of(record: Record, cases: list[dict[str, Any]]) -> None:
 
 
 def update(record: Record) -> None:
-    """2B shape, G 8: stock TRL and the shared prefix."""
-    count = 1 if record.dry else 2
-    common = {"model": SMALL, "updates": count}
-    updates_of(record, [common | {"way": way} for way in ("shared", "stock")])
+    """2B shape, G 8: stock TRL and the shared prefix, one update after a first one."""
+    common = {"model": SMALL, "updates": 1}
+    updates_of(record, [common | {"way": way} for way in ("stock", "shared")])
+
+
+def qwen3(record: Record) -> None:
+    """Qwen3-VL's shape: the passes, and whole updates."""
+    sizes = (DRY | {"side": 64}) if record.dry else (REAL | {"side": 704})
+    with record.tried(f"{NEWER} passes"):
+        passes_of(record, NEWER, sizes, 1)
+    common = {"model": NEWER, "updates": 1, "side": sizes["side"]}
+    updates_of(record, [common | {"way": way} for way in ("stock", "shared")])
 
 
 def update_more(record: Record) -> None:
@@ -641,25 +650,15 @@ class Curve(TrainerCallback):
 
 
 def tiny(record: Record) -> None:
-    """Short SFT, then GRPO, of the shipped model: the reward curve and the seconds."""
+    """GRPO of the shipped model from its stage 1: the reward curve and the seconds."""
     folder, out = record.work / "minimig", record.work / "tiny"
     config = load_scale("tiny")
-    config["sft"] |= {"disable_tqdm": True, "per_device_train_batch_size": 4}
-    config["grpo"] |= {"disable_tqdm": True, "max_steps": 60}
+    config["grpo"] |= {"disable_tqdm": True, "max_steps": 200}
     if record.dry:
-        config["sft"] |= {"max_steps": 2}
         config["grpo"] |= {
             "max_steps": 2, "per_device_train_batch_size": 8,
             "num_generations": 4, "max_completion_length": 12,
         }  # fmt: skip
-    adapter = out / "sft" / "adapter"
-    with record.tried("tiny SFT"):
-        rows = files.read(folder / "stage1_cotsft.json", image_root=folder)
-        made = sft.train(config, out / "sft", rows)
-        show = ("samples", "seconds", "samples_per_second", "loss_last")
-        record.add("tiny SFT", show, **made)
-    if not adapter.is_dir():
-        return
     with record.tried("tiny GRPO"):
         rows = files.read(folder / "stage2_rl.json", image_root=folder)
         entry: dict[str, Any] = {"name": "tiny GRPO", "show": ["updates", "seconds"]}
@@ -675,7 +674,9 @@ def tiny(record: Record) -> None:
 
         try:
             with patch.object(grpo, "build_trainer", watched):
-                summary = grpo.train(config, out / "grpo", rows, sft_adapter=adapter)
+                summary = grpo.train(
+                    config, out / "grpo", rows, sft_adapter=models.STAGE1
+                )
             entry |= {
                 key: summary[key]
                 for key in ("reward_first", "reward_last", "mean_iou_first",
@@ -697,7 +698,7 @@ def tiny(record: Record) -> None:
 def base(record: Record) -> None:
     """The base model's first stage: the recipe's loop, then the device alone."""
     device = models.get_device()
-    limit = 1.0 if record.dry else 12.0
+    limit = 1.0 if record.dry else 60.0
     batch = 4 if record.dry else 64
     plan = Plan(vision_batch=batch)
     tokenizer = train_tokenizer(generate_corpus())
@@ -774,7 +775,7 @@ def read_entries(record: Record, *steps: str) -> list[dict[str, Any]]:
 
 def memory_of_updates(record: Record, entries: list[dict[str, Any]]) -> None:
     for entry in entries:
-        if "error" in entry:
+        if "updates_seconds" not in entry:  # the passes alone, or an error
             continue
         label = f"memory of {entry['name']}"
         with record.tried(label):
@@ -782,20 +783,23 @@ def memory_of_updates(record: Record, entries: list[dict[str, Any]]) -> None:
             config["model"] |= {"name_or_path": f"Qwen/{entry['model']}"}
             config["sft"] |= {"adapter": "lora", "lora": {"r": 32, "lora_alpha": 64}}
             config["grpo"] |= {
+                "shared_prefix": entry["way"] == "shared",
                 "per_device_train_batch_size": entry["group"],
                 "gradient_accumulation_steps": 1,
                 "num_generations": entry["group"],
                 "max_completion_length": entry["completion"],
             }
             row = entry["prompt"] + entry["completion"]
-            pictures = entry["images"] * (entry["side"] // 28) ** 2
+            vision = cost.load_architecture(entry["model"]).vision_config
+            token = vision.patch_size * vision.spatial_merge_size
+            pictures = entry["images"] * (entry["side"] // token) ** 2
             layout = Layout("single", 1, row, entry["completion"], pictures, row)
             compare(record, label, predicted(config, "grpo", layout), entry)
 
 
 def memory(record: Record) -> None:
     """What `plan` predicts for `update` and `sft`, beside what they took."""
-    memory_of_updates(record, read_entries(record, "update"))
+    memory_of_updates(record, read_entries(record, "update", "qwen3"))
     for entry in read_entries(record, "sft"):
         label = f"memory of {entry['name']}"
         with record.tried(label):
@@ -814,6 +818,7 @@ def compare(record: Record, label: str, plan: Any, entry: dict[str, Any]) -> Non
     found = {"predicted_gb": tensors, "measured_gb": entry["allocated_gb"]}
     if entry["allocated_gb"]:
         found["predicted_over_measured"] = tensors / entry["allocated_gb"]
+        found["within_25_percent"] = abs(found["predicted_over_measured"] - 1) <= 0.25
     parts = {key: round(value / 1e9, 3) for key, value in plan.memory.items()}
     seconds = {key: round(value, 3) for key, value in plan.seconds.items()}
     more = {"with_runtime_gb": plan.peak / 1e9, "device_gb": entry["device_gb"]}
@@ -826,6 +831,7 @@ STEPS: dict[str, Callable[[Record], None]] = {
     "tests": tests,
     "passes": passes,
     "update": update,
+    "qwen3": qwen3,
     "update_more": update_more,
     "sft": sft_steps,
     "tiny": tiny,

@@ -13,7 +13,7 @@ from typing import Any
 
 FILES = {
     "gpu_environment.json": ("environment", "tests"),
-    "gpu_grpo.json": ("passes", "update", "update_more"),
+    "gpu_grpo.json": ("passes", "update", "qwen3", "update_more"),
     "gpu_sft.json": ("sft",),
     "gpu_training.json": ("tiny", "base"),
     "gpu_memory.json": ("memory",),

@@ -4,7 +4,7 @@
 #   tests/bench/gpu/wheels.sh PYTHON_VERSION TORCH [DIR]      e.g. 3.12 2.11 wheels
 #
 # Meant for an image that has torch, torchvision, accelerate, tokenizers, safetensors,
-# huggingface-hub, pyarrow, pandas, xxhash and pytest, but not these. Nearly all are pure
+# huggingface-hub, pyarrow, pandas, xxhash and pytest, but not these. Most are pure
 # Python; bitsandbytes is repacked with the kernels of one CUDA version. Under 45 MiB.
 set -euo pipefail
 version="${1:?usage: wheels.sh PYTHON_VERSION TORCH [DIR]}"
@@ -15,7 +15,8 @@ constraints="$here/../../../constraints.txt"
 python="${PYTHON:-python3}"
 mkdir -p "$dir"
 
-names="transformers trl peft datasets dill multiprocess bitsandbytes"
+names="transformers trl peft datasets dill multiprocess bitsandbytes ijson psutil \
+hypothesis sortedcontainers"
 pinned=$(for name in $names; do grep -E "^$name==" "$constraints"; done)
 platforms=$(for number in 17 24 27 28 34; do echo "--platform manylinux_2_${number}_x86_64"; done)
 # shellcheck disable=SC2086
