@@ -201,10 +201,13 @@ def test_the_package_stays_small():
     13,000 after the move; 1,100 for tables and figures as files and the verdicts, 1,600
     for faults by kind (pictures, adapters, locks, errors), 200 for Qwen3-VL's fast
     step, 100 for a teacher with habits and the shipped stage 1, 400 for a study of arms
-    in one file with its power.
+    in one file with its power, 500 for newer bases and their boxes, 300 for stages that
+    are kept and the page that asks, 150 for exercises that never raise, 150 for weights
+    of the reader and findings said, 250 for photographs and drawings of the primer, 120
+    for records of a GPU.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 16_400
+    assert sum(sizes.values()) <= 17_870
 
 
 # ---------------------------------------------------------------- references
