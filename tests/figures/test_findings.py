@@ -75,7 +75,7 @@ def test_coverage_in_simulation(seeds, by_seed):
     assert 0.93 <= covered <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [3, 5, 8])
+@pytest.mark.parametrize("seeds", [5, 8])
 @pytest.mark.parametrize(
     ("items", "by_seed", "rest"),
     [
