@@ -452,7 +452,7 @@ def test_the_trainers_loss_is_the_released_formula(
     of three: value and gradient of the trainer's own loss on random log-probs,
     advantages and IoUs."""
     trainer, steps = loss_trainer, 12
-    monkeypatch.setitem(trainer.weight_options, "form", form)
+    monkeypatch.setattr(trainer, "form", FORMS[form])
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
 
