@@ -30,6 +30,7 @@ from univg_nb.config import dump
 from univg_nb.data import files
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
 from univg_nb.train import grpo, rollouts
+from univg_nb.train.difficulty import FORMS
 
 
 @pytest.fixture(scope="module")
