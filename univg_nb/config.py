@@ -45,7 +45,7 @@ OWN_SECTIONS: dict[str, dict[str, Any]] = {
         "dtype": Literal["float32", "bfloat16", "float16"],
         "min_pixels": int,  # pixels of an image after resizing, both ends inclusive
         "max_pixels": int,
-        "boxes": Literal["auto", "thousandths", "pixels"],  # see families.box_convention
+        "boxes": Literal["auto", "thousandths", "pixels"],  # families.box_convention
     },
     "data": {
         "source": Literal["minimig", "released"],
