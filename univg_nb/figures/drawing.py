@@ -28,6 +28,7 @@ MODEL_COLORS = {
     "sft_nocot": "#882255",
     "sft_lora": BLUE,
     "sft_qlora": PURPLE,
+    "sft_thorough": "#1B7837",
     "shipped": "black",
     "grpo_none": ORANGE,
     "grpo_exp": RED,
