@@ -5,6 +5,7 @@ split over processes, the tests of a file stay together (xdist's loadfile).
 """
 
 import ast
+import linecache
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,11 @@ def test_solutions_pass_their_checks(path, capsys):
     for number, cell in enumerate(
         notebooks.code_cells(notebooks.read_notebook(path)), 1
     ):
-        exec(compile(cell.source, f"{path.name}, code cell {number}", "exec"), names)
+        name = f"{path.name}, code cell {number}"
+        # As IPython does, so that the source of a function can be found.
+        lines = cell.source.splitlines(keepends=True)
+        linecache.cache[name] = (len(cell.source), None, lines, name)
+        exec(compile(cell.source, name, "exec"), names)
     said = capsys.readouterr().out
     assert " solved" in said and "not solved" not in said
     checks = [name for name in names if name.startswith("check_")]
