@@ -8,7 +8,7 @@ Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``resul
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
 verdicts on the paper's claims, ``models`` by the evaluations of the shipped models,
 ``bench`` by what `make bench` measured of an update, ``gpu`` by what was measured on
-GPUs. No number in them is typed.
+GPUs, ``gpu_line`` by their names and a picture of it. No number in them is typed.
 """
 
 import re
@@ -29,7 +29,7 @@ from univg_nb.runs import format_speed
 
 ROOT = Path(__file__).parents[1]
 PAGES = {  # parts of each page
-    "README.md": ("minutes", "results"),
+    "README.md": ("minutes", "results", "gpu_line"),
     "docs/results.md": ("findings",),
     "docs/fast_step.md": ("bench", "gpu"),
     "docs/model_card.md": ("models",),
@@ -50,6 +50,7 @@ LEARNED = {
 }
 PICTURES = ROOT / "notebooks" / "images"
 RECORDS = ROOT / "notebooks" / "reference_runs"
+GPU_PICTURE = "gpu_speedups.png"
 SHOWN = (("common_object", 4), ("reasoning", 4), ("correspondence", 4))
 
 
@@ -150,6 +151,14 @@ def format_gpu():
     return line if table.empty else f"{format_markdown(table, digits=2)}\n{line}"
 
 
+def format_gpu_line():
+    """Return the picture of what was measured on GPUs, and their names."""
+    records = gpu.load_gpu_records(RECORDS)
+    line = gpu.format_gpu_line(records)
+    picture = f"![speed on GPUs]({(PICTURES / GPU_PICTURE).relative_to(ROOT)})"
+    return line if records.empty else f"{picture}\n\n{line}"
+
+
 def draw_mask(prompt=8, replies=3, length=4):
     """Draw which token of a shared row (down) sees which (across): blue squares."""
     owner = [0] * prompt + [r + 1 for r in range(replies) for _ in range(length)]
@@ -187,6 +196,7 @@ def build_parts(run_dir):
         "minutes": format_minutes(run_dir),
         "bench": format_bench(),
         "gpu": format_gpu(),
+        "gpu_line": format_gpu_line(),
         "findings": format_findings(run_dir),
         "models": format_models(),
     }
@@ -202,6 +212,10 @@ def main(run_dir):
         write_text(ROOT / page, text)
     draw_mask().save(PICTURES / "shared_prefix.png", optimize=True)
     draw_items().save(PICTURES / "minimig.png", optimize=True)
+    records = gpu.load_gpu_records(RECORDS)
+    if not records.empty:
+        figure = gpu.plot_gpu_speedups(records)
+        figure.savefig(PICTURES / GPU_PICTURE, dpi=144)
 
 
 if __name__ == "__main__":

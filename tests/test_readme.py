@@ -29,6 +29,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/**/*.ipynb"))
         ("docs/model_card.md", "models"),
         ("docs/fast_step.md", "bench"),
         ("docs/fast_step.md", "gpu"),
+        ("README.md", "gpu_line"),
     ],
 )
 def test_a_table_is_not_older_than_its_file(script, page, part):
