@@ -202,6 +202,14 @@ def test_memory_is_shown_in_gigabytes():
     assert ax.get_xlabel() == "GB"
 
 
+def test_the_axis_of_accuracies_ends_above_the_highest_interval():
+    row = {"model": "base", "column": "AVG", "acc": 31.0, "lo": 25.0}
+    for highest, top in ((38.4, 40), (40.0, 50), (79.9, 80), (85.0, 100)):
+        (ax,) = plots.plot_accuracy_bars(pd.DataFrame([row | {"hi": highest}])).axes
+        assert ax.get_ylim() == (0, top)
+        assert (f"axis to {top}" in ax.get_ylabel()) == (top < 100)
+
+
 def test_training_curve_names_what_was_logged():
     with pytest.raises(ValueError, match="a: no row has 'los'; logged: kl, loss"):
         plots.plot_training_curves(
@@ -299,3 +307,6 @@ def test_colors_have_one_meaning_and_coinciding_models_are_seen():
         assert plots.FORM_COLORS[form] == plots.MODEL_COLORS[f"grpo_{form}"]
     for earlier, later in (("grpo_none", "grpo_exp"), ("sft_lora", "sft_qlora")):
         assert (plots.line_of(0, earlier), plots.line_of(0, later)) == ("-", "--")
+    for word, name in drawing.MODEL_OF_WORD.items():
+        assert plots.color_of(word, 0) == plots.MODEL_COLORS[name]
+        assert plots.line_of(3, word) == plots.line_of(3, name)

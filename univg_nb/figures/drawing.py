@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -28,10 +29,16 @@ MODEL_COLORS = {
     "sft_nocot": "#882255",
     "sft_lora": BLUE,
     "sft_qlora": PURPLE,
-    "sft_thorough": "#1B7837",
+    "sft_thorough": "#8C510A",
     "shipped": "black",
     "grpo_none": ORANGE,
     "grpo_exp": RED,
+}
+# Notebook 03 calls its models by a word each.
+MODEL_OF_WORD = {
+    "control": "sft_nocot",
+    "mixture": "sft_lora",
+    "thorough": "sft_thorough",
 }
 PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)  # of other names
 LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
@@ -45,6 +52,11 @@ def create_figure(width: float, height: float) -> Figure:
     figure = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(figure)
     return figure
+
+
+def find_color(name: str, spare: str) -> str:
+    """Return the color of a model, by its name or word, or `spare` for other names."""
+    return MODEL_COLORS.get(MODEL_OF_WORD.get(name, name), spare)
 
 
 def draw_boxes(
@@ -147,27 +159,37 @@ def show_sample(
     count = len(sample.images)
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = create_figure(side * columns, (side + 0.2) * rows + 0.9)
-    for index, path in enumerate(sample.images):
-        marked = boxes if target in (None, index) else []
+    size = 12 if side > 2 else 9  # points; titles stay as wide as their images
+    if side < 2:  # labels could not be read; the legend has what they say
+        boxes = [(box, color, "") for box, color, _ in boxes]
+    shown = [
+        draw_boxes(open_image(path, sample.id), boxes if target in (None, k) else [])
+        for k, path in enumerate(sample.images)
+    ]
+    tallest = max(picture.height / picture.width for picture in shown)
+    heading = f"{sample.task}: {clean_question(sample)}" if title else ""
+    heading = textwrap.fill(heading, width=round(11.4 * side * columns))
+    lines = len(heading.splitlines()) + math.ceil((len(legend) + 1) / 3)  # of text
+    height = rows * (side * min(tallest, 1.4) + 0.025 * size) + 0.24 * lines
+    figure = create_figure(side * columns, height)
+    for index, picture in enumerate(shown):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(draw_boxes(open_image(path, sample.id), marked))
+        axes.imshow(picture)
         axes.set_axis_off()
         if count > 1 and index == target:
-            heading = f"image {index + 1} (target)"
-            axes.set_title(heading, fontweight="bold", color=TARGET_COLOR)
+            mark: dict[str, Any] = {"fontweight": "bold", "color": TARGET_COLOR}
+            axes.set_title(f"image {index + 1} (target)", fontsize=size, **mark)
         elif count > 1:
-            axes.set_title(f"image {index + 1}")
+            axes.set_title(f"image {index + 1}", fontsize=size)
     handles = [
         Line2D([], [], color=color, linewidth=3, label=label)
         for label, color in legend.items()
     ]
     if target is None:
         handles.append(Line2D([], [], ls="", label="(which image is not recorded)"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    look: dict[str, Any] = {"ncols": 3, "frameon": False, "fontsize": min(size, 10)}
+    figure.legend(handles=handles, loc="outside lower center", **look)
     if title:
-        heading = f"{sample.task}: {clean_question(sample)}"
-        heading = textwrap.fill(heading, width=round(11.4 * side * columns))
         figure.suptitle(heading, parse_math=False)
     return figure
 
@@ -185,7 +207,7 @@ def label_boxes(
     boxes: list[LabeledBox] = [(box, TARGET_COLOR, "target") for box in targets]
     legend = {f"target {sample.answer}": TARGET_COLOR}
     for (name, box), spare in zip(predictions.items(), cycle(PREDICTION_COLORS)):
-        color = MODEL_COLORS.get(name, spare)
+        color = find_color(name, spare)
         if box is None:
             legend[f"{name}: no box"] = color
         else:

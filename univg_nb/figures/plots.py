@@ -54,11 +54,12 @@ _HATCHES = ("", "////", "....", "xxxx", "")
 
 def color_of(name: str, index: int) -> str:
     """Return a model's own color, or that of `index` in the palette for other names."""
-    return MODEL_COLORS.get(name, _SPARE[index % len(_SPARE)])
+    return drawing.find_color(name, _SPARE[index % len(_SPARE)])
 
 
 def line_of(index: int, name: str = "") -> Any:
     """Return a model's own line style, or that of the curve with that place."""
+    name = drawing.MODEL_OF_WORD.get(name, name)
     if name in MODEL_COLORS:
         return MODEL_LINES.get(name, "-")
     return _LINES[index % len(_LINES)]
@@ -250,7 +251,8 @@ def plot_memory_bars(parts: Mapping[str, Mapping[str, float]]) -> Figure:
 def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     """Plot Acc@0.5 for each task with 95 % intervals, a bar for each model.
 
-    `results` is from `tables.load_result_table`.
+    `results` is from `tables.load_result_table`. Where no interval reaches 80 %, the
+    axis ends at the next ten above the highest, and its label says so.
     """
     columns = [c for c in dict.fromkeys(results["column"]) if c != "Pooled"]
     models = list(dict.fromkeys(results["model"]))
@@ -268,7 +270,10 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     if "AVG" in columns and len(columns) > 1:
         ax.axvline(columns.index("AVG") - 0.5, color="0.6", linewidth=0.8)
     ax.set_xticks(range(len(columns)), columns)
-    ax.set(ylabel="Acc@0.5, %", ylim=(0, 100))
+    highest = results["hi"].max()
+    top = 100 if not highest < 80 else 10 * (int(highest) // 10 + 1)
+    label = "Acc@0.5, %" if top == 100 else f"Acc@0.5, % (axis to {top})"
+    ax.set(ylabel=label, ylim=(0, top))
     many = min(6, len(models))
     ax.legend(ncols=many, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
