@@ -98,9 +98,9 @@ small: ## Qwen2-VL-2B, QLoRA, one 24 GB GPU; never run by the authors
 full: ## Qwen2-VL-7B, the paper's recipe on GPUS=8; never run by the authors
 small_qwen3_vl: ## small on Qwen3-VL-4B; full_qwen3_vl, full_qwen2_5_vl: full on those
 
-plan: $(STAMP) ## what SCALE needs on GPUS x GPU=H100-80G, and what is missing here
+plan: $(STAMP) ## what SCALE needs on GPUS x GPU=H100-80G; ARGS="--price 2 --mfu 0.3"
 	@$(BIN)/python -m univg_nb plan $(SCALE) --gpus $(GPUS) \
-	    $(if $(GPU),--gpu $(GPU)) $(LAUNCH)
+	    $(if $(GPU),--gpu $(GPU)) $(LAUNCH) $(ARGS)
 
 data: $(STAMP) ## download the released data and weights (SCALE=small or full) to DATA
 	@$(BIN)/python -m univg_nb download $(SCALE) --to "$(DATA)" $(if $(YES),--yes)

@@ -125,7 +125,7 @@ def test_a_scale_without_launch_trains_here(model_cfg, rows, tmp_path):
 def test_two_processes_equal_one_and_their_checkpoint_goes_on_with_one(
     model_cfg, rows, tmp_path, capfd
 ):
-    """Weights, optimiser, schedule and samples carry over; sums are ordered anew."""
+    """Weights, optimizer, schedule and samples carry over; sums are ordered anew."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     options = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
     sft.train(scale(model_cfg, 0), whole, rows)

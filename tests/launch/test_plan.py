@@ -54,7 +54,7 @@ def test_7b_parameters_and_sharded_bytes_equal_the_count_by_hand(full):
     assert made.parameters["total"]["trainable"] == LANGUAGE  # the tower is frozen
     assert made.memory["weights"] == 2 * (LANGUAGE + VISION) / 8
     assert made.memory["gradients"] == 2 * LANGUAGE / 8
-    assert made.memory["optimiser"] == 12 * LANGUAGE / 8  # fp32 weight and two moments
+    assert made.memory["optimizer"] == 12 * LANGUAGE / 8  # fp32 weight and two moments
     assert made.memory["reference"] == 0
     grpo = plan(full, "grpo", rows=10_000, tokens=2500)
     assert grpo.memory["reference"] == made.memory["weights"]
@@ -113,14 +113,14 @@ def test_what_a_strategy_shards(full):
     assert ddp.memory["weights"] == zero2.memory["weights"] == one
     assert ddp.memory["gradients"] == ddp.memory["buffers"] == 2 * LANGUAGE
     assert zero2.memory["gradients"] == 2 * LANGUAGE / 8
-    total = sum(fsdp.memory[k] for k in ("weights", "gradients", "optimiser"))
+    total = sum(fsdp.memory[k] for k in ("weights", "gradients", "optimizer"))
     assert total == pytest.approx((2 * VISION + 16 * LANGUAGE) / 8)
 
 
 def test_full_fine_tuning_in_pure_bf16_and_in_mixed_precision(full):
     table = planning.account_by_precision(full, cost.find_gpu("H100-80G"))
     pure, ddp, mixed, zero2, zero3 = table.values()
-    states = ("weights", "gradients", "optimiser")
+    states = ("weights", "gradients", "optimizer")
     frozen = 2 * VISION / 1e9
 
     def add(row):
@@ -145,7 +145,7 @@ def test_nf4_packs_the_linear_layers_of_the_language_model(full):
     rest = 2 * (LANGUAGE + VISION - LINEARS) + 4 * adapter
     packed = LINEARS * (0.5 + 1 / 64 + 1 / 4096)
     assert made.memory["weights"] == pytest.approx(rest + packed, rel=1e-9)
-    assert made.memory["optimiser"] == 8 * adapter
+    assert made.memory["optimizer"] == 8 * adapter
 
 
 def test_public_anchors_in_kind(full):

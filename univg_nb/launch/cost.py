@@ -255,7 +255,7 @@ class Plan:
         return {
             "weights": weights,
             "gradients": gradients / layout.state_shards,
-            "optimiser": optimizer / layout.state_shards,
+            "optimizer": optimizer / layout.state_shards,
             "reference": float(reference),
             "buffers": float(self._count_buffers(size)),
         }

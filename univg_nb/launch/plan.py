@@ -105,7 +105,7 @@ def account_by_precision(
         count: GPUs of DDP, ZeRO-2 and ZeRO-3.
 
     Returns:
-        {way: {"weights", "gradients", "optimiser", "buffers", "rest", "peak"}}; rest is
+        {way: {"weights", "gradients", "optimizer", "buffers", "rest", "peak"}}; rest is
         activations, logits, vision and runtime.
     """
     ways = {
@@ -119,7 +119,7 @@ def account_by_precision(
     for way, (strategy, processes) in ways.items():
         where = replace(rows, strategy=strategy, processes=processes)
         plan = Plan(config, "sft", where, gpu, 1)
-        row = {k: plan.memory[k] for k in ("weights", "gradients", "optimiser")}
+        row = {k: plan.memory[k] for k in ("weights", "gradients", "optimizer")}
         row["buffers"] = plan.memory["buffers"]
         row["rest"] = plan.peak - sum(row.values())
         table[way] = {k: v / 1e9 for k, v in {**row, "peak": plan.peak}.items()}

@@ -492,7 +492,7 @@ def update_more(record: Record) -> None:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every optimiser step, and the memory before the first."""
+    """Seconds of every optimizer step, and the memory before the first."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
