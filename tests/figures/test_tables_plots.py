@@ -116,6 +116,21 @@ def test_difficulty_shares():
     assert only_easy.loc[5].tolist() == [1.0, 0.0, 0.0, 1]
 
 
+def test_adjusted_shares_leave_out_which_tasks_an_update_drew():
+    drawn = {1: "aab", 2: "abb", 3: "abb"}  # a is always easy, b never
+    rows = [
+        {"step": step, "task": task, "mean_iou": float(task == "a")}
+        for step, tasks in drawn.items()
+        for task in tasks
+    ]
+    assert tables.compute_difficulty_shares(rows)["easy"].nunique() == 2
+    adjusted = tables.compute_difficulty_shares(rows, adjusted=True)
+    assert adjusted["easy"].to_numpy() == pytest.approx([4 / 9] * 3)
+    rows[0]["mean_iou"] = 0.5  # as often as it happens, it counts
+    adjusted = tables.compute_difficulty_shares(rows, adjusted=True)
+    assert adjusted["easy"].iloc[0] < adjusted["easy"].iloc[1]
+
+
 def test_markdown():
     frame = pd.DataFrame(
         {"name": ["a|b", "two\nlines"], "x": [1.25, math.nan], "n": [3, 4]}
@@ -248,6 +263,20 @@ def test_draw_boxes_enlarges_and_puts_the_box_where_it_is():
     green = np.argwhere((np.asarray(picture) == (0, 255, 0)).all(axis=-1))
     assert green.min(axis=0).tolist() == [80, 160]
     assert green.max(axis=0).tolist() == [240, 480]
+
+
+def test_tags_of_boxes_at_one_place_do_not_cover_each_other():
+    """Nine tags of one color show more than eight would, at an edge too."""
+    ground = Image.new("RGB", (256, 256), "white")
+    for box in ((400, 400, 600, 600), (0, 0, 300, 300), (700, 800, 1000, 1000)):
+
+        def count(labels, box=box):
+            drawn = [(box, "#FF00FF", label) for label in labels]
+            pixels = np.asarray(drawing.draw_boxes(ground, drawn, 256))
+            return int((pixels == (255, 0, 255)).all(axis=2).sum())
+
+        bare = count([""] * 9)
+        assert count("8" * 9) - bare > 8 * (count(["8", *[""] * 8]) - bare) > 0
 
 
 def test_draw_boxes_takes_any_box_a_model_writes():

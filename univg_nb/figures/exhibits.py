@@ -198,7 +198,7 @@ def build_findings(runs: Runs) -> pd.DataFrame:
     """Build the table of the paper's claims; with several runs, of the first."""
     first = Runs(runs.folders[:1])
     rows = first.read_logs("rollouts").get(findings.TREND_ARM)
-    shares = tables.compute_difficulty_shares(rows) if rows else None
+    shares = tables.compute_difficulty_shares(rows, adjusted=True) if rows else None
     return findings.build_findings(first.items, shares)
 
 

@@ -193,21 +193,30 @@ def compute_paired_gains(scored: Scored) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("gain of")
 
 
-def compute_difficulty_shares(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def compute_difficulty_shares(
+    rows: Iterable[Mapping[str, Any]], adjusted: bool = False
+) -> pd.DataFrame:
     """Compute the shares of easy, medium and hard groups at each update (Figure 3).
 
     Args:
         rows: rows of rollouts.jsonl, one for each group, with "step" and "mean_iou".
+        adjusted: as if every update drew the same tasks, for trends: some tasks are
+            nearly always hard, and which ones an update draws is chance. The rows
+            then have "task" too, and shares may leave 0..1 a little.
 
     Returns:
         Index step; columns easy, medium, hard (0..1) and groups (their number).
     """
-    groups = [(row["step"], difficulty_bin(row["mean_iou"])) for row in rows]
-    frame = pd.DataFrame(groups, columns=["step", "bin"])
-    counts = pd.crosstab(frame["step"], frame["bin"])
-    counts = counts.reindex(columns=SHARES, fill_value=0).rename_axis(columns=None)
-    sizes = counts.sum(axis=1)
-    return counts.div(sizes, axis=0).assign(groups=sizes)
+    groups = [
+        (row["step"], row["task"] if adjusted else "", difficulty_bin(row["mean_iou"]))
+        for row in rows
+    ]
+    frame = pd.DataFrame(groups, columns=["step", "task", "bin"])
+    hits = pd.DataFrame({name: frame["bin"] == name for name in SHARES}, dtype=float)
+    if adjusted:
+        hits += hits.mean() - hits.groupby(frame["task"]).transform("mean")
+    shares = hits.groupby(frame["step"]).mean()
+    return shares.assign(groups=frame.groupby("step").size())
 
 
 # ---------------------------------------------------------------- writing
