@@ -115,6 +115,7 @@ def _draw_label(
     places = [(x1, y1 - h), (x1, y2), (x2 - w, y1 - h), (x2 - w, y2), (x1, y1)]
     places += [(x1, y2 + row * h) for row in (1, 2)]
     places += [(x1, y1 - row * h) for row in (2, 3)]
+    places += [(x, y1 + row * h) for row in range(5) for x in (x2, x1 - w)]
     inside = []
     for x, y in places:
         x = min(max(x, 0), max(0, width - w))
