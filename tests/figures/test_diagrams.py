@@ -1,5 +1,6 @@
 """How a picture becomes tokens, drawn."""
 
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -41,3 +42,13 @@ def test_positions_are_plotted_with_the_picture_shaded():
     axes = figure.axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == positions.tolist()
     assert len(axes.patches) == 2
+
+
+def test_the_teaser_names_the_published_averages_beside_its_titles():
+    columns = {"model": "base", "column": "AVG", "acc": 20.0, "lo": 18.0, "hi": 22.0}
+    results = pd.DataFrame([columns])
+    figure = diagrams.draw_teaser([], results, {"LISA": results})
+    _, bottom = figure.subfigs
+    assert [panel.get_suptitle() for panel in bottom.subfigs] == ["MIG", "LISA"]
+    captions = [panel.axes[0].get_title() for panel in bottom.subfigs]
+    assert "UniVG-R1 72.6" in captions[0] and "UniVG-R1 58.6" in captions[1]

@@ -61,9 +61,8 @@ def make_run(run):
                 run / model / "metrics.jsonl", row | {"completions/mean_length": 40}
             )
             for m in (0.1, 0.5, 0.65 + step / 20):
-                append_jsonl(
-                    run / model / "rollouts.jsonl", {"step": step, "mean_iou": m}
-                )
+                group = {"step": step, "task": "diff", "mean_iou": m}
+                append_jsonl(run / model / "rollouts.jsonl", group)
     write_json(
         run / "grpo_none" / "stage.json", {"needs": {"data": "", "sft_lora": ""}}
     )

@@ -34,7 +34,7 @@ def plot_average_bars(
 
     Args:
         results: from `tables.load_result_table`.
-        published: column of `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) to name below.
+        published: column of `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) to name above.
         ax: axes to draw into.
     """
     rows = results[results["column"] == "AVG"]
@@ -56,9 +56,10 @@ def plot_average_bars(
     ax.set(xlabel="Acc@0.5, %", xlim=(0, min(118, np.nanmax([*rows["hi"], 0]) + 14)))
     ax.grid(axis="y", visible=False)
     if published is not None:
-        values = [f"{k} {row[published]:.1f}" for k, row in paper.FIGURE_1.items()]
-        source = "paper: " if published == 0 else "paper, mean of its five:\n"
-        ax.set_title(source + ", ".join(values), fontsize="small", color="0.35")
+        first, *rest = (f"{k} {v[published]:.1f}" for k, v in paper.FIGURE_1.items())
+        source = ("paper", "paper, mean of its five")[published]
+        title = f"{source}: {first},\n{', '.join(rest)}"
+        ax.set_title(title, fontsize="small", color="0.35")
     return figure
 
 
@@ -73,8 +74,8 @@ def draw_teaser(
     of `tables.load_result_table` on MIG, and on other benchmarks by title.
     """
     rows = math.ceil(len(samples) / 5)
-    heights = [2.75 * rows, 4.2]
-    figure = drawing.create_figure(12.5, sum(heights))
+    heights = [2.3 * rows, 3.6]
+    figure = drawing.create_figure(10.5, sum(heights))
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     for place, sample in enumerate(samples, start=1):
         axes = top.add_subplot(rows, 5, place)
@@ -86,10 +87,10 @@ def draw_teaser(
         axes.set_title(paper.TASK_COLUMN.get(sample.task, sample.task))
         axes.set_axis_off()
     tables = {"MIG": mig, **zero_shot}
-    for index, (title, table) in enumerate(tables.items()):
-        axes = bottom.add_subplot(1, len(tables), index + 1)
-        plot_average_bars(table, published=min(index, 1), ax=axes)
-        axes.set_title(title, loc="left")
+    panels = bottom.subfigures(1, len(tables), squeeze=False).flat
+    for index, (panel, title) in enumerate(zip(panels, tables, strict=True)):
+        plot_average_bars(tables[title], min(index, 1), panel.add_subplot())
+        panel.suptitle(title, fontweight="bold")
     return figure
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from univg_nb import paper
@@ -35,7 +36,9 @@ from univg_nb.train.difficulty import EASY_ABOVE, HARD_BELOW
 BIN_COLORS = {"easy": "#B39DDB", "medium": "#7E57C2", "hard": "#311B92"}
 # Weights have the color of the model that is trained with them, or one of their own.
 FORM_COLORS = {form: MODEL_COLORS[f"grpo_{form}"] for form in ("none", "exp")}
-FORM_COLORS |= {"power": "#7A7A00", "log": "#44AA99"}
+FORM_COLORS |= {"power": "#7A7A00", "log": "#44AA99", "log_released": "black"}
+_LOOKS_OF_LOGS: dict[str, dict[str, Any]] = {"log": {"ls": "-", "lw": 5, "alpha": 0.6}}
+_LOOKS_OF_LOGS |= {"log_released": {"ls": "--", "lw": 1.2}}
 _BIN_LABELS = {
     "easy": f"easy, mean IoU > {EASY_ABOVE}",
     "medium": "medium",
@@ -50,6 +53,17 @@ _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 MODEL_LINES = {"base": ":", "sft_nocot": "-.", "sft_qlora": "--", "grpo_exp": "--"}
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _HATCHES = ("", "////", "....", "xxxx", "")
+# What the trainers log, in words and with its unit or range.
+AXIS_TITLES = {
+    "loss": "loss, nats per token",
+    "mean_token_accuracy": "tokens predicted right (0 to 1)",
+    "reward": "mean reward: IoU + form (0 to 2)",
+    "rewards/format_reward/mean": "replies in the asked form (0 to 1)",
+    "kl": "KL to the reference, nats per token",
+    "groups/mean_iou": "mean IoU of the replies (0 to 1)",
+    "groups/weight_mean": "mean weight φ of the groups",
+    "completions/mean_length": "length of a reply, tokens",
+}
 
 
 def color_of(name: str, index: int) -> str:
@@ -107,11 +121,12 @@ def plot_training_curves(
 ) -> Figure:
     """Plot logged values over the updates, a line for each run.
 
-    Pale points are the updates, a line is the mean of a tenth of them.
+    Pale points are the updates, the paler the more there are. A line is the mean of a
+    tenth of them, of fifty at most.
 
     Args:
         runs: rows of metrics.jsonl by name; rows without a key are passed over.
-        keys: the logged values.
+        keys: the logged values; `AXIS_TITLES` says them in words.
         columns: how many panels stand side by side; 0 for all.
 
     Raises:
@@ -130,11 +145,12 @@ def plot_training_curves(
                 raise ValueError(f"{name}: no row has {key!r}; logged: {logged}")
             steps, values = zip(*points, strict=True)
             color = color_of(name, index)
-            ax.plot(steps, values, ".", color=color, alpha=0.25, markersize=5)
-            line = smooth(values, max(1, len(values) // 10))
+            pale = min(0.35, max(0.03, 25 / len(values)))  # many would hide the lines
+            ax.plot(steps, values, ".", color=color, alpha=pale, ms=5, mew=0, zorder=1)
+            line = smooth(values, min(50, max(1, len(values) // 10)))
             style = line_of(index, name)
             ax.plot(steps, line, style, color=color, linewidth=2, label=name)
-        ax.set_ylabel(key.replace("_", " "))
+        ax.set_ylabel(AXIS_TITLES.get(key, key.replace("_", " ")))
         count_updates(ax)
     if len(runs) > 1:
         look: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
@@ -188,22 +204,29 @@ def plot_weight_functions(
     figure, ax = create_axes(None, 6.8, 4.2)
     m = torch.linspace(0, 1, 501)
     hard, easy = BIN_COLORS["hard"], BIN_COLORS["easy"]
-    ax.axvspan(0, HARD_BELOW, color=hard, alpha=0.07, linewidth=0)
-    ax.axvspan(EASY_ABOVE, 1, color=easy, alpha=0.07, linewidth=0)
+    ax.axvspan(0, HARD_BELOW, color=hard, alpha=0.1, linewidth=0)
+    ax.axvspan(EASY_ABOVE, 1, color=easy, alpha=0.25, linewidth=0)
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
+    # The two logs part near m = 1 only: a thin line on a wide one, and that end large.
+    end = ax.inset_axes((0.73, 0.55, 0.24, 0.35), xlim=(0.94, 1), ylim=(-0.03, 0.11))
+    end.set(xticks=(0.94, 0.98), yticks=(0, 0.1))
     for index, form in enumerate(forms):
-        # the two logs differ only below 0: dots over dashes show both
-        style = line_of(index)
         color = FORM_COLORS.get(form, ("black", GRAY, PURPLE, SKY)[index % 4])
+        look: dict[str, Any] = {"color": color, "ls": line_of(index), "lw": 2}
+        look |= _LOOKS_OF_LOGS.get(form, {})
         phi = difficulty.difficulty_weight(m, form)
-        ax.plot(m, phi, style, color=color, linewidth=2, label=form)
+        ax.plot(m, phi, label=form, **look)
+        end.plot(m, phi, **look)
+    end.axhline(0, color="0.4", linewidth=0.8)
+    end.set_title("near m = 1", fontsize="small")
+    end.tick_params(labelsize="x-small")
     top = ax.get_ylim()[1]
     ax.text(HARD_BELOW / 2, top, "hard", ha="center", va="bottom", color="0.3")
     ax.text((1 + EASY_ABOVE) / 2, top, "easy", ha="center", va="bottom", color="0.3")
     ax.set(xlabel="mean IoU of the group", ylabel="weight φ", xlim=(0, 1))
     ax.set_ylim(top=top)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.3, 1), handlelength=2)
     return figure
 
 
@@ -259,14 +282,17 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     figure, ax = create_axes(None, max(6.0, 1.1 * len(columns) + 1), 4.4)
     width = 0.84 / len(models)
     table = results.set_index(["model", "column"])
-    style = {"ecolor": "0.25", "elinewidth": 0.9, "capsize": 1.5}
+    style: dict[str, Any] = {"ecolor": "0.25", "elinewidth": 0.9, "capsize": 1.5}
     for index, model in enumerate(models):
         rows = table.loc[model].reindex(columns)
         x = np.arange(len(columns)) - 0.42 + width * (index + 0.5)
         spread = [rows["acc"] - rows["lo"], rows["hi"] - rows["acc"]]
         errors = np.maximum(spread, 0)  # rounding can leave -1e-14
-        look: dict[str, Any] = {"color": color_of(model, index), "error_kw": style}
-        ax.bar(x, rows["acc"], width * 0.94, yerr=errors, label=model, **look)
+        color = color_of(model, index)
+        ax.bar(x, rows["acc"], width * 0.94, label=model, color=color)
+        whiskers = ax.errorbar(x, rows["acc"], errors, fmt="none", **style)
+        for line in whiskers.get_children():  # to be seen on dark bars
+            line.set_path_effects([withStroke(linewidth=2, foreground="white")])
     if "AVG" in columns and len(columns) > 1:
         ax.axvline(columns.index("AVG") - 0.5, color="0.6", linewidth=0.8)
     ax.set_xticks(range(len(columns)), columns)
@@ -330,12 +356,14 @@ def plot_forest(gains: pd.DataFrame) -> Figure:
     figure, ax = create_axes(None, 6.5, 0.5 * len(gains) + 1.2)
     y = np.arange(len(gains))
     ax.axvline(0, color="0.4", linewidth=0.8)
+    below = 0.0  # where the paper has a value too, ours stands below it
     if gains["paper"].notna().any():
+        below = 0.12
         ax.plot(gains["paper"], y - 0.16, "D", mfc="white", mec="0.35", label="paper")
-    ax.hlines(y + 0.12, gains["lo"], gains["hi"], color=BLUE, linewidth=1.8)
-    ax.plot(gains["ours"], y + 0.12, "o", color=BLUE, label="ours, 95 % interval")
+    ax.hlines(y + below, gains["lo"], gains["hi"], color=BLUE, linewidth=1.8)
+    ax.plot(gains["ours"], y + below, "o", color=BLUE, label="ours, 95 % interval")
     for place in np.flatnonzero(gains["ours"].isna()).tolist():
-        ax.text(0, place + 0.12, " not run", va="center", color="0.35")
+        ax.text(0, place + below, " not run", va="center", color="0.35")
     ax.set_yticks(y, gains.index)
     ax.set_ylim(len(gains) - 0.4, -0.6)
     low, high = ax.get_xlim()
