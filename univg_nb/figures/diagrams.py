@@ -74,8 +74,8 @@ def draw_teaser(
     of `tables.load_result_table` on MIG, and on other benchmarks by title.
     """
     rows = math.ceil(len(samples) / 5)
-    heights = [2.3 * rows, 3.6]
-    figure = drawing.create_figure(10.5, sum(heights))
+    heights = [2.1 * rows, 3.4]
+    figure = drawing.create_figure(9.8, sum(heights))
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
     for place, sample in enumerate(samples, start=1):
         axes = top.add_subplot(rows, 5, place)
