@@ -44,6 +44,7 @@ help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | \
 	    awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "small, full, plan: GPUS=8  NODES=1  ADAPTER=lora|qlora|none  VLLM=colocate|server"
+	@echo '    ARGS="--set sft.learning_rate=2e-6"'
 	@echo "variables: SCALE=tiny  RUN_DIR=runs/SCALE  NB='03 05'  FRESH=1  PYTHON=python3.12"
 
 install: $(STAMP) ## .venv with the tested versions (the other targets do it when needed)
@@ -91,7 +92,7 @@ study: $(STAMP) ## the trainings over seeds behind the claims; ARGS=rates, plan 
 
 NEWER := small_qwen3_vl full_qwen3_vl full_qwen2_5_vl
 small full $(NEWER): $(STAMP)
-	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) \
+	@$(BIN)/python -m univg_nb run --scale $@ --run-dir runs/$@ $(LAUNCH) $(ARGS) \
 	    $(if $(filter-out 0,$(FRESH)),--fresh) $(NB)
 
 small: ## Qwen2-VL-2B, QLoRA, one 24 GB GPU; never run by the authors

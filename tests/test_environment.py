@@ -121,6 +121,7 @@ def test_the_makefile_installs_torch_first_from_the_constraints():
         (["figures", "RUN=a b"], 'figures a b --out "a/paper"'),
         (["lab", "ARGS=--no-browser --port 1"], "lab notebooks --no-browser --port 1"),
         (["plan", "SCALE=full", "ARGS=--price 2 --mfu 0.3"], "--price 2 --mfu 0.3"),
+        (["full", "ARGS=--set sft.seed=1"], "--set sft.seed=1"),
     ],
 )
 def test_make_takes_folders_with_spaces_and_passes_options_on(words, said):
