@@ -170,7 +170,7 @@ def show_sample(
     tallest = max(picture.height / picture.width for picture in shown)
     heading = f"{sample.task}: {clean_question(sample)}" if title else ""
     heading = textwrap.fill(heading, width=round(11.4 * side * columns))
-    lines = len(heading.splitlines()) + math.ceil((len(legend) + 1) / 3)  # of text
+    lines = len(heading.splitlines()) + math.ceil((len(legend) + (target is None)) / 3)
     height = rows * (side * min(tallest, 1.4) + 0.025 * size) + 0.24 * lines
     figure = create_figure(side * columns, height)
     for index, picture in enumerate(shown):

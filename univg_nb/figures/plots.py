@@ -51,6 +51,7 @@ _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 # What colors say, lines and hatches say again: for prints in gray. Where two models
 # coincide, the dashes of the later one let the line of the earlier one through.
 MODEL_LINES = {"base": ":", "sft_nocot": "-.", "sft_qlora": "--", "grpo_exp": "--"}
+INK = "#333333"  # a difference of two models has the color of neither
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _HATCHES = ("", "////", "....", "xxxx", "")
 # What the trainers log, in words and with its unit or range.
@@ -360,8 +361,8 @@ def plot_forest(gains: pd.DataFrame) -> Figure:
     if gains["paper"].notna().any():
         below = 0.12
         ax.plot(gains["paper"], y - 0.16, "D", mfc="white", mec="0.35", label="paper")
-    ax.hlines(y + below, gains["lo"], gains["hi"], color=BLUE, linewidth=1.8)
-    ax.plot(gains["ours"], y + below, "o", color=BLUE, label="ours, 95 % interval")
+    ax.hlines(y + below, gains["lo"], gains["hi"], color=INK, linewidth=1.8)
+    ax.plot(gains["ours"], y + below, "o", color=INK, label="ours, 95 % interval")
     for place in np.flatnonzero(gains["ours"].isna()).tolist():
         ax.text(0, place + below, " not run", va="center", color="0.35")
     ax.set_yticks(y, gains.index)
