@@ -60,7 +60,10 @@ def find_color(name: str, spare: str) -> str:
 
 
 def draw_boxes(
-    image: Image.Image, boxes: Iterable[LabeledBox], long_side: int = LONG_SIDE
+    image: Image.Image,
+    boxes: Iterable[LabeledBox],
+    long_side: int = LONG_SIDE,
+    label_size: int = 0,
 ) -> Image.Image:
     """Draw boxes on a scaled copy of an image, later ones on top with thinner lines.
 
@@ -68,6 +71,7 @@ def draw_boxes(
         image: the image.
         boxes: (box on 0..1000, color, label or "") each; they are clipped to the image.
         long_side: pixels of the copy's longer side.
+        label_size: height of the labels' letters in pixels; 0 is a 28th of the side.
 
     Raises:
         ValueError: Pillow does not know a color.
@@ -87,7 +91,8 @@ def draw_boxes(
     taken: list[Rectangle] = []
     for (_, color, label), corner in zip(labeled, corners, strict=True):
         if label:
-            taken.append(_draw_label(draw, label, color, corner, taken))
+            font = ImageFont.load_default(size=label_size or max(11, long_side // 28))
+            taken.append(_draw_label(draw, label, color, corner, font, taken))
     return picture
 
 
@@ -104,17 +109,18 @@ def _draw_label(
     label: str,
     color: str,
     corner: Rectangle,
+    font: Any,
     taken: Sequence[Rectangle],
 ) -> Rectangle:
     """Put a label at the first place by its box where no other label is."""
     width, height = draw.im.size
-    font = ImageFont.load_default(size=max(11, max(width, height) // 28))
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     w, h = right - left + 6, bottom - top + 6
     x1, y1, x2, y2 = corner
-    places = [(x1, y1 - h), (x1, y2), (x2 - w, y1 - h), (x2 - w, y2), (x1, y1)]
-    places += [(x1, y2 + row * h) for row in (1, 2)]
-    places += [(x1, y1 - row * h) for row in (2, 3)]
+    places = [(x1, y1 - h), (x1, y2), (x2 - w, y1 - h), (x2 - w, y2)]
+    # a little further, where the label of a box nearly at this place is passed
+    places += [(x1, y1 - 2.3 * h), (x1, y2 + 1.3 * h), (x1, y1)]
+    places += [(x1, y2 + 2.6 * h), (x1, y1 - 3.6 * h)]
     places += [(x, y1 + row * h) for row in range(5) for x in (x2, x1 - w)]
     inside = []
     for x, y in places:
@@ -163,14 +169,17 @@ def show_sample(
     size = 12 if side > 2 else 9  # points; titles stay as wide as their images
     if side < 2:  # labels could not be read; the legend has what they say
         boxes = [(box, color, "") for box, color, _ in boxes]
-    shown = [
-        draw_boxes(open_image(path, sample.id), boxes if target in (None, k) else [])
-        for k, path in enumerate(sample.images)
-    ]
+    letters = max(16, round(7.5 / 72 * LONG_SIDE / side))  # 7.5 points on the page
+    shown = []
+    for k, path in enumerate(sample.images):
+        here = boxes if target in (None, k) else []
+        shown.append(draw_boxes(open_image(path, sample.id), here, label_size=letters))
     tallest = max(picture.height / picture.width for picture in shown)
     heading = f"{sample.task}: {clean_question(sample)}" if title else ""
     heading = textwrap.fill(heading, width=round(11.4 * side * columns))
-    lines = len(heading.splitlines()) + math.ceil((len(legend) + (target is None)) / 3)
+    ncols = min(3, max(1, round(side * columns / 1.9)))
+    entries = len(legend) + (target is None)
+    lines = len(heading.splitlines()) + math.ceil(entries / ncols)  # of text
     height = rows * (side * min(tallest, 1.4) + 0.025 * size) + 0.24 * lines
     figure = create_figure(side * columns, height)
     for index, picture in enumerate(shown):
@@ -188,7 +197,7 @@ def show_sample(
     ]
     if target is None:
         handles.append(Line2D([], [], ls="", label="(which image is not recorded)"))
-    look: dict[str, Any] = {"ncols": 3, "frameon": False, "fontsize": min(size, 10)}
+    look: dict[str, Any] = {"ncols": ncols, "frameon": False, "fontsize": min(size, 10)}
     figure.legend(handles=handles, loc="outside lower center", **look)
     if title:
         figure.suptitle(heading, parse_math=False)

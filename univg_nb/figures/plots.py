@@ -95,9 +95,9 @@ def create_axes(ax: Axes | None, width: float, height: float) -> tuple[Any, Axes
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG of 110 dpi, atomically."""
+    """Write a figure as PNG of 144 dpi, atomically, with what stands out of it."""
     with open_atomically(path, "wb") as handle:
-        figure.savefig(handle, dpi=110, format="png")
+        figure.savefig(handle, dpi=144, format="png", bbox_inches="tight")
 
 
 def count_updates(ax: Axes) -> None:
