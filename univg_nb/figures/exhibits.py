@@ -210,9 +210,11 @@ def draw_bars(runs: Runs, width: float) -> Figure:
     zero_shot = count_pooled(runs, ZERO_SHOT_COLUMNS)
     known = set.intersection(*map(set, zero_shot.values())) if zero_shot else set()
     shared = [column for column in ZERO_SHOT_COLUMNS.values() if column in known]
-    measured = [(count_mig(runs)[0], paper.TABLE_1.columns), (zero_shot, shared)]
-    titles = ["MIG-Bench, ten tasks\n(paper: Table 1)"]
-    titles += [f"{', '.join(shared) or 'zero-shot'}\n(paper: all five of Table 2)"]
+    mig, source = count_mig(runs)
+    measured = [(mig, paper.TABLE_1.columns), (zero_shot, shared)]
+    titles = [f"ten tasks ({source})\n(paper: MIG-Bench, Table 1)"]
+    kinds = f"of the kind of {', '.join(shared)}" if shared else "zero-shot"
+    titles += [f"{kinds}\n(paper: all five of Table 2)"]
     models = {*benchmarks.MODELS, *measured[0][0], *zero_shot}
     figure, axes = _draw_panels(titles, width, 0.17 * len(models) + 1.3)
     for at, (counts, columns) in enumerate(measured):
@@ -341,7 +343,7 @@ def draw_failures(runs: Runs, width: float) -> Figure:
 def draw_cases(runs: Runs, width: float) -> Figure:
     """Draw two items of the first run that its last model won or lost over the base."""
     folder, scored = runs.folders[0], Runs(runs.folders[:1]).items
-    main = [model for model in ("base", "sft_lora", "grpo_exp") if model in scored]
+    main = [model for model in ("base", "shipped", "grpo_exp") if model in scored]
     shown = {model: scored[model] for model in main or scored}
     config = {"data": read_json(folder / "data" / "stage.json")["config"]}
     run = Run(folder.name, folder, 0, config)
