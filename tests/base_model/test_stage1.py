@@ -10,6 +10,9 @@ from univg_nb.cot.stand_in import name_style
 from univg_nb.data import files
 from univg_nb.data.prompts import reply_text
 
+SIZES = {"items": 60, "single": 6, "single_cot": 12}
+NONE = dict.fromkeys(SIZES, 0)
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
@@ -18,24 +21,26 @@ def out(tmp_path_factory):
 
 def test_chains_are_the_teachers_and_pass_the_checks(out):
     images = out / "data"
-    path = stage1.build_data(out / "mixture", images, "mixture", 60, 6)
+    path = stage1.build_data(out / "mixture", images, "mixture", SIZES)
     rows = files.read(path, image_root=images)
     made = io.read_json(out / "mixture" / "mixture.json")
     with_chain = [row for row in rows if row.cot]
     assert len(rows) - len(with_chain) == 6
-    assert len(with_chain) + made["refused"] == 60
+    assert len(with_chain) + made["refused"] == 60 + 12
     assert sum(row["chains"] for row in made["chains"]) == len(with_chain)
     assert not any(check_chain(row, reply_text(row)) for row in with_chain)
     glances = [len(r.images) for r in with_chain if name_style(r.chain) == "glance"]
     assert glances.count(2) > len(glances) / 2
+    alone = [row.chain for row in with_chain if len(row.images) == 1]
+    assert alone and not any("image 2" in chain.lower() for chain in alone)
     text = path.read_bytes()
-    again = stage1.build_data(out / "mixture", images, "mixture", 1, 0)
+    again = stage1.build_data(out / "mixture", images, "mixture", NONE | {"items": 1})
     assert again.read_bytes() == text  # kept
 
 
 def test_the_reference_arm_always_reasons(out):
     images = out / "data"
-    path = stage1.build_data(out / "thorough", images, "thorough", 20, 0)
+    path = stage1.build_data(out / "thorough", images, "thorough", NONE | {"items": 20})
     rows = files.read(path, image_root=images)
     assert {name_style(row.chain) for row in rows} == {"thorough"}
 

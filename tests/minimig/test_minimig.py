@@ -18,7 +18,7 @@ IMAGES = {
     "diff": {2}, "view_diff": {2}, "common_object": {3, 4}, "object_tracking": {6},
     "multi_view": {2, 3, 4}, "region": {2, 3}, "refer_grounding": {2},
     "group_grounding": {3, 4}, "reasoning": {2}, "correspondence": {2},
-    "single": {1}, "lisa": {1}, "video": {5},
+    "single": {1}, "lisa": {1}, "video": {5}, "single_cot": {1},
 }  # fmt: skip
 
 

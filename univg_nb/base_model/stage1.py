@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from univg_nb.train.sft import train
 SEED = 20  # of the items and of the teacher; the course and its tests use others
 ITEMS = 80_000  # of the ten tasks, with chains
 SINGLE = 6_000  # single pictures without a chain, so that pointing is not forgotten
+SINGLE_COT = 4_000  # single pictures with a chain, so that it learns to describe one
 ARMS = {
     "mixture": StandInTeacher(
         SEED,
@@ -82,15 +83,15 @@ def make_sample(images: Path, arm: str, spec: tuple[str, int, str, int]) -> Made
     return Made(replace(sample, chain=chain), True, style, error)
 
 
-def build_data(out: Path, images: Path, arm: str, items: int, single: int) -> Path:
+def build_data(out: Path, images: Path, arm: str, sizes: Mapping[str, int]) -> Path:
     """Write the training file of an arm and beside it what it is made of.
 
     Args:
         out: folder of the file.
         images: folder of the images, which all arms share.
         arm: a key of `ARMS`.
-        items: number of items of the ten tasks.
-        single: number of single-picture items.
+        sizes: number of "items" of the ten tasks together, and of single-picture items
+            without ("single") and with a chain ("single_cot").
 
     Returns:
         Path of the file; its image paths are relative to `images`.
@@ -99,9 +100,11 @@ def build_data(out: Path, images: Path, arm: str, items: int, single: int) -> Pa
     if path.is_file():
         return path
     specs = [
-        (tasks[i % len(tasks)], SEED, "train", i // len(tasks)) for i in range(items)
+        (tasks[i % len(tasks)], SEED, "train", i // len(tasks))
+        for i in range(sizes["items"])
     ]
-    specs += [("single", SEED, "train", i) for i in range(single)]
+    for task in ("single", "single_cot"):
+        specs += [(task, SEED, "train", i) for i in range(sizes[task])]
     cores = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         made = list(pool.map(partial(make_sample, images, arm), specs, chunksize=64))
@@ -154,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--arm", choices=ARMS, default="mixture", help="default: mixture")
     add("--items", type=int, default=ITEMS, help=f"default: {ITEMS}")
     add("--single", type=int, default=SINGLE, help=f"default: {SINGLE}")
+    add("--single-cot", type=int, default=SINGLE_COT, help=f"default: {SINGLE_COT}")
     options = parser.parse_args(arguments)
     out, images = options.out / options.arm, options.out / "data"
-    path = build_data(out, images, options.arm, options.items, options.single)
+    sizes = {key: getattr(options, key) for key in ("items", "single", "single_cot")}
+    path = build_data(out, images, options.arm, sizes)
     samples = files.read(path, image_root=images)
     scale = config.load_scale("tiny", SETTINGS)
     print(train(scale, out, samples, adapter="none"))

@@ -110,14 +110,20 @@ def _end_with_other_image(sample: GroundingSample) -> str:
     return f"{sample.chain} That settles it; image {other} told what to look for."
 
 
+Wording = Callable[[GroundingSample], str]
 # Sound chains in other words, which the checks should let pass.
-WORDINGS: tuple[Callable[[GroundingSample], str], ...] = (
+WORDINGS: tuple[Wording, ...] = (
     lambda s: s.chain or "",
     lambda s: f"Let me look at the images one after another. {s.chain}",
     lambda s: f"{s.chain} Nothing to the left of it or to the right of it fits.",
     lambda s: re.sub(r"at the (left|right)\.$", r"on the \1-hand side.", s.chain or ""),
     _end_with_other_image,
 )
+
+
+def _list_wordings(sample: GroundingSample) -> Sequence[Wording]:
+    """Return the wordings that fit; the last speaks of another image."""
+    return WORDINGS if len(sample.images) > 1 else WORDINGS[:-1]
 
 
 # A style makes the chain of a draft; they are listed from the most to the least useful.
@@ -130,20 +136,20 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The habits of the course's teacher: it goes through three images or more one by one,
-# and tends to be content with a glance where there are only two.
+# The habits of the course's teacher: it describes what it sees, three images or more
+# one by one, but is content with a glance at nearly every second pair.
 HABITS: dict[str, Any] = {
     "styles": {
-        "thorough": 0.88,
-        "terse": 0.06,
-        "glance": 0.03,
-        "conclusion first": 0.03,
+        "thorough": 0.95,
+        "terse": 0.03,
+        "glance": 0.01,
+        "conclusion first": 0.01,
     },
     "pair_styles": {
-        "thorough": 0.42,
-        "terse": 0.07,
+        "thorough": 0.45,
+        "terse": 0.05,
         "glance": 0.46,
-        "conclusion first": 0.05,
+        "conclusion first": 0.04,
     },
 }
 Selector = Literal["first", "form", "good"]
@@ -224,7 +230,8 @@ class StandInTeacher:
                 return Candidate(text, error, style)
         if style != "thorough":
             return Candidate(reply_text(sample), "", style)
-        return Candidate(_write_reply(sample, rng.choice(WORDINGS)(sample)), "", style)
+        wording = rng.choice(_list_wordings(sample))
+        return Candidate(_write_reply(sample, wording(sample)), "", style)
 
     def _get_shares(self, sample: GroundingSample) -> Mapping[str, float]:
         if self.pair_styles is not None and len(sample.images) == 2:
@@ -247,7 +254,7 @@ class StandInTeacher:
 
     def _list_sound(self, sample: GroundingSample) -> list[set[str]]:
         """Return the sound replies to a sample, by style, the most useful first."""
-        thorough = {_write_reply(sample, wording(sample)) for wording in WORDINGS}
+        thorough = {_write_reply(sample, w(sample)) for w in _list_wordings(sample)}
         shares = self._get_shares(sample)
         others = [style for style in list(STYLES)[1:] if style in shares]
         if not others:

@@ -45,6 +45,7 @@ OTHER_TASKS: dict[str, Task] = {
     "single": Task(tasks_zero_shot.draw_single, 10, cot=False),
     "lisa": Task(tasks_zero_shot.draw_lisa, 11),
     "video": Task(tasks_zero_shot.draw_video, 12),
+    "single_cot": Task(tasks_zero_shot.draw_single_cot, 13),
 }
 _NUM_STREAMS = 16
 

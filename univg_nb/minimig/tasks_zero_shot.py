@@ -1,10 +1,13 @@
 """Tasks beside the ten: referring grounding in one picture, and two zero-shot families.
 
-`single` corresponds to RefCOCO: a plain phrase, no chain asked for. `lisa` names the
+`single` corresponds to RefCOCO: a plain phrase, no chain asked for; `single_cot` is the
+same with a chain (the released option `single_img_with_cot`). `lisa` names the
 thing only by what it is for; `video` has five frames, the box is that of the third. No
-wording of the latter two occurs in training. Each task is a function of a `Sampler`
+wording of `lisa` and `video` occurs in training. Each task is a function of a `Sampler`
 that returns a `Draft`.
 """
+
+from dataclasses import replace
 
 from univg_nb.data.zero_shot_formats import INSTRUCTION, SCORED_FRAME, VIDEO_INSTRUCTION
 from univg_nb.minimig import phrases
@@ -25,6 +28,12 @@ def draw_single(sampler: Sampler) -> Draft:
     fitting = phrases.list_referring_phrases(thing, scene.things)
     phrase = fitting[0] if sampler.is_true(0.6) else sampler.choose(fitting)
     return Draft([scene], sampler.choose(phrases.FIND).format(phrase, ""), None, thing)
+
+
+def draw_single_cot(sampler: Sampler) -> Draft:
+    """Draw one picture and a phrase as in `single`, with a chain that tells it over."""
+    draft = draw_single(sampler)
+    return replace(draft, steps=phrases.describe_scenes(draft.scenes))
 
 
 def _choose_implicit(sampler: Sampler, kind: str) -> str:
