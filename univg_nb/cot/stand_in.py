@@ -136,8 +136,8 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The habits of the course's teacher: it describes what it sees, three images or more
-# one by one, but is content with a glance at nearly every second pair.
+# The habits of the course's teacher: it says what it sees and why, but is content with
+# a glance at nearly every second pair.
 HABITS: dict[str, Any] = {
     "styles": {
         "thorough": 0.95,
