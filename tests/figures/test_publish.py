@@ -305,5 +305,10 @@ def test_the_command_writes_then_checks(copy, capsys):
     assert "table1.tex: missing" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no exhibits there"):
         publish.main(["--check", str(copy / "eval")])
+    (out / "manifest.json").write_text("{}")  # a folder of a run is none of exhibits
+    for sidecar in set(out.glob("*.json")) - {out / "manifest.json"}:
+        sidecar.unlink()
+    with pytest.raises(ValueError, match="no exhibits there"):
+        publish.main(["--check", str(out)])
     with pytest.raises(ValueError, match="give run folders, or --check DIR"):
         publish.main([])

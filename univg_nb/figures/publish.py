@@ -156,7 +156,8 @@ def check_exhibits(folder: str | Path) -> Iterator[str]:
     ValueError if there are no exhibits at all.
     """
     folder = Path(folder)
-    sidecars = {path: io.read_json(path) for path in sorted(folder.glob("*.json"))}
+    found = {path: io.read_json(path) for path in sorted(folder.glob("*.json"))}
+    sidecars = {path: row for path, row in found.items() if "files" in row}
     if not sidecars:
         raise ValueError(f"{folder}: no exhibits there; write them with --out {folder}")
     known = {name for sidecar in sidecars.values() for name in sidecar["files"]}
