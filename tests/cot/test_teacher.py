@@ -116,13 +116,13 @@ def test_selectors(rows):
     assert len({form.select(row, texts) for row in rows}) > 1
 
 
-def test_habits_depend_on_the_number_of_images(rows):
-    two = {"glance": 1.0}
-    writer = StandInTeacher(error_rate=0, pair_styles=two)
+def test_habits_depend_on_the_task(rows):
+    glances = {task: {"glance": 1.0} for task in ("diff", "view_diff")}
+    writer = StandInTeacher(error_rate=0, task_styles=glances)
     for sample in rows:
-        wanted = "glance" if len(sample.images) == 2 else "thorough"
+        wanted = "glance" if sample.task in glances else "thorough"
         assert writer.write(sample, 0).style == wanted
-    assert len({len(sample.images) == 2 for sample in rows}) == 2
+    assert len({sample.task in glances for sample in rows}) == 2
     assert writer.select(rows[0], [writer.write(rows[0], 0).text]) == 1
 
 
@@ -130,7 +130,7 @@ def test_unknown_styles_and_selectors_are_refused():
     with pytest.raises(ValueError, match="any of thorough, conclusion first, terse"):
         StandInTeacher(styles={"rude": 1})
     with pytest.raises(ValueError, match="give shares of zero or more"):
-        StandInTeacher(pair_styles={"terse": -1})
+        StandInTeacher(task_styles={"diff": {"terse": -1}})
     with pytest.raises(ValueError, match="'best' is unknown; use one of first, form"):
         StandInTeacher(selector="best")
 

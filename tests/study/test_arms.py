@@ -201,7 +201,7 @@ def test_chains_are_the_teacher_s_and_a_glance_is_no_reasoning():
     drawn = [make(task, 0, "train", 0).sample for task in ("diff", "region")]
     single = make("single", 0, "train", 0).sample
     glance = {"glance": 1.0}
-    teacher = StandInTeacher(0, error_rate=0.0, styles=glance, pair_styles=glance)
+    teacher = StandInTeacher(0, error_rate=0.0, styles=glance)
     made = arms.write_chains([*drawn, single], teacher)
     assert [row.id for row in made] == [row.id for row in (*drawn, single)]
     assert made[-1] == single

@@ -114,7 +114,7 @@ Wording = Callable[[GroundingSample], str]
 # Sound chains in other words, which the checks should let pass.
 WORDINGS: tuple[Wording, ...] = (
     lambda s: s.chain or "",
-    lambda s: f"Let me look at the images one after another. {s.chain}",
+    lambda s: f"What do the images show? {s.chain}",
     lambda s: f"{s.chain} Nothing to the left of it or to the right of it fits.",
     lambda s: re.sub(r"at the (left|right)\.$", r"on the \1-hand side.", s.chain or ""),
     _end_with_other_image,
@@ -136,8 +136,15 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The habits of the course's teacher: it says what it sees and why, but is content with
-# a glance at nearly every second pair.
+# The habits of the course's teacher: where a question has to be understood or many images
+# told apart it says what it sees and why; where two pictures only have to be compared it
+# is content with a glance at nearly every second pair.
+_COMPARISON = {
+    "thorough": 0.45,
+    "terse": 0.05,
+    "glance": 0.46,
+    "conclusion first": 0.04,
+}
 HABITS: dict[str, Any] = {
     "styles": {
         "thorough": 0.95,
@@ -145,12 +152,9 @@ HABITS: dict[str, Any] = {
         "glance": 0.01,
         "conclusion first": 0.01,
     },
-    "pair_styles": {
-        "thorough": 0.45,
-        "terse": 0.05,
-        "glance": 0.46,
-        "conclusion first": 0.04,
-    },
+    "task_styles": dict.fromkeys(
+        ("diff", "view_diff", "refer_grounding", "correspondence"), _COMPARISON
+    ),
 }
 Selector = Literal["first", "form", "good"]
 
@@ -183,7 +187,7 @@ class StandInTeacher:
             what is written.
         error_rate: share of candidates with an error; all kinds are equally likely.
         styles: share of the candidates by style; what is left out is not written.
-        pair_styles: the same for questions on two images; None means `styles`.
+        task_styles: the same for the tasks in which the habits differ.
         selector: "first" takes the first of the replies, which is no selection, "form"
             any of them, and "good" a sound one in the most useful style.
         selector_accuracy: how often the good selector sees which replies these are;
@@ -193,12 +197,12 @@ class StandInTeacher:
     seed: int = 0
     error_rate: float = 0.5
     styles: Mapping[str, float] = field(default_factory=lambda: {"thorough": 1.0})
-    pair_styles: Mapping[str, float] | None = None
+    task_styles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     selector: Selector = "good"
     selector_accuracy: float = 0.8
 
     def __post_init__(self) -> None:
-        for shares in (self.styles, self.pair_styles or self.styles):
+        for shares in (self.styles, *self.task_styles.values()):
             least, total = min(shares.values()), sum(shares.values())
             if set(shares) - set(STYLES) or total <= 0 or least < 0:
                 raise ValueError(
@@ -234,9 +238,7 @@ class StandInTeacher:
         return Candidate(_write_reply(sample, wording(sample)), "", style)
 
     def _get_shares(self, sample: GroundingSample) -> Mapping[str, float]:
-        if self.pair_styles is not None and len(sample.images) == 2:
-            return self.pair_styles
-        return self.styles
+        return self.task_styles.get(sample.task, self.styles)
 
     def select(self, sample: GroundingSample, replies: Sequence[str]) -> int:
         """Return the number, from 1, of the reply that the selector takes."""

@@ -23,6 +23,7 @@ _WORDINGS = io.read_asset("minimig/questions.yaml")
 FIND: tuple[str, ...] = _WORDINGS["find"]
 QUESTIONS: dict[str, tuple[str, ...]] = _WORDINGS["questions"]
 REASONING: dict[str, tuple[str, ...]] = _WORDINGS["reasoning"]
+SINGLE_REASONING: dict[str, tuple[str, ...]] = _WORDINGS["single_reasoning"]
 IMPLICIT_USE: tuple[str, ...] = _WORDINGS["implicit_use"]
 IMPLICIT_NEED: tuple[str, ...] = _WORDINGS["implicit_need"]
 MOTION: tuple[str, ...] = _WORDINGS["motion"]

@@ -182,7 +182,7 @@ def draw_group_grounding(sampler: Sampler) -> Draft:
     thing = scenes[k - 1].find(target)
     nouns = {"name": thing.name, "kind": thing.kind, "color": f"{thing.color} thing"}
     noun = nouns[form]
-    steps = f"We look for the {noun}."
+    steps = f"Which image shows {phrases.add_article(noun)}?"
     for number, scene in enumerate(scenes[: k - 1], 1):
         steps += f" {phrases.describe_scene(scene, number)[:-1]}, no {noun}."
     steps += f" {phrases.describe_scene(scenes[k - 1], k)}"

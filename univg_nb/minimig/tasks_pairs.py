@@ -120,13 +120,24 @@ CORRESPONDENCES: dict[str, tuple[tuple[str, str], ...]] = _PAIRS["correspondence
 TOO_SMALL: tuple[tuple[str, str], ...] = _PAIRS["too_small"]
 
 
-def draw_reasoning(sampler: Sampler) -> Draft:
-    """Draw a place or a thing, and in image 2 the one thing that it calls for."""
+def sample_need(sampler: Sampler) -> tuple[Need, Label, Label, tuple[str, ...]]:
+    """Draw a need, what answers it, and what shows it.
+
+    Returns:
+        The need; the label of the thing that answers it; that of the thing that shows
+        it or, if its place does, of any; and the kinds that nobody would accept.
+    """
     need = sampler.choose(NEEDS)
     target = sampler.sample_label(need.answers)
     excluded = {*need.answers, *need.rivals, need.kind}
     neutral = tuple(kind for kind in KINDS if kind not in excluded)
     context = sampler.sample_label((need.kind,) if need.kind else neutral)
+    return need, target, context, neutral
+
+
+def draw_reasoning(sampler: Sampler) -> Draft:
+    """Draw a place or a thing, and in image 2 the one thing that it calls for."""
+    need, target, context, neutral = sample_need(sampler)
     first = sampler.sample_scene([context], need.place)
     labels = sampler.sample_labels(5, target, neutral, taken=[context])
     scene = sampler.sample_scene(labels)

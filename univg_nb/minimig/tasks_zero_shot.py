@@ -1,8 +1,8 @@
 """Tasks beside the ten: referring grounding in one picture, and two zero-shot families.
 
-`single` corresponds to RefCOCO: a plain phrase, no chain asked for; `single_cot` is the
-same with a chain (the released option `single_img_with_cot`). `lisa` names the
-thing only by what it is for; `video` has five frames, the box is that of the third. No
+`single` corresponds to RefCOCO: a plain phrase, no chain asked for; `single_cot` is one
+picture with a chain (the released option `single_img_with_cot`), asked for by phrase or
+by need. `lisa` names the thing only by what it is for; `video` has five frames, the box is that of the third. No
 wording of `lisa` and `video` occurs in training. Each task is a function of a `Sampler`
 that returns a `Draft`.
 """
@@ -14,6 +14,7 @@ from univg_nb.minimig import phrases
 from univg_nb.minimig.compose import MAX_OCCLUSION, Draft, Sampler
 from univg_nb.minimig.pictograms import KINDS, serves_use
 from univg_nb.minimig.scenes import Scene
+from univg_nb.minimig.tasks_pairs import sample_need
 
 FRAMES = 5
 NO_TOOLS = ("fish", "tree", "apple", "house")
@@ -31,9 +32,23 @@ def draw_single(sampler: Sampler) -> Draft:
 
 
 def draw_single_cot(sampler: Sampler) -> Draft:
-    """Draw one picture and a phrase as in `single`, with a chain that tells it over."""
-    draft = draw_single(sampler)
-    return replace(draft, steps=phrases.describe_scenes(draft.scenes))
+    """Draw one picture and a question with a chain.
+
+    Every other item asks for a phrase as `single` does, and the chain tells the picture
+    over; the rest ask as `reasoning` does for what a place or a thing calls for.
+    """
+    if sampler.is_true(0.5):
+        draft = draw_single(sampler)
+        return replace(draft, steps=phrases.describe_scenes(draft.scenes))
+    need, target, context, neutral = sample_need(sampler)
+    labels = sampler.sample_labels(4, target, neutral, taken=[context])
+    scene = sampler.sample_scene([context, *labels], need.place)
+    thing = scene.find(target)
+    reason = need.reason.format(phrases.add_article(thing.kind))
+    wording = sampler.choose(phrases.SINGLE_REASONING[need.group])
+    question = wording.format(kind=context[0])
+    steps = f"{phrases.describe_scene(scene, 1)} {reason}"
+    return Draft([scene], question, steps, thing)
 
 
 def _choose_implicit(sampler: Sampler, kind: str) -> str:
