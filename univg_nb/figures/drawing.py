@@ -12,6 +12,7 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -41,6 +42,7 @@ MODEL_OF_WORD = {
     "thorough": "sft_thorough",
 }
 PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)  # of other names
+COVERED = 0.7  # IoU from which on a box hides another
 LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
 
 LabeledBox = tuple[Sequence[float], str, str]  # box, color, label
@@ -85,6 +87,11 @@ def draw_boxes(
     for index, (x1, y1, x2, y2) in enumerate(corners):
         # thinner and thinner, so that boxes at the same place can all be seen
         line = max(3, long_side // 64 - 2 * index)
+        # the first is thick enough; on others at its place a box is dashed
+        earlier = [box for box, _, _ in labeled[1:index]]
+        if any(iou(labeled[index][0], box) > COVERED for box in earlier):
+            _draw_dashes(draw, corners[index], labeled[index][1], line)
+            continue
         # a white rim, so that the line shows on a ground of its own color
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
         draw.rectangle((x1, y1, x2, y2), outline=labeled[index][1], width=line)
@@ -94,6 +101,20 @@ def draw_boxes(
             font = ImageFont.load_default(size=label_size or max(11, long_side // 28))
             taken.append(_draw_label(draw, label, color, corner, font, taken))
     return picture
+
+
+def _draw_dashes(
+    draw: ImageDraw.ImageDraw, corner: Rectangle, color: str, line: int
+) -> None:
+    """Draw a box whose gaps let another below it show."""
+    x1, y1, x2, y2 = corner
+    step = 5 * line  # a dash and a gap of about its length
+    for x in np.arange(x1, x2, step):
+        for y in (y1, y2 - line + 1):
+            draw.rectangle((x, y, min(x + step // 2, x2), y + line - 1), fill=color)
+    for y in np.arange(y1, y2, step):
+        for x in (x1, x2 - line + 1):
+            draw.rectangle((x, y, x + line - 1, min(y + step // 2, y2)), fill=color)
 
 
 def _clip_box(box: Sequence[float], width: int, height: int) -> Rectangle:
@@ -201,6 +222,7 @@ def show_sample(
     figure.legend(handles=handles, loc="outside lower center", **look)
     if title:
         figure.suptitle(heading, parse_math=False)
+        figure.get_layout_engine().set(h_pad=0.1)  # off the titles of the images
     return figure
 
 
