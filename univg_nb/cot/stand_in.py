@@ -136,9 +136,9 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The habits of the course's teacher: where a question has to be understood or many images
-# told apart it says what it sees and why; where two pictures only have to be compared it
-# is often content with a glance.
+# The habits of the course's teacher: where a question has to be understood or many
+# images told apart it says what it sees and why; where two pictures only have to be
+# compared it is often content with a glance.
 _COMPARISON = {
     "thorough": 0.37,
     "terse": 0.05,

@@ -53,7 +53,7 @@ def plot_average_bars(
         ax.text(row.hi + 1.5, y, f"{row.acc:.1f}", va="center", fontsize="small")
     ax.set_yticks(range(len(rows)), rows["model"])
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set(xlabel="Acc@0.5, %", xlim=(0, min(118, np.nanmax([*rows["hi"], 0]) + 14)))
+    ax.set(xlabel="Acc@0.5, %", xlim=(0, 100))  # values may stand out on the right
     ax.grid(axis="y", visible=False)
     if published is not None:
         first, *rest = (f"{k} {v[published]:.1f}" for k, v in paper.FIGURE_1.items())
@@ -87,10 +87,13 @@ def draw_teaser(
         axes.set_title(paper.TASK_COLUMN.get(sample.task, sample.task))
         axes.set_axis_off()
     tables = {"MIG": mig, **zero_shot}
-    panels = bottom.subfigures(1, len(tables), squeeze=False).flat
-    for index, (panel, title) in enumerate(zip(panels, tables, strict=True)):
-        plot_average_bars(tables[title], min(index, 1), panel.add_subplot())
-        panel.suptitle(title, fontweight="bold")
+    panels = bottom.subplots(1, len(tables), squeeze=False).flat  # of equal width
+    for index, (ax, title) in enumerate(zip(panels, tables, strict=True)):
+        plot_average_bars(tables[title], min(index, 1), ax)
+        published = ax.get_title()
+        ax.set_title(f"{title}\n", fontweight="bold", pad=20)
+        place = {"xy": (0.5, 1.02), "xycoords": "axes fraction", "ha": "center"}
+        ax.annotate(published, fontsize="small", color="0.35", **place)
     return figure
 
 

@@ -108,7 +108,7 @@ def _draw_dashes(
 ) -> None:
     """Draw a box whose gaps let another below it show."""
     x1, y1, x2, y2 = corner
-    step = 5 * line  # a dash and a gap of about its length
+    step = 9 * line  # a dash and a gap of about its length
     for x in np.arange(x1, x2, step):
         for y in (y1, y2 - line + 1):
             draw.rectangle((x, y, min(x + step // 2, x2), y + line - 1), fill=color)
@@ -200,7 +200,7 @@ def show_sample(
     heading = textwrap.fill(heading, width=round(11.4 * side * columns))
     ncols = min(3, max(1, round(side * columns / 1.9)))
     entries = len(legend) + (target is None)
-    lines = len(heading.splitlines()) + math.ceil(entries / ncols)  # of text
+    lines = 1.6 * len(heading.splitlines()) + math.ceil(entries / ncols)  # of text
     height = rows * (side * min(tallest, 1.4) + 0.025 * size) + 0.24 * lines
     figure = create_figure(side * columns, height)
     for index, picture in enumerate(shown):
@@ -222,7 +222,7 @@ def show_sample(
     figure.legend(handles=handles, loc="outside lower center", **look)
     if title:
         figure.suptitle(heading, parse_math=False)
-        figure.get_layout_engine().set(h_pad=0.1)  # off the titles of the images
+        figure.get_layout_engine().set(h_pad=0.07)  # off the titles of the images
     return figure
 
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from univg_nb import paper
 from univg_nb.figures import drawing
@@ -53,6 +53,8 @@ _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 MODEL_LINES = {"base": ":", "sft_nocot": "-.", "sft_qlora": "--", "grpo_exp": "--"}
 INK = "#333333"  # a difference of two models has the color of neither
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_MARKS = "o^sDv"
+_MOST_MARKS = 120  # of single updates in a panel, for each curve
 _HATCHES = ("", "////", "....", "xxxx", "")
 # What the trainers log, in words and with its unit or range.
 AXIS_TITLES = {
@@ -122,8 +124,9 @@ def plot_training_curves(
 ) -> Figure:
     """Plot logged values over the updates, a line for each run.
 
-    Pale points are the updates, the paler the more there are. A line is the mean of a
-    tenth of them, of fifty at most.
+    Marks are single updates, evenly chosen where there are many. A line is the mean of
+    a tenth of all updates, of fifty at most. A loss that falls to less than a third has
+    an axis of logarithms, so that its first values do not flatten the rest.
 
     Args:
         runs: rows of metrics.jsonl by name; rows without a key are passed over.
@@ -146,18 +149,34 @@ def plot_training_curves(
                 raise ValueError(f"{name}: no row has {key!r}; logged: {logged}")
             steps, values = zip(*points, strict=True)
             color = color_of(name, index)
-            pale = min(0.35, max(0.03, 25 / len(values)))  # many would hide the lines
-            ax.plot(steps, values, ".", color=color, alpha=pale, ms=5, mew=0, zorder=1)
+            look: dict[str, Any] = {"marker": _MARKS[index % len(_MARKS)], "ls": ""}
+            look |= {"ms": 4, "mew": 0, "color": color, "alpha": 0.5}
+            some = slice(None, None, -(-len(values) // _MOST_MARKS))
+            ax.plot(steps[some], values[some], **look)
             line = smooth(values, min(50, max(1, len(values) // 10)))
             style = line_of(index, name)
             ax.plot(steps, line, style, color=color, linewidth=2, label=name)
         ax.set_ylabel(AXIS_TITLES.get(key, key.replace("_", " ")))
+        if key == "loss":
+            _show_ratios(ax)
         count_updates(ax)
     if len(runs) > 1:
-        look: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
+        frame: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
         lines = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*lines, ncols=min(3, len(runs)), **look)
+        figure.legend(*lines, ncols=min(3, len(runs)), **frame)
     return figure
+
+
+def _show_ratios(ax: Axes) -> None:
+    """Give values above 0 that fall far an axis on which equal ratios are equal."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    if values.min() <= 0 or values.max() < 3 * values.min():
+        return
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel(f"{ax.get_ylabel()} (log axis)")
 
 
 def plot_difficulty_shares(

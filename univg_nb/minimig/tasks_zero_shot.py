@@ -2,9 +2,9 @@
 
 `single` corresponds to RefCOCO: a plain phrase, no chain asked for; `single_cot` is one
 picture with a chain (the released option `single_img_with_cot`), asked for by phrase or
-by need. `lisa` names the thing only by what it is for; `video` has five frames, the box is that of the third. No
-wording of `lisa` and `video` occurs in training. Each task is a function of a `Sampler`
-that returns a `Draft`.
+by need. `lisa` names the thing only by what it is for; `video` has five frames, the box
+is that of the third. No wording of `lisa` and `video` occurs in training. Each task is
+a function of a `Sampler` that returns a `Draft`.
 """
 
 from dataclasses import replace
