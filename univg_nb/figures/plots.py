@@ -45,6 +45,7 @@ _BIN_LABELS = {
     "hard": f"hard, mean IoU < {HARD_BELOW}",
 }
 BIN_LINES = {"easy": "-", "medium": ":", "hard": "-."}
+BIN_MARKS = {"easy": "^", "medium": "s", "hard": "v"}
 # Of what becomes of items, in the order of scoring.KINDS: green is right, gray is not.
 KIND_COLORS = (GREEN, "#8FD3BD", "#D6D2CA", "#A39C90", "#4D4D4D")
 _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
@@ -185,15 +186,15 @@ def plot_difficulty_shares(
     """Plot Figure 3: shares of easy, medium and hard groups over the updates.
 
     Args:
-        shares: from `tables.compute_difficulty_shares`. They are dots, means of a tenth
-            of the updates lines, their trends dashed.
+        shares: from `tables.compute_difficulty_shares`. They are pale marks, means of a
+            tenth of the updates lines with marks, their trends dashed.
         published: draw the paper's curves behind, in gray.
         ax: axes to draw into.
     """
     figure, ax = create_axes(ax, 8.5, 4.8)
     steps = shares.index.to_numpy(dtype=float)
     window = max(1, len(steps) // 10)
-    key = f"dots: each update; lines: mean of {window}; dashed: trend"
+    key = f"pale: each update; lines: mean of {window}; dashed: trend"
     if published:
         key += "; gray: the paper's 500 iterations, stretched"
         curves = paper.FIGURE_3
@@ -203,14 +204,16 @@ def plot_difficulty_shares(
             ax.plot(x, y, style, color="0.72", label=f"paper: {name}")
     for name, color in BIN_COLORS.items():
         values = shares[name].to_numpy()
-        ax.plot(steps, values, "o", color=color, alpha=0.22, markersize=3.5)
-        line = smooth(values, window)
-        style, label = BIN_LINES[name], _BIN_LABELS[name]
-        ax.plot(steps, line, style, color=color, linewidth=2.2, label=label)
+        marks: dict[str, Any] = {"color": color, "marker": BIN_MARKS[name]}
+        pale: dict[str, Any] = {"ls": "", "alpha": 0.3, "ms": 4, "mew": 0}
+        ax.plot(steps, values, clip_on=False, **marks, **pale)  # whole at 0 too
+        marks |= {"markevery": window, "ms": 8, "mec": "white"}
+        line, style = smooth(values, window), BIN_LINES[name]
+        ax.plot(steps, line, style, lw=2.2, label=_BIN_LABELS[name], **marks)
         if name != "medium" and len(steps) > 1:  # the paper draws two trends
             trend = np.polyval(np.polyfit(steps, values, 1), steps)
             ax.plot(steps, trend, "--", color=color, linewidth=1.5)
-    ax.set(ylabel="share of groups", ylim=(0, 1), xlabel=f"update ({key})")
+    ax.set(ylabel="share of groups", ylim=(-0.03, 1), xlabel=f"update ({key})")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     look: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
     ax.legend(ncols=2, frameon=False, **look)
