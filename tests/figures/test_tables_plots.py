@@ -232,6 +232,16 @@ def test_training_curve_names_what_was_logged():
         )
 
 
+@pytest.mark.parametrize(
+    ("last", "scale"), [(0.5, "log"), (2.0, "linear"), (-0.1, "linear")]
+)
+def test_a_loss_that_falls_far_has_a_log_axis(last, scale):
+    rows = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": last}]
+    (ax,) = plots.plot_training_curves({"a": rows}, ["loss"]).axes
+    assert ax.get_yscale() == scale
+    assert ("log axis" in ax.get_ylabel()) == (scale == "log")
+
+
 def test_smooth_and_iou_curve_values():
     assert plots.smooth([0, 3, 6, 9], 3).tolist() == [1.5, 3.0, 6.0, 7.5]
     (ax,) = plots.plot_iou_curve({"m": [0.5, 0.49, 1.0, 0.0]}).axes
@@ -263,6 +273,15 @@ def test_draw_boxes_enlarges_and_puts_the_box_where_it_is():
     green = np.argwhere((np.asarray(picture) == (0, 255, 0)).all(axis=-1))
     assert green.min(axis=0).tolist() == [80, 160]
     assert green.max(axis=0).tolist() == [240, 480]
+
+
+def test_a_prediction_on_another_leaves_gaps_for_it():
+    ground = Image.new("RGB", (256, 256), "white")
+    drawn = [((0, 0, 200, 200), "lime", ""), ((400, 400, 900, 900), "red", "")]
+    drawn.append(((390, 390, 910, 910), "blue", ""))
+    line = np.asarray(drawing.draw_boxes(ground, drawn, 256))[100]  # above the red box
+    blue = (line == (0, 0, 255)).all(axis=1).sum()
+    assert 0.3 * 133 < blue < 0.7 * 133
 
 
 def test_tags_of_boxes_at_one_place_do_not_cover_each_other():
