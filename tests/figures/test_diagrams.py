@@ -48,7 +48,8 @@ def test_the_teaser_names_the_published_averages_beside_its_titles():
     columns = {"model": "base", "column": "AVG", "acc": 20.0, "lo": 18.0, "hi": 22.0}
     results = pd.DataFrame([columns])
     figure = diagrams.draw_teaser([], results, {"LISA": results})
-    _, bottom = figure.subfigs
-    assert [panel.get_suptitle() for panel in bottom.subfigs] == ["MIG", "LISA"]
-    captions = [panel.axes[0].get_title() for panel in bottom.subfigs]
+    panels = figure.subfigs[1].axes
+    assert [ax.get_title() for ax in panels] == ["MIG", "LISA"]
+    assert {ax.get_xlim() for ax in panels} == {(0, 100)}
+    captions = [ax.texts[-1].get_text() for ax in panels]
     assert "UniVG-R1 72.6" in captions[0] and "UniVG-R1 58.6" in captions[1]

@@ -91,9 +91,9 @@ def draw_teaser(
     for index, (ax, title) in enumerate(zip(panels, tables, strict=True)):
         plot_average_bars(tables[title], min(index, 1), ax)
         published = ax.get_title()
-        ax.set_title(f"{title}\n", fontweight="bold", pad=20)
-        place = {"xy": (0.5, 1.02), "xycoords": "axes fraction", "ha": "center"}
-        ax.annotate(published, fontsize="small", color="0.35", **place)
+        ax.set_title(title, fontweight="bold", color="black", pad=32)
+        look: dict[str, Any] = {"xycoords": "axes fraction", "ha": "center"}
+        ax.annotate(published, (0.5, 1.02), fontsize="small", color="0.35", **look)
     return figure
 
 

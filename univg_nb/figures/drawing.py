@@ -222,7 +222,7 @@ def show_sample(
     figure.legend(handles=handles, loc="outside lower center", **look)
     if title:
         figure.suptitle(heading, parse_math=False)
-        figure.get_layout_engine().set(h_pad=0.07)  # off the titles of the images
+        figure.set_layout_engine("constrained", h_pad=0.07)  # off the images' titles
     return figure
 
 
