@@ -1,10 +1,10 @@
 """Tasks beside the ten: referring grounding in one picture, and two zero-shot families.
 
 `single` corresponds to RefCOCO: a plain phrase, no chain asked for; `single_cot` is one
-picture with a chain (the released option `single_img_with_cot`), asked for by phrase or
-by need. `lisa` names the thing only by what it is for; `video` has five frames, the box
-is that of the third. No wording of `lisa` and `video` occurs in training. Each task is
-a function of a `Sampler` that returns a `Draft`.
+picture with a chain (the released option `single_img_with_cot`), asked for by phrase,
+by need or by use. `lisa` names the thing only by what it is for; `video` has five
+frames, the box is that of the third. No wording of `lisa` and `video` occurs in
+training. Each task is a function of a `Sampler` that returns a `Draft`.
 """
 
 from dataclasses import replace
@@ -31,15 +31,14 @@ def draw_single(sampler: Sampler) -> Draft:
     return Draft([scene], sampler.choose(phrases.FIND).format(phrase, ""), None, thing)
 
 
-def draw_single_cot(sampler: Sampler) -> Draft:
-    """Draw one picture and a question with a chain.
+def _draw_by_phrase(sampler: Sampler) -> Draft:
+    """Draw a picture as `single` does, with a chain that tells the picture over."""
+    draft = draw_single(sampler)
+    return replace(draft, steps=phrases.describe_scenes(draft.scenes))
 
-    Every other item asks for a phrase as `single` does, and the chain tells the picture
-    over; the rest ask as `reasoning` does for what a place or a thing calls for.
-    """
-    if sampler.is_true(0.5):
-        draft = draw_single(sampler)
-        return replace(draft, steps=phrases.describe_scenes(draft.scenes))
+
+def _draw_by_need(sampler: Sampler) -> Draft:
+    """Draw a picture whose place, or one thing in it, calls for another thing in it."""
     need, target, context, neutral = sample_need(sampler)
     labels = sampler.sample_labels(4, target, neutral, taken=[context])
     scene = sampler.sample_scene([context, *labels], need.place)
@@ -49,6 +48,28 @@ def draw_single_cot(sampler: Sampler) -> Draft:
     question = wording.format(kind=context[0])
     steps = f"{phrases.describe_scene(scene, 1)} {reason}"
     return Draft([scene], question, steps, thing)
+
+
+def _draw_by_use(sampler: Sampler) -> Draft:
+    """Draw a picture; ask for a thing by its use, in other words than `lisa` does."""
+    target = sampler.sample_label()
+    kinds = tuple(kind for kind in KINDS if not serves_use(kind, target[0]))
+    scene = sampler.sample_scene(sampler.sample_labels(5, target, kinds))
+    about, named = KINDS[target[0]], phrases.add_article(target[0])
+    if sampler.is_true(0.5):
+        question = sampler.choose(phrases.SINGLE_USE).format(use=about.use)
+        reason = f"{named.capitalize()} {about.use}."
+    else:
+        question = sampler.choose(phrases.SINGLE_NEED).format(need=about.need)
+        reason = f"To {about.need} you need {named}."
+    steps = f"{phrases.describe_scene(scene, 1)} {reason}"
+    return Draft([scene], question, steps, scene.find(target))
+
+
+def draw_single_cot(sampler: Sampler) -> Draft:
+    """Draw one picture and a question with a chain: by phrase, by need or by use."""
+    draw = sampler.choose((_draw_by_phrase, _draw_by_need, _draw_by_use))
+    return draw(sampler)
 
 
 def _choose_implicit(sampler: Sampler, kind: str) -> str:
