@@ -298,6 +298,23 @@ def test_tags_of_boxes_at_one_place_do_not_cover_each_other():
         assert count("8" * 9) - bare > 7 * (count(["8", *[""] * 8]) - bare) > 0
 
 
+def test_a_tag_does_not_sit_on_a_box_elsewhere():
+    """Above a box near the bottom is another one: the tag goes beside its own."""
+    ground = Image.new("RGB", (448, 448), "white")
+    boxes = [
+        ((550, 250, 850, 500), "#0000FF", ""),
+        ((550, 560, 900, 970), "#FF00FF", ""),
+    ]
+    bare = np.asarray(drawing.draw_boxes(ground, boxes))
+    tagged = np.asarray(
+        drawing.draw_boxes(ground, [boxes[0], (*boxes[1][:2], "model")])
+    )
+    changed = np.argwhere((bare != tagged).any(axis=2))
+    assert len(changed)
+    inside = (changed[:, 0] < 226) & (changed[:, 1] > 246)  # of the first box
+    assert not inside.any()
+
+
 def test_draw_boxes_takes_any_box_a_model_writes():
     awkward = [(0, 0, 1000, 1000), (900, 900, 100, 100), (5, 5, 5, 5), (0, 0, 9000, 9)]
     boxes = [(box, "red", f"a long label {i}") for i, box in enumerate(awkward * 3)]

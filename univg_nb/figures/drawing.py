@@ -95,11 +95,13 @@ def draw_boxes(
         # a white rim, so that the line shows on a ground of its own color
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
         draw.rectangle((x1, y1, x2, y2), outline=labeled[index][1], width=line)
-    taken: list[Rectangle] = []
+    labels: list[Rectangle] = []
     for (_, color, label), corner in zip(labeled, corners, strict=True):
         if label:
             font = ImageFont.load_default(size=label_size or max(11, long_side // 28))
-            taken.append(_draw_label(draw, label, color, corner, font, taken))
+            apart = [other for other in corners if not _overlap(other, corner)]
+            taken = (labels, apart)  # by a box elsewhere a label would seem to be its
+            labels.append(_draw_label(draw, label, color, corner, font, taken))
     return picture
 
 
@@ -131,9 +133,12 @@ def _draw_label(
     color: str,
     corner: Rectangle,
     font: Any,
-    taken: Sequence[Rectangle],
+    taken: Sequence[Sequence[Rectangle]],
 ) -> Rectangle:
-    """Put a label at the first place by its box where no other label is."""
+    """Put a label at the first place by its box where nothing is that is taken.
+
+    `taken` has groups of rectangles, those first that must not be covered.
+    """
     width, height = draw.im.size
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     w, h = right - left + 6, bottom - top + 6
@@ -148,8 +153,11 @@ def _draw_label(
         x = min(max(x, 0), max(0, width - w))
         if 0 <= y <= height - h:
             inside.append((x, y, x + w, y + h))
-    free = [r for r in inside if not any(_overlap(r, other) for other in taken)]
-    place = (free or inside or [(x1, 0, x1 + w, h)])[0]
+    inside = inside or [(x1, 0, x1 + w, h)]
+    place = min(
+        inside,
+        key=lambda r: [any(_overlap(r, one) for one in group) for group in taken],
+    )
     red, green, blue = ImageColor.getrgb(color)[:3]
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 140
     draw.rectangle(place, fill=color)
