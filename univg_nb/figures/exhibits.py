@@ -27,6 +27,7 @@ SPECS: dict[str, Any] = read_asset("exhibits.yaml")
 ZERO_SHOT_COLUMNS = dict(zip(benchmarks.ZERO_SHOT, paper.TABLE_2.columns, strict=True))
 NOT_RUN = "not run"
 _WIDE = 5  # inches; from here on panels stand side by side
+_SCREEN = 8  # inches; wider than a page in print
 
 Counts = Mapping[str, Mapping[str, tuple[int, int]]]  # hits and items by model, column
 
@@ -263,6 +264,8 @@ def draw_difficulty(runs: Runs, width: float) -> Figure:
     for ax, groups in zip(axes, rows.values(), strict=True):
         plots.plot_difficulty_shares(tables.compute_difficulty_shares(groups), ax=ax)
         ax.set_xlabel("update")  # the caption says the rest
+        for line in ax.lines if width < _SCREEN else ():  # finer in print
+            line.set(lw=0.65 * line.get_lw(), ms=0.6 * line.get_ms())
     return _share_legend(figure)
 
 
