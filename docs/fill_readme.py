@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from univg_nb.fast.packed_rows import block_mask
-from univg_nb.figures import drawing, exhibits, gpu
+from univg_nb.figures import drawing, exhibits, findings, gpu
 from univg_nb.figures.tables import format_markdown
 from univg_nb.io import read_json, write_text
 from univg_nb.minimig import items
@@ -114,7 +114,8 @@ def format_interval(ends, factor, form):
 def format_findings(run_dir):
     """Return the verdict on each claim, by one run."""
     frame = exhibits.build_findings(exhibits.Runs([run_dir]))
-    return format_markdown(frame.drop(columns="why"), digits=1)
+    frame = findings.format_published(frame.drop(columns="why"))
+    return format_markdown(frame, digits=1)
 
 
 def format_bench():

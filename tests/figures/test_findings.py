@@ -148,6 +148,10 @@ def test_table_of_claims_says_what_was_not_run():
     assert math.isnan(weight["ours"]) and weight["paper"] == pytest.approx(1.99)
     assert frame.loc["easy groups become more", "verdict"] == "supported"
     assert set(findings.build_findings({})["verdict"]) == {"not run"}
+    shown = findings.format_published(frame)["paper"]
+    assert shown["RL gains over the model it starts from"] == "1.65"
+    assert shown["easy groups become more"] == "21.5"
+    assert shown["the weight is more than a step size"] == "–"
 
 
 def test_a_finding_is_said_with_its_interval_verdict_and_reason():

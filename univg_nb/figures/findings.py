@@ -289,6 +289,19 @@ def judge_claims(
     return frame.rename_axis("claim")
 
 
+def format_published(frame: pd.DataFrame) -> pd.DataFrame:
+    """Write the column paper of `build_findings` as the paper does.
+
+    Gains of its Table 4 have two decimals, the trends are read off a picture to 0.1.
+    """
+    digits = {claim: 1 if claim in TRENDS else 2 for claim in frame.index}
+    shown = [
+        f"{x:.{digits[claim]}f}" if x == x else "–"
+        for claim, x in frame["paper"].items()
+    ]
+    return frame.assign(paper=shown)
+
+
 def _describe(effect: Effect, matters: float) -> dict[str, object]:
     points = {"ours": effect.mean, "lo": effect.lo, "hi": effect.hi}
     points["smallest seen"] = effect.find_smallest_detectable()
