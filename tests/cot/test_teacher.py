@@ -131,6 +131,8 @@ def test_unknown_styles_and_selectors_are_refused():
         StandInTeacher(styles={"rude": 1})
     with pytest.raises(ValueError, match="give shares of zero or more"):
         StandInTeacher(task_styles={"diff": {"terse": -1}})
+    with pytest.raises(ValueError, match="no task dif; name any of diff, view_diff"):
+        StandInTeacher(task_styles={"dif": {"terse": 1}})
     with pytest.raises(ValueError, match="'best' is unknown; use one of first, form"):
         StandInTeacher(selector="best")
 

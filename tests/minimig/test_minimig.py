@@ -6,7 +6,7 @@ from functools import lru_cache
 import pytest
 
 from univg_nb.data import boxes, files, formats
-from univg_nb.minimig import export, items
+from univg_nb.minimig import export, items, phrases
 from univg_nb.minimig.compose import Draft
 from univg_nb.minimig.phrases import QUESTIONS, REASONING
 from univg_nb.minimig.pictograms import KINDS, serves_use
@@ -142,6 +142,36 @@ def test_needs_have_one_answer():
             if serves_use(t.kind, item.draft.target.kind)
         ]  # fmt: skip
         assert fits == [item.draft.target]
+
+
+def test_one_picture_asked_by_use_or_need_has_one_answer():
+    by_use = by_need = 0
+    for index in range(40):
+        draft = items.make("single_cot", 0, "train", index).draft
+        kind, (scene,) = draft.target.kind, draft.scenes
+        others = {t.kind for t in scene.things if t != draft.target}
+        about = KINDS[kind]
+        if about.use in draft.question or about.need in draft.question:
+            by_use += 1
+            assert not any(serves_use(other, kind) for other in others)
+            continue
+        reason = draft.steps.removesuffix(".").rpartition(". ")[2] + "."
+        named = phrases.add_article(kind)
+        told = [n for n in NEEDS if n.reason.format(named) == reason]
+        by_need += len(told)
+        for need in told:
+            assert kind in need.answers
+            assert others.isdisjoint((*need.answers, *need.rivals))
+    assert by_use and by_need
+
+
+def test_no_wording_of_the_zero_shot_families_is_asked_in_training():
+    zero_shot = (*phrases.IMPLICIT_USE, *phrases.IMPLICIT_NEED, *phrases.MOTION)
+    trained = [phrases.FIND, phrases.SINGLE_USE, phrases.SINGLE_NEED]
+    for group in (QUESTIONS, REASONING, phrases.SINGLE_REASONING):
+        trained += group.values()
+    texts = [text.lower() for wordings in trained for text in wordings]
+    assert not [w for w in zero_shot if any(w.lower() in text for text in texts)]
 
 
 def test_correspondence_pairs_one_part():

@@ -24,7 +24,7 @@ from univg_nb.data.images import load_data_url
 from univg_nb.data.prompts import reply_text
 from univg_nb.data.sample import GroundingSample, find_target_image
 from univg_nb.minimig.compose import Draft
-from univg_nb.minimig.items import make
+from univg_nb.minimig.items import TASKS, make
 from univg_nb.minimig.pictograms import COLORS, KINDS
 
 
@@ -187,7 +187,7 @@ class StandInTeacher:
             what is written.
         error_rate: share of candidates with an error; all kinds are equally likely.
         styles: share of the candidates by style; what is left out is not written.
-        task_styles: the same for the tasks in which the habits differ.
+        task_styles: the same by task, for the tasks in which the habits differ.
         selector: "first" takes the first of the replies, which is no selection, "form"
             any of them, and "good" a sound one in the most useful style.
         selector_accuracy: how often the good selector sees which replies these are;
@@ -202,6 +202,11 @@ class StandInTeacher:
     selector_accuracy: float = 0.8
 
     def __post_init__(self) -> None:
+        if unknown := set(self.task_styles) - set(TASKS):
+            raise ValueError(
+                f"task_styles: no task {', '.join(sorted(unknown))}; name any of "
+                f"{', '.join(TASKS)}"
+            )
         for shares in (self.styles, *self.task_styles.values()):
             least, total = min(shares.values()), sum(shares.values())
             if set(shares) - set(STYLES) or total <= 0 or least < 0:
