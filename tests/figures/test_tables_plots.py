@@ -1,6 +1,7 @@
 """Tables and figures from artefacts of the shape a run writes."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -240,6 +241,22 @@ def test_a_loss_that_falls_far_has_a_log_axis(last, scale):
     (ax,) = plots.plot_training_curves({"a": rows}, ["loss"]).axes
     assert ax.get_yscale() == scale
     assert ("log axis" in ax.get_ylabel()) == (scale == "log")
+
+
+def test_the_label_of_a_panel_stays_off_the_one_at_its_left():
+    rows = [{"step": step, "loss": 1.0, "kl": 0.1, "reward": 1.5} for step in (1, 2)]
+    figure = plots.plot_training_curves({"a": rows}, ["loss", "reward", "kl"])
+    figure.draw_without_rendering()
+    for left, right in itertools.pairwise(figure.axes):
+        label = right.yaxis.label.get_window_extent()
+        assert label.x0 - left.get_window_extent().x1 > label.width
+
+
+@pytest.mark.parametrize(
+    ("entries", "most", "columns"), [(8, 6, 4), (7, 6, 4), (4, 3, 2), (5, 3, 3)]
+)
+def test_the_rows_of_a_legend_are_even(entries, most, columns):
+    assert plots.spread_columns(entries, most) == columns
 
 
 def test_smooth_and_iou_curve_values():

@@ -103,6 +103,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(handle, dpi=144, format="png", bbox_inches="tight")
 
 
+def spread_columns(entries: int, most: int) -> int:
+    """Return how many of `most` columns a legend takes so that its rows are even."""
+    rows = -(-entries // most)
+    return -(-entries // max(1, rows))
+
+
 def count_updates(ax: Axes) -> None:
     """Give the axis of the updates whole numbers."""
     ax.set_xlabel("update")
@@ -139,7 +145,10 @@ def plot_training_curves(
     """
     columns = columns or len(keys)
     panels = -(-len(keys) // columns)
-    figure = drawing.create_figure(max(6.5, 5.2 * columns), 3.8 * panels)
+    # Wider figures would be shrunk on a page, and their letters with them.
+    figure = drawing.create_figure(min(6.5 * columns, 9.6), 3.6 * panels)
+    layout: Any = figure.get_layout_engine()
+    layout.set(wspace=0.08)  # a label stays off the panel at its left
     for place, key in enumerate(keys, start=1):
         ax = figure.add_subplot(panels, columns, place)
         style_axes(ax)
@@ -164,7 +173,7 @@ def plot_training_curves(
     if len(runs) > 1:
         frame: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
         lines = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*lines, ncols=min(3, len(runs)), **frame)
+        figure.legend(*lines, ncols=spread_columns(len(runs), 3), **frame)
     return figure
 
 
@@ -286,7 +295,8 @@ def plot_memory_bars(parts: Mapping[str, Mapping[str, float]]) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="GB", xlim=(0, 1.2 * max(start.max(), 1e-9)))
     if len(sizes) > 1:
-        ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        look = {"ncols": spread_columns(len(sizes), 4), "frameon": False}
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), **look)
     ax.grid(axis="y", visible=False)
     return figure
 
@@ -323,7 +333,7 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     top = 100 if not highest < 80 else 10 * (int(highest) // 10 + 1)
     label = "Acc@0.5, %" if top == 100 else f"Acc@0.5, % (axis to {top})"
     ax.set(ylabel=label, ylim=(0, top))
-    many = min(6, len(models))
+    many = spread_columns(len(models), 6)
     ax.legend(ncols=many, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
 
@@ -342,7 +352,8 @@ def plot_iou_curve(ious: Mapping[str, Sequence[float]]) -> Figure:
         ax.plot(thresholds, share, **look)
     ax.set(xlabel="IoU threshold", ylabel="items at or above it, %")
     ax.set(xlim=(0, 1), ylim=(0, 100))
-    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    many = spread_columns(len(ious), 3)
+    ax.legend(ncols=many, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return figure
 
 
@@ -366,7 +377,8 @@ def plot_kinds(counts: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="share of replies, %", xlim=(0, 100))
     ax.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    many = spread_columns(counts.shape[1], 3)
+    figure.legend(loc="outside upper center", ncols=many, frameon=False)
     return figure
 
 
