@@ -312,7 +312,7 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     """
     columns = [c for c in dict.fromkeys(results["column"]) if c != "Pooled"]
     models = list(dict.fromkeys(results["model"]))
-    figure, ax = create_axes(None, max(6.0, 1.1 * len(columns) + 1), 4.4)
+    figure, ax = create_axes(None, max(6.0, 0.8 * len(columns) + 1), 4.2)
     width = 0.84 / len(models)
     table = results.set_index(["model", "column"])
     style: dict[str, Any] = {"ecolor": "0.25", "elinewidth": 0.9, "capsize": 1.5}
@@ -332,7 +332,7 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
     highest = results["hi"].max()
     top = 100 if not highest < 80 else 10 * (int(highest) // 10 + 1)
     label = "Acc@0.5, %" if top == 100 else f"Acc@0.5, % (axis to {top})"
-    ax.set(ylabel=label, ylim=(0, top))
+    ax.set(ylabel=label, ylim=(0, top), xlim=(-0.55, len(columns) - 0.45))
     many = spread_columns(len(models), 6)
     ax.legend(ncols=many, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
