@@ -33,7 +33,8 @@ from univg_nb.evaluate.generate import (
 from univg_nb.evaluate.predictions import get_settings_path
 from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.evaluate.scoring import score_items, summarize_items
-from univg_nb.fast import sampling
+from univg_nb.fast import sampling, vision_features
+from univg_nb.fast.prompts import split_rows
 
 KILLS = 10
 REAL = os.environ.get("UNIVG_MIG_BENCH")
@@ -88,6 +89,42 @@ def test_sampled_replies_depend_on_seed_and_item_only(loaded, items, tmp_path):
         sampling.noise_seed(s, i, k) for s in (0, 1) for i in (0, 1) for k in (0, 1)
     }
     assert len(seeds) == 8
+
+
+def test_replies_are_the_same_from_kept_features(loaded, items, tmp_path, monkeypatch):
+    keep = tmp_path / "features"
+    for name in ("first", "again"):
+        run(loaded, items, tmp_path / name, keep=keep, max_new_tokens=12)
+        # the next model reads them, and looks at no image
+        monkeypatch.setattr(vision_features, "encode_images", None)
+        monkeypatch.setattr(replies, "encode", None)
+    monkeypatch.undo()
+    run(loaded, items, tmp_path / "plain", max_new_tokens=12)
+    expected = responses(tmp_path / "plain")
+    assert responses(tmp_path / "first") == responses(tmp_path / "again") == expected
+    monkeypatch.setattr(vision_features, "FEATURE_BYTES", 1)  # too many: not kept
+    run(loaded, items, tmp_path / "large", keep=tmp_path / "none", max_new_tokens=12)
+    assert responses(tmp_path / "large") == expected
+    assert not (tmp_path / "none").exists()
+
+
+def test_prompts_with_kept_features_have_the_processor_s_tokens(loaded, items):
+    model, processor = loaded
+    paths = {path for one in items for path in one.images}
+    pixels = {
+        path: vision_features.preprocess_images(processor, [path]) for path in paths
+    }
+    features = {
+        path: (vision_features.encode_images(model.model, *image)[0], image[1])
+        for path, image in pixels.items()
+    }
+    inputs = replies.encode(processor, items)
+    counts = [len(one.images) for one in items]
+    rows = split_rows(groups=range(len(items)), num_images=counts, **inputs)
+    made = replies.make_prompts(processor, items, "univg", features)
+    for (wanted, _), prompt in zip(rows, made, strict=True):
+        assert prompt.ids.equal(wanted.ids)
+        assert prompt.token_types.equal(wanted.token_types)
 
 
 def test_a_run_cut_anywhere_ends_as_an_undisturbed_one(loaded, items, tmp_path):

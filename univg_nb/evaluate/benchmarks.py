@@ -41,6 +41,7 @@ ZERO_SHOT_FILES = {
     "video": "reasonvos_file",
     "revos": "revos_file",
 }
+FEATURES = "vision_features"  # folder of a run: features of images, of all its models
 ZERO_SHOT = tuple(ZERO_SHOT_FILES)
 # Each model is asked as it was trained to be asked: the base as the paper asks its
 # baselines (docs/paper_facts.md#prompts), the control without chains by the question.
@@ -173,7 +174,9 @@ def evaluate(
         facts = {"model": model, "stage": stage, "records": bench.records.name}
         facts |= {"records_sha256": bench.sha256}
         section = adapt_model_section(run.config, bench.records)
-        how = GenerationOptions(get_style(model), **run.config["evaluate"])
+        how = GenerationOptions(
+            get_style(model), **run.config["evaluate"], keep=run.dir / FEATURES
+        )
         work = network, models.load_processor(section), bench.items, out, how
         try:
             generate(*work, fresh=fresh, facts=facts)

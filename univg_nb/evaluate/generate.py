@@ -51,6 +51,12 @@ from univg_nb.evaluate.predictions import (
 from univg_nb.evaluate.score import Benchmark
 from univg_nb.evaluate.served import ServedModel
 from univg_nb.fast.sampling import noise_seed
+from univg_nb.fast.vision_features import (
+    EncodedImage,
+    features_fit,
+    get_feature_width,
+    vision_features,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,8 @@ class GenerationOptions:
         batch_size: replies generated together; it does not change them.
         temperature: 0 is greedy; above it replies are sampled.
         seed: of sampling; each item has noise of its own.
+        keep: folder for the features of images, on a CPU, where the tower is a third of
+            the work: models with the same vision tower share them. None keeps nothing.
     """
 
     style: str = "univg"
@@ -80,6 +88,7 @@ class GenerationOptions:
     batch_size: int = 64
     temperature: float = 0.0
     seed: int = 0
+    keep: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option out of range."""
@@ -130,6 +139,9 @@ def generate(
         _warn_of_unknown_targets([samples[i] for i in indices])
     reply: Any = served.reply if isinstance(model, ServedModel) else replies.reply
     how = {key: settings[key] for key in ("style", "max_new_tokens", "temperature")}
+    if isinstance(model, PreTrainedModel) and options.keep:
+        asked = [samples[i] for i in indices]
+        how["features"] = _find_features(model, processor, asked, options.keep)
 
     def answer(batch: list[int]) -> list[dict[str, Any]]:
         """Return a batch's rows; the seed tells sampled replies to an item apart."""
@@ -175,6 +187,30 @@ def generate(
     }
 
 
+def _find_features(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[GroundingSample],
+    keep: Path,
+) -> Mapping[str, EncodedImage] | None:
+    """Return features of all images, or None on a GPU and where they do not fit."""
+    if model.device.type != "cpu":
+        return None
+    rows = [
+        {
+            "images": one.images,
+            "image_tokens": [
+                count_image_tokens(path, processor, one.id) for path in one.images
+            ],
+        }
+        for one in samples
+    ]
+    if not features_fit(rows, get_feature_width(model.config)):
+        return None
+    paths = [path for one in samples for path in one.images]
+    return vision_features(model, processor, paths, keep)
+
+
 def _warn_of_unknown_targets(samples: Sequence[GroundingSample]) -> None:
     """Warn of replies whose pixels may be read in the wrong image."""
     if unknown := sum(find_target_image(sample) is None for sample in samples):
@@ -211,7 +247,8 @@ def _collect_settings(
         "image_size": dict(processor.image_processor.size),
         "items_hash": hash_items(samples),
     }
-    del settings["batch_size"]  # replies do not depend on it
+    for name in ("batch_size", "keep"):  # replies do not depend on them
+        del settings[name]
     if isinstance(model, ServedModel):
         convention = model.convention
     else:

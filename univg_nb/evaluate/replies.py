@@ -4,9 +4,10 @@ A reply does not depend on its batch, up to float rounding: positions are comput
 without padding, and noise is drawn for each reply (`fast.sampling`, as in rollouts).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 
+import torch
 from transformers import (
     BatchFeature,
     GenerationConfig,
@@ -22,7 +23,8 @@ from univg_nb.data.sample import GroundingSample
 from univg_nb.evaluate.predictions import Reply, convert_reply
 from univg_nb.families import get_side
 from univg_nb.fast import sampling
-from univg_nb.fast.prompts import split_rows
+from univg_nb.fast.prompts import Prompt, split_rows
+from univg_nb.fast.vision_features import EncodedImage, GivenFeatures
 
 
 def render_prompt(
@@ -56,6 +58,28 @@ def encode(
     )
 
 
+def make_prompts(
+    processor: ProcessorMixin,
+    samples: Sequence[GroundingSample],
+    style: str,
+    features: Mapping[str, EncodedImage],
+) -> list[Prompt]:
+    """Return the prompts of samples whose images' features are known, by path.
+
+    They have the tokens of `encode`.
+    """
+    marker = processor.image_token_id
+    texts = [render_prompt(processor, sample, style) for sample in samples]
+    made = []
+    for sample, row in zip(samples, processor.tokenizer(texts).input_ids, strict=True):
+        images = [features[path] for path in sample.images]
+        sizes = iter([len(feature) for feature, _ in images])
+        runs = ([one] * (next(sizes) if one == marker else 1) for one in row)
+        ids = torch.tensor([token for run in runs for token in run])
+        made.append(Prompt(ids, (ids == marker).long(), images))
+    return made
+
+
 def reply(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -65,6 +89,7 @@ def reply(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seeds: Sequence[int] = (),
+    features: Mapping[str, EncodedImage] | None = None,
 ) -> list[Reply]:
     """Generate one reply to each sample, all in one batch.
 
@@ -72,16 +97,22 @@ def reply(
     replies that return are as this project writes them.
     The model is in eval mode meanwhile: with dropout, replies would depend on chance.
     `generate.GenerationOptions` describes the options; sampling needs a seed for each
-    sample.
+    sample. `features` are of all images, by path, for a model on the CPU.
 
     Raises:
         ValueError: if an image cannot be read.
     """
-    boxes = get_convention(models.get_base_model(model).config, processor)
+    base = models.get_base_model(model)
+    boxes = get_convention(base.config, processor)
     asked = [boxes.ask(sample) for sample in samples]
-    inputs = encode(processor, asked, style).to(model.device)
-    counts = [len(sample.images) for sample in samples]
-    groups = split_rows(groups=range(len(samples)), num_images=counts, **inputs)
+    if features is None:
+        inputs = encode(processor, asked, style).to(model.device)
+        counts = [len(sample.images) for sample in samples]
+        rows = split_rows(groups=range(len(samples)), num_images=counts, **inputs)
+        asked_prompts, vision = [prompt for prompt, _ in rows], None
+    else:
+        asked_prompts = make_prompts(processor, asked, style, features)
+        vision = GivenFeatures(base.model)
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
     banned = sampling.get_vision_token_ids(processor)
@@ -96,10 +127,11 @@ def reply(
     model.eval()
     made = sampling.sample_replies(
         model,
-        [prompt for prompt, _ in groups],
+        asked_prompts,
         1,
         config,
         seeds if temperature else (),
+        vision,
     )
     model.train(training)
     ids = [tokens for (tokens,) in made]

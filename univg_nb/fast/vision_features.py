@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
 from tqdm.auto import tqdm
@@ -73,6 +72,14 @@ class VisionCache:
             oldest = next(iter(self._kept))
             self.used_bytes -= self._kept.pop(oldest).nbytes
         return features
+
+
+class GivenFeatures(VisionCache):
+    """The same where images come as features already, as of `vision_features`."""
+
+    def get_features(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Return `pixels`, which are features."""
+        return pixels
 
 
 def encode_images(backbone: Module, pixels: Tensor, grids: Tensor) -> list[Tensor]:
@@ -207,7 +214,7 @@ def vision_features(
     return KeptFeatures(file, distinct, torch.load(about_file))
 
 
-def features_fit(dataset: Dataset, width: int) -> bool:
+def features_fit(dataset: Iterable[Mapping[str, Any]], width: int) -> bool:
     """Return whether the features of a data set's images fit in FEATURE_BYTES.
 
     Its rows have `images` (paths) and `image_tokens` (of each); `width` is that of
