@@ -59,7 +59,9 @@ def test_every_arm_takes_the_rate_of_the_one_trained_its_way(tmp_path):
 def test_a_plan_raises_the_numbers_of_the_file(tmp_path):
     io.write_json(tmp_path / PLAN, {"seeds": 7, "items": 100})
     study = read_study(run_dir=tmp_path)
-    assert (study.seeds, study.items) == (7, read_study().items)
+    assert (study.seeds, study.items) == (5, read_study().items)
+    seeds = {a.name: s + 1 for a, s in study.list_jobs(["grpo_exp", "grpo_log"])}
+    assert seeds == {"grpo_exp": 7, "grpo_log": 5}
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def plan(run_dir: Path, study: Study, variance: Sequence[float] | None) -> None:
             )
         spread, source = power.estimate_spread(effect), " - ".join(pair)
         source += f", {effect.seeds} seeds, {effect.items} items"
-    seconds = outcomes.measure_seconds(found, study).values()
-    train, answer = (sum(column) for column in zip(*seconds, strict=True))
-    goal = study.plan
+    goal, took = study.plan, outcomes.measure_seconds(found, study)
+    pair_took = [took[name] for name in goal.pair]
+    train, answer = (sum(column) for column in zip(*pair_took, strict=True))
     made, table = power.make_plan(
         spread, goal, study.seeds, study.items, (train, answer)
     )
@@ -101,7 +101,10 @@ def run_jobs(run_dir: Path, study: Study, options: argparse.Namespace) -> bool:
         for arm, seed in study.list_jobs(options.only, options.seeds)
         if not outcomes.read_outcome(run_dir, study, arm, seed)
     ]
-    whole, slots = True, [{"OMP_NUM_THREADS": "1"}] * options.jobs
+    one = {"OMP_NUM_THREADS": "1"}
+    slots = [one | {"CUDA_VISIBLE_DEVICES": ""}] * (options.jobs - options.gpu_jobs)
+    slots += [one] * min(options.jobs, options.gpu_jobs)
+    whole = True
     for late in (False, True):  # those that need another arm come last
         commands = {
             f"{arm.name}_{seed}": [*command, "--only", arm.name, "--seeds", str(seed)]
@@ -124,6 +127,12 @@ def parse_options(typed: Sequence[str]) -> argparse.Namespace:
     add("--only", nargs="+", default=[], metavar="ARM", help="run only these arms")
     add("--seeds", type=count, nargs="+", default=[], help="run only these seeds")
     add("--jobs", type=config.within(int, 1), default=2, help="at a time (default: 2)")
+    add(
+        "--gpu-jobs",
+        type=config.within(int, 0),
+        default=10_000,
+        help="so many of them see the GPU, the others only a core (default: all)",
+    )
     add("--out", type=config.output_folder, help="of the result")
     add("--job", action="store_true", help=argparse.SUPPRESS)  # a process of run_jobs
     names = ("ITEMS", "SEEDS", "REST")

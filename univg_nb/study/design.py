@@ -58,7 +58,8 @@ class Rates:
 class Study:
     """A study; `read_study` makes it. `items` are of all tasks together.
 
-    `chosen` has the learning rates that `study rates` chose, by arm.
+    `pair_seeds` are the seeds of the two arms whose difference must be seen, `seeds`
+    those of the others. `chosen` has the learning rates of `study rates`, by arm.
     """
 
     scale: str
@@ -68,6 +69,7 @@ class Study:
     set: tuple[str, ...] = ()
     start: str = "shipped"
     seeds: int = 5
+    pair_seeds: int = 0
     items: int = 2000
     claims: dict[str, str] = field(default_factory=dict)
     rates: Rates = Rates()
@@ -77,6 +79,10 @@ class Study:
     def per_task(self) -> int:
         """Test items of each task, so that there are at least `items`."""
         return -(-self.items // len(TASKS))
+
+    def count_seeds(self, arm: Arm) -> int:
+        """Return how many seeds an arm is trained with."""
+        return max(self.seeds, self.pair_seeds if arm.name in self.plan.pair else 0)
 
     def find_rate(self, arm: Arm) -> float | None:
         """Return the learning rate that was chosen for an arm, if any was.
@@ -106,14 +112,17 @@ class Study:
                 raise ValueError(f"the study has no arm {name!r}{hint}")
         chosen = [arm for arm in self.arms.values() if not only or arm.name in only]
         jobs = [(arm, 0) for arm in chosen if not arm.train]
-        seeds = seeds or range(self.seeds)
-        return jobs + [(arm, seed) for seed in seeds for arm in chosen if arm.train]
+        numbers = {arm.name: self.count_seeds(arm) for arm in chosen}
+        for seed in seeds or range(max(numbers.values(), default=0)):
+            here = [a for a in chosen if a.train and (seeds or seed < numbers[a.name])]
+            jobs += [(arm, seed) for arm in here]
+        return jobs
 
 
 def read_study(path: str | Path = DEFAULT, run_dir: Path | None = None) -> Study:
     """Read a study, and what is in `run_dir`: learning rates, and a plan.
 
-    The plan may raise the numbers of seeds and items.
+    The plan may raise the seeds of its pair and the number of items.
 
     Raises ValueError, naming the file and the key, for what a study cannot have.
     """
@@ -132,7 +141,8 @@ def read_study(path: str | Path = DEFAULT, run_dir: Path | None = None) -> Study
     study = _make(Study, content | parts, str(path))
     file = run_dir / PLAN if run_dir else None
     plan = io.read_json(file) if file and file.is_file() else {}
-    numbers = {k: max(getattr(study, k), plan.get(k, 0)) for k in ("seeds", "items")}
+    numbers = {"items": max(study.items, plan.get("items", 0))}
+    numbers["pair_seeds"] = max(study.pair_seeds, plan.get("seeds", 0))
     file = run_dir / RATES if run_dir else None
     found = io.read_json(file)["chosen"] if file and file.is_file() else {}
     return replace(study, **numbers, chosen=found)

@@ -182,7 +182,8 @@ def report_status(run_dir: Path, study: Study, at_once: int) -> str:
     count = sum(map(len, found.values()))
     lines = [
         f"# Study: {count} of {len(jobs)} done, {left:.1f} hours left",
-        f"\n{study.seeds} seeds, {study.items} items; {at_once} at a time.\n",
+        f"\n{study.seeds} seeds, {max(study.seeds, study.pair_seeds)} of "
+        f"{' and '.join(study.plan.pair)}, {study.items} items; {at_once} at a time.\n",
         "| arm | done | running | left | minutes a seed |\n|---|---|---|---|---|",
     ]
     for name, cells in places.items():

@@ -81,7 +81,7 @@ def make_plan(
         goal: what must be seen.
         seeds: at least so many.
         items: at least so many, of all tasks.
-        seconds: of one seed of all arms: the trainings, and the answers to one item.
+        seconds: of one seed of both arms: the trainings, and the answers to one item.
 
     Returns:
         The plan; and for numbers of seeds the items they take, the half-width and the
