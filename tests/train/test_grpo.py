@@ -232,18 +232,22 @@ def test_only_the_adapter_trains(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "start"),
     [
-        {},  # a generation for every update, two updates an epoch
+        ({}, "sft"),  # a generation for every update, two updates an epoch
+        ({}, "base"),  # all language weights, as from the shipped stage 1
         # Checkpoints fall between the updates that use the same replies.
-        {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
-        | {"per_device_train_batch_size": G, "num_iterations": 2},
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+            | {"per_device_train_batch_size": G, "num_iterations": 2},
+            "sft",
+        ),
     ],
 )
-def test_resume_is_exact(folder, tmp_path, options):
-    """Sampler, generators, replies to be used again, optimizer, metrics."""
+def test_resume_is_exact(folder, tmp_path, options, start):
+    """Weights, sampler, generators, replies to be used again, optimizer, metrics."""
     config = make_config(folder, max_steps=6, **options)
-    job = {"sft_adapter": folder / "sft"}
+    job = {"sft_adapter": folder / start}
     rows = make_samples(folder)
     grpo.train(config, tmp_path / "whole", rows, **job)
     expected = what_was_learned(tmp_path / "whole")

@@ -281,6 +281,27 @@ def test_resume_is_exact(trained, model_cfg, data, tmp_path, monkeypatch, stop):
     assert made == pytest.approx(batch, rel=0.1)
 
 
+def test_a_whole_model_resumes_from_its_own_weights(
+    model_cfg, data, tmp_path, monkeypatch
+):
+    """transformers writes other names into the file than its Trainer looks for."""
+    config = scale(model_cfg, adapter="none", save_strategy="steps", save_steps=2)
+    sft.train(config, tmp_path / "whole", data)
+    build = sft.build_trainer
+
+    def interrupted(*args):
+        trainer = build(*args)
+        trainer.add_callback(Kill(3))
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "build_trainer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft.train(config, tmp_path / "cut", data)
+    sft.train(config, tmp_path / "cut", data)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signal", "method", "at"),

@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from torch.nn import Module
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -278,6 +279,15 @@ def run_training(
         "parameters": models.count_parameters(trainer.model),
         "fingerprint": fingerprint,
     }
+
+
+def load_whole(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load the weights of a checkpoint into a model that trains as a whole.
+
+    The Trainer looks for the model's names in the file, where transformers writes
+    others: with a warning it would go on from the weights that training began with.
+    """
+    model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
 def describe_resume(checkpoint: Path) -> str:

@@ -18,12 +18,13 @@ import transformers
 from accelerate.utils import gather_object
 from packaging.version import Version
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from univg_nb import io
 from univg_nb.data.conventions import PLAIN, BoxConvention, Pictures
 from univg_nb.fast.trainer import SharedPrefixGRPOTrainer
-from univg_nb.train import rollouts
+from univg_nb.train import checkpoints, rollouts
 from univg_nb.train.difficulty import (
     BINS,
     difficulty_bin,
@@ -258,6 +259,9 @@ class DifficultyGRPOTrainer(SharedPrefixGRPOTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Load as the Trainer does, which before 5.23 loads "ref" for the adapter."""
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            checkpoints.load_whole(self.model, checkpoint)
+            return
         super()._load_from_checkpoint(checkpoint, model)
         older = Version(transformers.__version__) < Version("5.23")
         if older and (Path(checkpoint) / "ref").is_dir():

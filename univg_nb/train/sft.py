@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from univg_nb import io, models
@@ -64,6 +64,12 @@ class GroundingSFTTrainer(SFTTrainer):
         size = self.args.train_batch_size * micro_batches
         lengths = list(self.train_dataset["length"])
         return LengthGroupedBatches(lengths, size, self.args.seed)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            checkpoints.load_whole(self.model, checkpoint)
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
 
     def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
         """Count tokens, then do TRL's step."""
