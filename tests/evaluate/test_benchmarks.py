@@ -50,6 +50,18 @@ def test_an_interrupted_evaluation_of_a_run_is_continued(run):
     assert "kept" not in out.read_text()
 
 
+def test_a_sampled_benchmark_has_the_same_items_and_other_replies(run):
+    run.config["evaluate"]["max_new_tokens"] = 8
+    run.config["grpo"]["temperature"] = 3.0
+    scores = benchmarks.evaluate(run, "base", ["mig", "mig_sampled"])
+    assert scores["mig"]["pooled"]["n"] == scores["mig_sampled"]["pooled"]["n"] == 3
+    greedy, sampled = (benchmarks.read_replies(run, "base", name) for name in scores)
+    assert greedy.keys() == sampled.keys() and greedy != sampled
+    out = benchmarks.get_predictions_path(run, "base", "mig_sampled")
+    settings = io.read_json(out.with_name("predictions.settings.json"))
+    assert settings["temperature"] == 3.0
+
+
 def test_a_late_benchmark_is_looked_at_before_the_first_is_generated(run, items):
     gone = dataclasses.replace(items[0], id="gone", images=("no.png",))
     files.write([items[0], gone], run.dir / "data" / "own.json", "mig_bench")

@@ -5,6 +5,7 @@ A model is called after the stage that trained it, a benchmark after its folder 
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ ZERO_SHOT_FILES = {
     "video": "reasonvos_file",
     "revos": "revos_file",
 }
+# A benchmark of this ending has the items of the one without it, answered once each by
+# sampling as in GRPO's rollouts, not greedily.
+SAMPLED = "_sampled"
 FEATURES = "vision_features"  # folder of a run: features of images, of all its models
 ZERO_SHOT = tuple(ZERO_SHOT_FILES)
 # Each model is asked as it was trained to be asked: the base as the paper asks its
@@ -108,13 +112,13 @@ def find_chains(run: Run) -> Path:
 
 def load_benchmark(run: Run, name: str) -> Benchmark:
     """Read a benchmark of the run; ValueError if the run has no file of it."""
-    known = find_files(run)
-    if name not in known:
+    known, file = find_files(run), name.removesuffix(SAMPLED)
+    if file not in known:
         raise ValueError(
             f"benchmark {name!r}: scale {run.scale!r} names no file for it; it has "
             f"{', '.join(known)}"
         )
-    return Benchmark.read(known[name], get_image_root(run), name)
+    return Benchmark.read(known[file], get_image_root(run), name)
 
 
 def list_models(run: Run) -> list[str]:
@@ -142,9 +146,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one of `list_models` on benchmarks of `find_files`.
 
-    Replies are greedy and read by the answer parser. What an interrupted call left is
-    continued, if model and settings are still the same; else, and with `fresh`, all is
-    generated again, and the old file is kept in replaced/.
+    Replies are greedy (but see `SAMPLED`) and read by the answer parser. What an
+    interrupted call left is continued, if model and settings are still the same; else,
+    and with `fresh`, all is generated again, and the old file is kept in replaced/.
 
     Returns:
         The content of scores.json for each benchmark by name.
@@ -177,6 +181,8 @@ def evaluate(
         how = GenerationOptions(
             get_style(model), **run.config["evaluate"], keep=run.dir / FEATURES
         )
+        if bench.name.endswith(SAMPLED):
+            how = replace(how, temperature=run.config["grpo"].get("temperature", 1.0))
         work = network, models.load_processor(section), bench.items, out, how
         try:
             generate(*work, fresh=fresh, facts=facts)
