@@ -31,34 +31,22 @@ _MAX_REFUSED = 5  # in a row: then the request is wrong, not a sample
 
 @dataclass(frozen=True)
 class Teacher:
-    """Where the teacher is and how it is asked. Holds no secret.
+    """Where the teacher is and how it is asked. Holds no secret."""
 
-    Attributes:
-        base_url: as the openai client takes it, such as "http://127.0.0.1:8000/v1".
-        model: name of the model at the endpoint.
-        key_variable: environment variable with the key. A server on this machine needs
-            none.
-        candidates: replies drawn for each sample (3 in the paper).
-        concurrency: samples at work at once.
-        temperature: of the candidates; the selection is greedy.
-        max_tokens: limit on new tokens of a reply.
-        retries: of a request that met a busy or failing server; the waits grow to 8 s,
-            or are what the server asks for.
-        timeout: seconds that a request may take.
-        max_pixels: larger images are sent smaller.
-        price: of a million prompt tokens and of a million new tokens, any currency.
-    """
-
-    base_url: str
-    model: str
+    base_url: str  # as the openai client takes it: "http://127.0.0.1:8000/v1"
+    model: str  # its name at the endpoint
+    # Environment variable with the key. A server on this machine needs none.
     key_variable: str = "OPENAI_API_KEY"
-    candidates: int = 3
-    concurrency: int = 8
-    temperature: float = 0.9
-    max_tokens: int = 1024
+    candidates: int = 3  # replies drawn for each sample, as in the paper
+    concurrency: int = 8  # samples at work at once
+    temperature: float = 0.9  # of the candidates; the selection is greedy
+    max_tokens: int = 1024  # limit on new tokens of a reply
+    # Of a request that met a busy or failing server. The waits grow to 8 s, or are what
+    # the server asks for.
     retries: int = 6
-    timeout: float = 120.0
-    max_pixels: int = 1_003_520
+    timeout: float = 120.0  # seconds that a request may take
+    max_pixels: int = 1_003_520  # larger images are sent smaller
+    # Of a million prompt tokens and of a million new tokens, in any currency.
     price: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:

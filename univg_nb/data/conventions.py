@@ -33,33 +33,21 @@ _Change = Callable[[Sequence[float], Sequence[int]], list[int]]
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a sample as its model sees them.
+    """The pictures of a sample as its model sees them."""
 
-    Attributes:
-        sizes: (width, height) of each after resizing; empty where nothing needs them.
-        target: number of the one that holds the target, from 1; None if nothing tells.
-    """
-
+    # (width, height) of each after resizing; empty where nothing needs them.
     sizes: Sequence[Sequence[int]] = ()
-    target: int | None = None
+    target: int | None = None  # that holds the target, from 1; None if nothing tells
 
 
 @dataclass(frozen=True)
 class BoxConvention:
-    """How a model writes boxes; `get_convention` chooses it.
+    """How a model writes boxes; `get_convention` chooses it."""
 
-    Attributes:
-        pixels: whether numbers are pixels of the resized picture, not thousandths.
-        json: whether replies may be JSON with `bbox_2d`, in a fence or not.
-        side: pixels of a token's side (patch size x merged patches).
-        min_pixels: least pixels of a resized picture, as its processor has it.
-        max_pixels: most pixels of a resized picture.
-    """
-
-    pixels: bool = False
-    json: bool = False
-    side: int = SIDE
-    min_pixels: int = 3136
+    pixels: bool = False  # numbers are pixels of the resized picture, not thousandths
+    json: bool = False  # replies may be JSON with `bbox_2d`, in a fence or not
+    side: int = SIDE  # pixels of a token's side (patch size x merged patches)
+    min_pixels: int = 3136  # of a resized picture, as its processor has it
     max_pixels: int = 12_845_056
 
     def locate(self, sample: GroundingSample) -> Pictures:

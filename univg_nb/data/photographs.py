@@ -21,19 +21,12 @@ _WINDOW = 0.75  # width of the moved window, as a share of the picture
 
 
 class Photograph(NamedTuple):
-    """A photograph of scikit-image, and a thing in it.
+    """A photograph of scikit-image, and a thing in it."""
 
-    Attributes:
-        name: function of `skimage.data`.
-        thing: what is at `box`.
-        box: x1, y1, x2, y2 of the thing, in pixels.
-        source: who made the picture and its license.
-    """
-
-    name: str
-    thing: str
-    box: tuple[int, int, int, int]
-    source: str
+    name: str  # function of `skimage.data`
+    thing: str  # what is at `box`
+    box: tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
+    source: str  # who made the picture, and its license
 
 
 PHOTOGRAPHS = (

@@ -12,22 +12,15 @@ from univg_nb.io import config_hash, read_json, read_jsonl
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply of a model.
+    """A reply of a model."""
 
-    Attributes:
-        text: without special tokens; boxes in thousandths, in the paper's notation.
-        truncated: whether it ended at the limit and not with an end token.
-        tokens: their number, the end token included; 0 if it was not recorded.
-        foreign: whether it is from a file without settings, which `generate` did not
-            write: nothing says in which unit its boxes are.
-        written: the model's own text where converting its boxes changed it, else "".
-    """
-
-    text: str
-    truncated: bool = False
-    tokens: int = 0
+    text: str  # without special tokens; boxes in thousandths, in the paper's notation
+    truncated: bool = False  # it ended at the limit and not with an end token
+    tokens: int = 0  # their number, the end token included; 0 if it was not recorded
+    # From a file without settings, which `generate` did not write: nothing says in
+    # which unit its boxes are.
     foreign: bool = False
-    written: str = ""
+    written: str = ""  # the model's own text where converting its boxes changed it
 
 
 def convert_reply(

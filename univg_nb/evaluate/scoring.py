@@ -35,21 +35,14 @@ KINDS = (*_LEAST_IOU, "no usable box")
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How replies are read and compared with the target.
+    """How replies are read and compared with the target."""
 
-    Attributes:
-        parser: "answer" or "released" (`boxes.parse_box`).
-        rule: "one" released box, or the best of "any" (docs/paper_facts.md#e8).
-        stretch: stretch boxes as for Migician's published row (`boxes.stretch_box`).
-        allow_missing: leave out items without a reply instead of refusing them.
-        convention: how boxes are written in files that `generate` did not write.
-    """
-
-    parser: Literal["answer", "released"] = "answer"
+    parser: Literal["answer", "released"] = "answer"  # see `boxes.parse_box`
+    # The one released box, or the best of any (docs/paper_facts.md#e8).
     rule: Literal["one", "any"] = "one"
-    stretch: bool = False
-    allow_missing: bool = False
-    convention: BoxConvention | None = None
+    stretch: bool = False  # as for Migician's published row (`boxes.stretch_box`)
+    allow_missing: bool = False  # leave out items without a reply, not refuse them
+    convention: BoxConvention | None = None  # of files that `generate` did not write
 
 
 DEFAULT_OPTIONS = ScoringOptions()
@@ -57,23 +50,15 @@ DEFAULT_OPTIONS = ScoringOptions()
 
 @dataclass(frozen=True)
 class ItemScore:
-    """The score of one item; a row of "items" in scores.json.
+    """The score of one item; a row of "items" in scores.json."""
 
-    Attributes:
-        index: position of the item in the records file, which has its id and task.
-        iou: IoU of the box with the target, 0..1.
-        status: the parser's, or "truncated" for a cut-off reply without a box.
-        box: the box that was read, on 0..1000, or None.
-        truncated: whether the reply ran out of tokens.
-    """
-
-    index: int
+    index: int  # position of the item in the records file, which has its id and task
     id: str
     task: str
-    iou: float
-    status: str
-    box: Box | None
-    truncated: bool
+    iou: float  # of the box with the target, 0..1
+    status: str  # the parser's, or "truncated" for a cut-off reply without a box
+    box: Box | None  # that was read, on 0..1000
+    truncated: bool  # the reply ran out of tokens
 
 
 def score_items(

@@ -26,16 +26,10 @@ from univg_nb.fast.vllm import resize_image
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model behind an OpenAI-compatible endpoint.
+    """A model behind an OpenAI-compatible endpoint; OPENAI_API_KEY may hold a key."""
 
-    Attributes:
-        base_url: such as "http://127.0.0.1:8000/v1"; OPENAI_API_KEY may hold a key.
-        model: its name at the endpoint: for vLLM the folder or hub name it serves.
-        convention: how it writes boxes.
-    """
-
-    base_url: str
-    model: str
+    base_url: str  # such as "http://127.0.0.1:8000/v1"
+    model: str  # its name at the endpoint: for vLLM the folder or hub name it serves
     convention: BoxConvention = PLAIN
 
 

@@ -60,23 +60,14 @@ def find_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is spread, and what a row holds.
+    """How a training is spread, and what a row holds."""
 
-    Attributes:
-        strategy: one of STRATEGIES.
-        processes: in all.
-        tokens: of the longest row, prompt and reply; decides the memory.
-        reply: tokens of the reply among them (GRPO keeps logits for these only).
-        images: image tokens among them; four patches of the vision tower each.
-        typical: tokens of a usual row, reply included; decides the time.
-    """
-
-    strategy: str
-    processes: int
-    tokens: int
-    reply: int
-    images: int
-    typical: int
+    strategy: str  # one of STRATEGIES
+    processes: int  # in all
+    tokens: int  # of the longest row, prompt and reply; decides the memory
+    reply: int  # tokens of the reply among them (GRPO keeps logits for these only)
+    images: int  # image tokens among them; four patches of the vision tower each
+    typical: int  # tokens of a usual row, reply included; decides the time
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

@@ -34,25 +34,15 @@ Option = TypeVar("Option")
 
 @dataclass
 class Draft:
-    """What a task makes of random numbers.
+    """What a task makes of random numbers."""
 
-    Attributes:
-        scenes: the scenes behind the images.
-        question: text of the question.
-        steps: the reasoning chain without its last sentence; None for no chain.
-        target: the thing that is asked for.
-        target_image: number of the image that holds it, counted from 1.
-        images: what is shown; by default the rendered scenes.
-        part: the part of the target that is asked for; "" for the whole.
-    """
-
-    scenes: Sequence[Scene]
+    scenes: Sequence[Scene]  # behind the images
     question: str
-    steps: str | None
-    target: Thing
-    target_image: int = 1
-    images: Sequence[Image.Image] = ()
-    part: str = ""
+    steps: str | None  # the chain without its last sentence; None for no chain
+    target: Thing  # what is asked for
+    target_image: int = 1  # the image that holds it, counted from 1
+    images: Sequence[Image.Image] = ()  # by default the rendered scenes
+    part: str = ""  # of the target, that is asked for; "" for the whole
 
     def __post_init__(self) -> None:
         self.images = self.images or [render(scene) for scene in self.scenes]
@@ -89,17 +79,11 @@ def choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws what a task is made of, at random.
-
-    Attributes:
-        rng: source of random numbers.
-        level: one of `LEVELS`.
-        split: train, val or test; `move_to_split` and `sample_scene` keep to it.
-    """
+    """Draws what a task is made of, at random."""
 
     rng: np.random.Generator
-    level: str
-    split: str
+    level: str  # one of `LEVELS`
+    split: str  # train, val or test; `move_to_split` and `sample_scene` keep to it
 
     def choose(self, options: Sequence[Option]) -> Option:
         """Return one of `options`, all equally likely."""

@@ -13,18 +13,13 @@ from univg_nb.minimig.scenes import make_rng
 
 
 class Task(NamedTuple):
-    """A task: the function that draws its items, and their stream of random numbers.
-
-    Attributes:
-        draw: function of a `Sampler`.
-        stream: 0..15, different for every task. It fixes the task's items: a new task
-            takes the next free number, and none is ever changed or used again.
-        cot: whether a chain is asked for.
-    """
+    """A task: the function that draws its items, and their stream of random numbers."""
 
     draw: Callable[[Sampler], Draft]
+    # 0..15, different for every task. It fixes the task's items: a new task takes the
+    # next free number, and none is ever changed or used again.
     stream: int
-    cot: bool = True
+    cot: bool = True  # a chain is asked for
 
 
 # The tasks of both training stages and of the benchmark file; a new task is added here.
@@ -52,19 +47,12 @@ _NUM_STREAMS = 16
 
 @dataclass(frozen=True)
 class Item:
-    """A sample with its images.
+    """A sample with its images."""
 
-    Attributes:
-        sample: the sample; its image paths are relative to the data folder.
-        images: the images at these paths.
-        level: easy, medium or hard.
-        draft: the scenes behind the images, and the target.
-    """
-
-    sample: GroundingSample
-    images: tuple[Image.Image, ...]
-    level: str
-    draft: Draft
+    sample: GroundingSample  # its image paths are relative to the data folder
+    images: tuple[Image.Image, ...]  # at these paths
+    level: str  # easy, medium or hard
+    draft: Draft  # the scenes behind the images, and the target
 
 
 def make(task: str, seed: int, split: str, index: int) -> Item:

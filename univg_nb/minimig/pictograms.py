@@ -113,21 +113,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of one kind of thing.
+    """What is known of one kind of thing."""
 
-    Attributes:
-        use: completes "something that ...".
-        need: completes "I need to ...".
-        parts: named parts.
-        shapes: what is drawn, from back to front: a method of `Pen` and its first
-            argument, then the other arguments by name.
-        substitutes: other kinds that a person might accept for the same use or need.
-    """
-
-    use: str
-    need: str
+    use: str  # completes "something that ..."
+    need: str  # completes "I need to ..."
     parts: dict[str, Part]
+    # What is drawn, from back to front: a method of `Pen` and its first argument, then
+    # the other arguments by name.
     shapes: tuple[dict[str, Any], ...]
+    # Other kinds that a person might accept for the same use or need.
     substitutes: tuple[str, ...] = ()
 
 

@@ -78,17 +78,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in drawing order (later ones in front) at a place.
-
-    Attributes:
-        things: what the scene shows.
-        place: one of `PLACES`.
-        tint: shade of the ground, 0..3.
-    """
+    """Things in drawing order (later ones in front) at a place."""
 
     things: tuple[Thing, ...]
-    place: str = "clear"
-    tint: int = 0
+    place: str = "clear"  # one of `PLACES`
+    tint: int = 0  # shade of the ground, 0..3
 
     @property
     def split(self) -> str:

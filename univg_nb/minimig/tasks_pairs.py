@@ -95,23 +95,14 @@ def draw_refer_grounding(sampler: Sampler) -> Draft:
 
 @dataclass(frozen=True)
 class Need:
-    """A need that image 1 shows, by its place or by a thing, and what answers it.
+    """A need that image 1 shows, by its place or by a thing, and what answers it."""
 
-    Attributes:
-        answers: kinds that answer it; image 2 shows one of them.
-        reason: the chain's sentence on why `{}` (the kind with its article) is right.
-        group: which questions ask for it, a key of `REASONING`.
-        place: place of image 1.
-        kind: kind of the thing in image 1; None if the place shows the need.
-        rivals: kinds that a person might accept too; neither image shows them.
-    """
-
-    answers: tuple[str, ...]
-    reason: str
-    group: str
-    place: str = "clear"
-    kind: str | None = None
-    rivals: tuple[str, ...] = ()
+    answers: tuple[str, ...]  # kinds that answer it; image 2 shows one of them
+    reason: str  # the chain's sentence on why `{}` (kind with article) is right
+    group: str  # which questions ask for it, a key of `REASONING`
+    place: str = "clear"  # of image 1
+    kind: str | None = None  # of the thing in image 1; None if the place shows the need
+    rivals: tuple[str, ...] = ()  # a person might accept them: neither image has one
 
 
 _PAIRS = io.read_asset("minimig/pairs.yaml")
