@@ -22,16 +22,9 @@ class WrongAnswerError(Exception):
 
 
 def expect(got: Any, wanted: Any, hint: str = "", tolerance: float = 0.0) -> None:
-    """Compare an answer with the right one.
+    """Compare an answer with the right one; two numbers may differ by `tolerance`.
 
-    Args:
-        got: the answer.
-        wanted: the right one.
-        hint: what to look at if they differ.
-        tolerance: the largest difference of two numbers that is not one.
-
-    Raises:
-        WrongAnswerError: they differ; `checker` prints it.
+    Raises WrongAnswerError with the hint if they differ; `checker` prints it.
     """
     if isinstance(wanted, bool):  # a truth value of numpy or torch will do
         right = got is not None and bool(got) == wanted

@@ -39,11 +39,9 @@ def _list_fields(sample: GroundingSample) -> dict[str, Any]:
 
 
 def make_teacher_prompt(sample: GroundingSample, others: str = "") -> str:
-    """Return the text that the teacher gets with the images.
+    """Return the text that the teacher gets with the images; it has the true box.
 
-    Args:
-        sample: the question and its true box.
-        others: other turns of its dialogue, as from `collect_other_turns`.
+    `others` are other turns of its dialogue, as from `collect_other_turns`.
     """
     others = f"What else was asked about them: {others}\n" if others else ""
     steps = STEPS[get_part(sample.task)]
@@ -53,10 +51,8 @@ def make_teacher_prompt(sample: GroundingSample, others: str = "") -> str:
 def collect_other_turns(samples: Iterable[GroundingSample]) -> dict[str, str]:
     """Return, by sample id, the other questions and answers of its dialogue.
 
-    Args:
-        samples: samples of MGrounding-630k; those of one dialogue have ids "row/turn".
-            Samples of rows with one turn are left out of the result, and turns without
-            a box are not samples and so not in it.
+    In MGrounding-630k the samples of one dialogue have ids "row/turn". Samples of rows
+    with one turn are left out of the result; turns without a box are not samples.
     """
     # An id may end in a number without being a turn's: a dialogue has the same images.
     rows: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
@@ -74,25 +70,15 @@ def collect_other_turns(samples: Iterable[GroundingSample]) -> dict[str, str]:
 
 
 def make_selector_prompt(sample: GroundingSample, replies: Sequence[str]) -> str:
-    """Return the text that the selector gets with the images.
-
-    Args:
-        sample: the question and its true box.
-        replies: the candidates, which the prompt numbers from 1.
-    """
+    """Return the text that the selector gets with the images: `replies` from 1 on."""
     listed = [f"Reply {n}: {text}" for n, text in enumerate(replies, start=1)]
     return SELECTOR.format(**_list_fields(sample), replies="\n".join(listed))
 
 
 def parse_selection(text: str, count: int) -> int | None:
-    """Return the index (from 0) of the reply that the selector names.
+    """Return the index (from 0) of the one of `count` replies that the selector names.
 
-    Args:
-        text: what the selector wrote.
-        count: number of replies.
-
-    Returns:
-        None if the text names none of them, several, or a number that is not there.
+    None if its text names none of them, several, or a number that is not there.
     """
     named = set(re.findall(r"\d+", text))
     number = named.pop() if len(named) == 1 else ""
@@ -163,12 +149,7 @@ def check_chain(sample: GroundingSample, reply: str) -> list[ChainProblem]:
       image, and the box is in the other half. A side confused earlier in the chain, or
       one relative to another thing, is not seen.
 
-    Args:
-        sample: a sample that takes a chain.
-        reply: whatever the teacher wrote.
-
-    Raises:
-        ValueError: if the sample takes no chain; never because of the reply.
+    Raises ValueError if the sample takes no chain; never because of the reply.
     """
     require_chain(sample)
     reply = reply[:_MAX_REPLY]
@@ -193,11 +174,7 @@ def check_chain(sample: GroundingSample, reply: str) -> list[ChainProblem]:
 
 
 def extract_thinking(reply: str) -> str:
-    """Return the text in <think>, also if it is not closed.
-
-    Args:
-        reply: a reply; without <think>, what is before <answer> counts.
-    """
+    """Return the text in <think>, closed or not, or without it all before <answer>."""
     before, opened, after = reply.partition("<think>")
     text = after if opened else before
     return text.partition("</think>")[0].partition("<answer>")[0]

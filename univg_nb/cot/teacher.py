@@ -71,8 +71,7 @@ class Teacher:
 def make_client(teacher: Teacher) -> openai.OpenAI:
     """Return the openai client, with its key from the environment.
 
-    Raises:
-        ValueError: if there is no key and the endpoint is not on this machine.
+    Raises ValueError if there is none and the endpoint is not on this machine.
     """
     is_local = urlsplit(teacher.base_url).hostname in _LOOPBACK
     key = os.environ.get(teacher.key_variable) or ("none" if is_local else "")
@@ -126,14 +125,9 @@ def write_chain(
 ) -> dict[str, Any]:
     """Return the row of one sample from a teacher in this process, without HTTP.
 
-    Args:
-        ask: gives the reply to sample, prompt and seed, such as
-            `StandInTeacher.reply`.
-        sample: a sample that takes a chain.
-        teacher: its `candidates` and, for the record, the rest of its settings.
-
-    Returns:
-        The row that `write_chains` writes, without tokens.
+    The row is that of `write_chains`, without tokens. `ask` gives the reply to sample,
+    prompt and seed, such as `StandInTeacher.reply`. Of the teacher's settings only
+    `candidates` counts; the others are for the record.
     """
     checks.require_chain(sample)
     row = _draw_row(lambda text, _, seed: ask(sample, text, seed), teacher, sample, "")
@@ -289,12 +283,8 @@ def insert_chains(
 ) -> list[GroundingSample]:
     """Return the samples that have a chosen chain, with that chain.
 
-    Args:
-        samples: the samples.
-        rows: the row of each, from `write_chains`.
-
-    Raises:
-        ValueError: a row belongs to another sample, or its sample has changed since.
+    `rows` holds the row of each sample, from `write_chains`. Raises ValueError if it
+    belongs to another sample, or its sample has changed since.
     """
     kept = []
     for sample, row in zip(samples, rows, strict=True):

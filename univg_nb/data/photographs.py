@@ -38,18 +38,13 @@ PHOTOGRAPHS = (
 
 
 def build_samples(folder: str | Path) -> list[GroundingSample]:
-    """Write the pictures and return three questions about each photograph.
+    """Write pictures as PNG into a folder; return three questions on each photograph.
 
     Tasks and wordings are MIG-Bench's and MiniMIG's: `diff`, a patch of another
     photograph is pasted into the second image; `region`, the second image is the thing
     cut out of the first; `object_tracking`, a window moves to the right, and the thing
-    of the first frame is asked for in the last.
-
-    Args:
-        folder: where the PNG files are written.
-
-    Raises:
-        ValueError: scikit-image is not installed.
+    of the first frame is asked for in the last. Raises ValueError if scikit-image is
+    not installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

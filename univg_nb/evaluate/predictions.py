@@ -85,12 +85,7 @@ def read_predictions(
 ) -> dict[int, Reply]:
     """Read a predictions file into {index of the item: its reply}, sorted.
 
-    Args:
-        path: the file; see `read_rows`.
-        items: what the replies must belong to, if given.
-
-    Raises:
-        ValueError: as `read_rows`; or the replies are to other items.
+    Raises ValueError as `read_rows` does, or if the replies are not to `items`.
     """
     rows = read_rows(path)
     if items is not None:

@@ -65,11 +65,8 @@ def score(
 ) -> dict[str, Any]:
     """Score a predictions file, or the items of it that `indices` names.
 
-    Returns:
-        The content of scores.json: `scoring.summarize_items` and what it belongs to.
-
-    Raises:
-        ValueError: as `read_predictions` and `scoring.score_items`.
+    The result is the content of scores.json: `scoring.summarize_items` and what it
+    belongs to. Raises ValueError as `read_predictions` and `scoring.score_items` do.
     """
     items, replies = bench.items, read_predictions(predictions, bench.items)
     scored = scoring.score_items(items, replies, options, indices)

@@ -69,11 +69,8 @@ def score_items(
 ) -> list[ItemScore]:
     """Score the replies to items of a records file, in index order.
 
-    Args:
-        samples: all items of the file.
-        replies: the replies by index, from `read_predictions`.
-        options: how replies are read.
-        indices: items to score; None for all.
+    `samples` are all items of the file, `replies` those of `read_predictions` by index;
+    only the items `indices` are scored if they are given.
 
     Raises:
         ValueError: an item has no reply, a reply belongs to no item, or nothing says

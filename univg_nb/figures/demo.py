@@ -259,11 +259,8 @@ def open_page(
 def serve_page(port: int, **page: Any) -> int:
     """Serve the panel as a page on this machine, by voila; return its exit code.
 
-    Each visitor gets a kernel, and with it the model, of their own.
-
-    Args:
-        port: of the address http://localhost:PORT.
-        page: the arguments of `open_page`; its options as a dictionary.
+    Each visitor gets a kernel, and with it the model, of their own. `page` holds the
+    arguments of `open_page`, its options as a dictionary.
     """
     import nbformat  # of the extra `course`, as voila
     import voila  # noqa: F401

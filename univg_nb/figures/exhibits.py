@@ -101,11 +101,8 @@ def build_table(
 ) -> pd.DataFrame:
     """Build a published table with the run's rows below, in percent.
 
-    Args:
-        table: the published table.
-        counts: what was measured.
-        source: what the run's rows were measured on.
-        pairs: whether each row of ours stands below the published row of its stage.
+    `source` is what the run's rows were measured on. With `pairs`, each of them stands
+    below the published row of its stage.
 
     Returns:
         Index (model, source); the columns, AVG with the ends lo and hi of its interval

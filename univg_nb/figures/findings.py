@@ -198,10 +198,8 @@ def explain(effect: Effect, matters: float = MATTERS) -> str:
 def state_finding(claim: str, effect: Effect, matters: float = MATTERS) -> str:
     """Return a finding in words: the claim, the effect in points, verdict and reason.
 
-    Args:
-        claim: what the effect is above 0 of, as "chains help".
-        effect: the measurement.
-        matters: the smallest effect that matters, 0..1.
+    The claim is that the effect is above 0, as "chains help"; `matters` is the smallest
+    effect that matters, 0..1.
     """
     mean, low, high = (100 * x for x in (effect.mean, effect.lo, effect.hi))
     text = f"{claim}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}], "
@@ -212,10 +210,6 @@ def compute_task_gains(
     after: Sequence[ItemScore], before: Sequence[ItemScore]
 ) -> pd.DataFrame:
     """Compute the effect on each task and on their mean, for `plots.plot_forest`.
-
-    Args:
-        after: scores of one model.
-        before: scores of the model that it is compared with.
 
     Returns:
         Index: the paper's names of the tasks, then AVG; columns ours, lo, hi in points,

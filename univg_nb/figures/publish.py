@@ -54,11 +54,7 @@ def write_exhibits(
 ) -> list[Path]:
     """Write every table and figure and its NAME.json; return the files of the former.
 
-    Args:
-        runs: what to draw from.
-        out: folder to write to.
-        width: of the figures, in `WIDTHS`.
-        command: that made them, to be written down.
+    `width` is a name of `WIDTHS`; the command that made them is written down.
     """
     out = Path(out)
     used = versions() | {"matplotlib": mpl.__version__}

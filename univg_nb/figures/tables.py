@@ -58,10 +58,7 @@ def load_result_table(run_dir: str | Path, benchmark: str = "mig") -> pd.DataFra
 
 
 def build_result_table(scores: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Put scores into a table with one row for each model and task.
-
-    Args:
-        scores: contents of scores.json by model.
+    """Put contents of scores.json into a table with one row for each model and task.
 
     Returns:
         Columns: model, task, column (the paper's name of the task), n, hits, acc, lo,
@@ -133,11 +130,9 @@ def load_gains(run_dir: str | Path) -> pd.DataFrame:
 
 
 def build_score_table(scores: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """Put accuracies with intervals into a table, published rows below them.
+    """Put contents of scores.json, by model, into a table, published rows below them.
 
-    Args:
-        scores: contents of scores.json by model. The paper has rows for MIG's tasks
-            and for the files of RefCOCO.
+    The paper has rows for MIG's tasks and for the files of RefCOCO.
     """
     ours = pivot_results(build_result_table(scores))
     tasks = list(next(iter(scores.values()))["tasks"])

@@ -43,17 +43,13 @@ LOG = "console.log"  # file in the launch folder
 def command(
     launch: Mapping[str, Any], configured: bool, worker: Sequence[str]
 ) -> list[str]:
-    """Return the command line that starts the processes.
+    """Return the command line that starts processes, each with the arguments `worker`.
 
-    On several nodes within a Slurm job srun gives each node the same command; elsewhere
-    it has to be started on each node by hand. They meet at MASTER_ADDR:launch.port.
-    Raises ValueError if the processes do not divide over the nodes, or the nodes have
-    no address to meet at.
-
-    Args:
-        launch: the `launch` section of the scale.
-        configured: start with accelerate and the strategy's file, else with torchrun.
-        worker: arguments of each process, ["-m", module, request].
+    They start with accelerate and the strategy's file if `configured`, else with
+    torchrun. On several nodes within a Slurm job srun gives each node the same command;
+    elsewhere it has to be started on each node by hand. They meet at
+    MASTER_ADDR:launch.port. Raises ValueError if the processes do not divide over the
+    nodes, or the nodes have no address to meet at.
     """
     processes, nodes = launch.get("processes", 1), launch.get("nodes", 1)
     if processes == 1:

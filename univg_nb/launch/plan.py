@@ -55,17 +55,12 @@ def choose_layout(
     report: Mapping[str, Any] | None = None,
     longest: int | None = None,
 ) -> Layout:
-    """Return where and on what a stage trains.
+    """Return where and on what a stage trains; by default as its scale says.
 
-    Args:
-        config: a whole scale; its own strategy and processes are the defaults.
-        stage: "sft" or "grpo".
-        strategy: one of STRATEGIES.
-        processes: in all.
-        report: the audit of the stage's data, which knows the prompts' lengths. Without
-            it a prompt is IMAGES of full size and TEXT, a usual row half of that, and
-            the longest row the cut-off where the scale has one.
-        longest: tokens of the longest row, if a training has shown it.
+    `report`, the audit of its data, knows the prompts' lengths. Without it a prompt is
+    IMAGES of full size and TEXT, a usual row half of that, and the longest row the
+    cut-off where the scale has one. `longest` is the tokens of the longest row, if a
+    training has shown it.
     """
     launch, model, section = config.get("launch", {}), config["model"], config[stage]
     processes = processes or launch.get("processes", 1)

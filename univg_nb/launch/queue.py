@@ -51,14 +51,9 @@ def list_jobs(
 ) -> dict[str, dict[str, str]]:
     """Return a job for every combination of the listed values.
 
-    A job is parameter -> text; its name tells what differs, as WEIGHT=exp_SEED=0.
-
-    Args:
-        given: parameter -> text as typed.
-        defaults: the notebooks' own values, which decide what a text can mean.
-
-    Raises:
-        ValueError: for an empty value, or one that is listed twice.
+    A job is parameter -> text; its name tells what differs, as WEIGHT=exp_SEED=0. The
+    notebooks' own values, `defaults`, decide what a text as typed can mean. Raises
+    ValueError for an empty value, or one that is listed twice.
     """
     lists = {n: split_values(text, defaults.get(n)) for n, text in given.items()}
     if any(len(set(values)) < len(values) for values in lists.values()):
@@ -80,13 +75,9 @@ def run_jobs(
 ) -> bool:
     """Run the jobs that are not done; return whether all are done then.
 
-    Args:
-        run_dir: holds the folders of the jobs; a job starts with the stages that are
-            finished in it.
-        jobs: from `list_jobs`.
-        command: what all jobs run.
-        slots: for each job that may run at once, its CUDA_VISIBLE_DEVICES or None.
-        fresh: run the done ones again.
+    `run_dir` holds their folders; a job starts with the stages that are finished in it,
+    and runs `command` with its parameters. `slots` has the CUDA_VISIBLE_DEVICES (or
+    None) of each job that may run at once; `fresh` runs the done ones again.
     """
     commands = {}
     for name, job in jobs.items():

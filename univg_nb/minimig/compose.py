@@ -94,13 +94,9 @@ class Sampler:
         return bool(self.rng.random() < share)
 
     def choose_question(self, task: str, **fields: object) -> str:
-        """Return one of the task's wordings with its fields filled in.
+        """Return one of the task's wordings in `QUESTIONS` with its fields filled in.
 
         "image 2" is far more frequent than "the second image".
-
-        Args:
-            task: a key of `QUESTIONS`.
-            fields: values of the fields in braces.
         """
         text = self.choose(QUESTIONS[task])
         if "{ordinal}" in text and self.is_true(0.5):
@@ -133,14 +129,8 @@ class Sampler:
         """Draw labels that differ from the target's, from `taken` and from each other.
 
         On level easy none shares its kind or color, on medium one shares either, on
-        hard one shares its kind and one its color.
-
-        Args:
-            target: label of the target.
-            n: how many labels.
-            kinds: kinds to choose from; the target's need not be among them.
-            colors: colors to choose from; the target's need not be among them.
-            taken: labels that may not occur.
+        hard one shares its kind and one its color. The target's kind and color need not
+        be among those to choose from.
         """
         plan = {
             "easy": [],
@@ -172,13 +162,9 @@ class Sampler:
         kinds: Sequence[str] = tuple(KINDS),
         taken: Collection[Label] = (),
     ) -> list[Label]:
-        """Draw the labels of a picture: the target's and those of distractors.
+        """Draw at most `most` labels of a picture: the target's, then distractors'.
 
-        Args:
-            most: largest number of labels.
-            target: label of the target, the first of the result; drawn if None.
-            kinds: kinds of the distractors.
-            taken: labels that may not occur.
+        A target that is None is drawn; `kinds` and `taken` are for the distractors.
         """
         target = target or self.sample_label()
         n = self.sample_num_things(most)
@@ -212,13 +198,10 @@ class Sampler:
         large: Collection[Label] = (),
         any_split: bool = False,
     ) -> Scene:
-        """Place things at random, all of them visible.
+        """Place a thing of each label at random, all of them visible.
 
-        Args:
-            labels: kind and color of each thing.
-            place: one of `PLACES`.
-            large: labels whose things are large in any case.
-            any_split: for a scene that is changed before it is moved to its split.
+        Those of the labels `large` are large in any case. `any_split` is for a scene
+        that is changed before it is moved to its split.
         """
         large_share = (0.6, 0.5, 0.45, 0.3, 0.15)[len(labels) - 1]
         while True:

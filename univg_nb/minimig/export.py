@@ -56,12 +56,7 @@ def _mix_stage2(total: int, single: int, seed: int) -> Iterator[Spec]:
 
 
 def save_images(item: Item, folder: Path) -> None:
-    """Write the item's images as PNG files.
-
-    Args:
-        item: an item of `items.make`.
-        folder: folder that the paths in the item's sample are relative to.
-    """
+    """Write the item's images as PNG files; their paths are relative to the folder."""
     for path, image in zip(item.sample.images, item.images, strict=True):
         with io.open_atomically(folder / path, "wb") as file:
             # Twice as fast as the default level, and the files half as large again.

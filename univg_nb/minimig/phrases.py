@@ -45,9 +45,7 @@ def add_article(name: str) -> str:
 def describe_scene(scene: Scene, number: int) -> str:
     """Return a sentence such as "Image 2 shows a red cup and a blue key.".
 
-    Args:
-        scene: what image `number` shows; its things are named from left to right.
-        number: number of the image, counted from 1.
+    The things are named from left to right.
     """
     *names, last = (add_article(t.name) for t in scene.sort_by_position())
     listing = f"{', '.join(names)} and {last}" if names else last

@@ -36,10 +36,6 @@ class Pen:
 
     Shapes are filled with `fill` and outlined in the dark shade. The three shades are
     "main", "dark" and "light".
-
-    Args:
-        pixels: side of the image.
-        color: a key of `COLORS`.
     """
 
     def __init__(self, pixels: int, color: str) -> None:
@@ -135,14 +131,7 @@ KINDS = {name: _read_kind(**fields) for name, fields in _ASSET.items()}
 
 @lru_cache(maxsize=8192)
 def draw_sprite(kind: str, color: str, pixels: int, flip: bool) -> Image.Image:
-    """Return the pictogram as an RGBA square of `pixels` a side.
-
-    Args:
-        kind: a key of `KINDS`.
-        color: a key of `COLORS`.
-        pixels: side of the image.
-        flip: whether left and right are exchanged.
-    """
+    """Return the pictogram as an RGBA square of `pixels` a side, mirrored if `flip`."""
     pen = Pen(pixels * SUPERSAMPLE, color)
     for shape in KINDS[kind].shapes:
         (method, place), *options = shape.items()

@@ -147,12 +147,8 @@ def place_thing(
 ) -> Thing:
     """Move `thing` to a random position where it overlaps little with `others`.
 
-    Args:
-        rng: source of random numbers.
-        thing: what to place; its own position is ignored.
-        others: things that have their place.
-        max_iou: largest IoU of its box with another's. After 40 tries the position
-            with the smallest IoU is taken.
+    The IoU of its box with another's is at most `max_iou`; after 40 tries the position
+    with the smallest IoU is taken. Its own position is ignored.
     """
     best, least = thing, 2.0
     half = thing.size / 2
