@@ -63,7 +63,7 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, n_boot: int = 10_000, seed: int = 0
+    a: ArrayLike, b: ArrayLike, n_boot: int = 10_000
 ) -> dict[str, float]:
     """Test whether model a is better than model b by resampling their common items.
 
@@ -77,7 +77,7 @@ def paired_bootstrap(
     """
     first, second = _pair(a, b)
     difference = first - second  # (N,)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n, rows = len(difference), max(1, _CHUNK // len(difference))
     sizes = [min(rows, n_boot - start) for start in range(0, n_boot, rows)]
     resampled = (difference[rng.integers(n, size=(k, n))] for k in sizes)  # (k, N)

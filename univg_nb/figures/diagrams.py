@@ -32,10 +32,8 @@ def plot_average_bars(
 ) -> Figure:
     """Plot the average accuracy of each model with its 95 % interval and value.
 
-    Args:
-        results: from `tables.load_result_table`.
-        published: column of `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) to name above.
-        ax: axes to draw into.
+    `results` is from `tables.load_result_table`; `published` is the column of
+    `paper.FIGURE_1` (0 MIG-Bench, 1 zero-shot) that is named above.
     """
     rows = results[results["column"] == "AVG"]
     figure, ax = plots.create_axes(ax, 5.6, 0.4 * len(rows) + 1.2)
@@ -264,19 +262,14 @@ def plot_positions(positions: Tensor, image: Tensor) -> Figure:
     return figure
 
 
-def draw_position_grid(
-    positions: Tensor, columns: int, ax: Axes | None = None
-) -> Figure:
+def draw_position_grid(positions: Tensor, columns: int) -> Figure:
     """Draw the positions (time, height, width) of one picture's tokens, in its grid.
 
-    Args:
-        positions: (3, tokens), row by row.
-        columns: tokens in a row of the picture.
-        ax: axes to draw into.
+    They are (3, tokens), row by row, with `columns` tokens in a row of the picture.
     """
     triples = positions.T.tolist()
     rows = len(triples) // columns
-    figure, ax = plots.create_axes(ax, 1.0 * columns, 0.6 * rows + 0.4)
+    figure, ax = plots.create_axes(None, 1.0 * columns, 0.6 * rows + 0.4)
     for number, triple in enumerate(triples):
         x, y = number % columns, number // columns
         ax.add_patch(Rectangle((x, y), 1, 1, fc="0.95", ec=drawing.BLUE))

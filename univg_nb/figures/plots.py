@@ -189,28 +189,22 @@ def _show_ratios(ax: Axes) -> None:
     ax.set_ylabel(f"{ax.get_ylabel()} (log axis)")
 
 
-def plot_difficulty_shares(
-    shares: pd.DataFrame, published: bool = True, ax: Axes | None = None
-) -> Figure:
+def plot_difficulty_shares(shares: pd.DataFrame, ax: Axes | None = None) -> Figure:
     """Plot Figure 3: shares of easy, medium and hard groups over the updates.
 
-    Args:
-        shares: from `tables.compute_difficulty_shares`. They are pale marks, means of a
-            tenth of the updates lines with marks, their trends dashed.
-        published: draw the paper's curves behind, in gray.
-        ax: axes to draw into.
+    The shares (`tables.compute_difficulty_shares`) are pale marks, means of a tenth of
+    the updates lines with marks, their trends dashed. The paper's curves are gray.
     """
     figure, ax = create_axes(ax, 8.5, 4.8)
     steps = shares.index.to_numpy(dtype=float)
     window = max(1, len(steps) // 10)
-    key = f"pale: each update; lines: mean of {window}; dashed: trend"
-    if published:
-        key += "; gray: the paper's 500 iterations, stretched"
-        curves = paper.FIGURE_3
-        x = np.interp(curves.iteration, (0, 500), (steps.min(), steps.max()))
-        for name, style in BIN_LINES.items():
-            y = getattr(curves, name)
-            ax.plot(x, y, style, color="0.72", label=f"paper: {name}")
+    key = f"pale: each update; lines: mean of {window}; dashed: trend; "
+    key += "gray: the paper's 500 iterations, stretched"
+    curves = paper.FIGURE_3
+    x = np.interp(curves.iteration, (0, 500), (steps.min(), steps.max()))
+    for name, style in BIN_LINES.items():
+        y = getattr(curves, name)
+        ax.plot(x, y, style, color="0.72", label=f"paper: {name}")
     for name, color in BIN_COLORS.items():
         values = shares[name].to_numpy()
         marks: dict[str, Any] = {"color": color, "marker": BIN_MARKS[name]}

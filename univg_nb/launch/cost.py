@@ -369,8 +369,8 @@ class Plan:
         return flops
 
 
-def rank_variants(plan: Plan, count: int = 3) -> list[tuple[str, Plan]]:
-    """Return the `count` single changes that lower the peak most, with their plans.
+def rank_variants(plan: Plan) -> list[tuple[str, Plan]]:
+    """Return the three single changes that lower the peak most, with their plans.
 
     Each is named by the option to set.
     """
@@ -412,4 +412,4 @@ def rank_variants(plan: Plan, count: int = 3) -> list[tuple[str, Plan]]:
         )
         add(f"model.max_pixels={pixels // 2}", layout=shorter)
     better = [item for item in found.items() if item[1].peak < plan.peak]
-    return sorted(better, key=lambda item: item[1].peak)[:count]
+    return sorted(better, key=lambda item: item[1].peak)[:3]
