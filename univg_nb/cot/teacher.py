@@ -202,13 +202,9 @@ def write_chains(
 ) -> list[dict[str, Any]]:
     """Ask the teacher about every sample that the file has no row of yet.
 
-    A progress bar shows time left, the samples that kept a chain, and the cost.
-
-    Args:
-        samples: samples that take a chain.
-        out: JSONL file of the rows.
-        teacher: where to ask.
-        others: other turns by sample id, as from `checks.collect_other_turns`.
+    A progress bar shows time left, the samples that kept a chain, and the cost. `out`
+    is a JSONL file; `others` has other turns by sample id, as from
+    `checks.collect_other_turns`.
 
     Returns:
         One row for each sample, in their order: id, candidates (text, problems),

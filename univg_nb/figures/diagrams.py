@@ -101,9 +101,8 @@ def draw_cases(
 ) -> Figure:
     """Draw items with the boxes of several models and a reply, each in a column.
 
-    Args:
-        cases: title, item, boxes by model, text to write below.
-        width: in inches; two columns from 5 inches on.
+    A case is title, item, boxes by model, and text to write below. There are two
+    columns from a width of 5 inches on.
     """
     columns = 2 if width > 5 and len(cases) > 1 else 1
     rows = math.ceil(len(cases) / columns)
@@ -245,11 +244,9 @@ POSITION_COLORS = {"time": GRAY, "height": PURPLE, "width": SKY}
 
 
 def plot_positions(positions: Tensor, image: Tensor) -> Figure:
-    """Plot the three M-RoPE positions of a prompt over its tokens.
+    """Plot the three M-RoPE positions of a prompt, (3, P), over its tokens.
 
-    Args:
-        positions: (3, P), of time, height and width.
-        image: bool (P,), which tokens are of a picture; those are shaded.
+    They are of time, height and width. Tokens of a picture, bool (P,), are shaded.
     """
     figure, ax = plots.create_axes(None, 9, 3.4)
     for place in image.nonzero().flatten().tolist():
