@@ -6,7 +6,9 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
-verdicts on the paper's claims, ``models`` by the evaluations of the shipped models,
+verdicts of one run on the paper's claims, ``study`` and, shorter, ``verdicts`` by those
+of the recorded study, ``training`` by the records of the shipped stage 1, ``models`` by
+the evaluations of the shipped models,
 ``bench`` by what `make bench` measured of an update, ``gpu`` by what was measured on
 GPUs, ``gpu_line`` by their names and a picture of it. No number in them is typed.
 """
@@ -22,17 +24,17 @@ from PIL import Image
 from univg_nb.fast.packed_rows import block_mask
 from univg_nb.figures import drawing, exhibits, findings, gpu
 from univg_nb.figures.tables import format_markdown
-from univg_nb.io import read_json, write_text
+from univg_nb.io import read_json, read_jsonl, write_text
 from univg_nb.minimig import items
 from univg_nb.models import ASSETS, STAGE1
 from univg_nb.runs import format_speed
 
 ROOT = Path(__file__).parents[1]
 PAGES = {  # parts of each page
-    "README.md": ("minutes", "results", "gpu_line"),
-    "docs/results.md": ("findings",),
+    "README.md": ("minutes", "results", "verdicts", "gpu_line"),
+    "docs/results.md": ("study", "findings"),
     "docs/fast_step.md": ("bench", "gpu"),
-    "docs/model_card.md": ("models",),
+    "docs/model_card.md": ("training", "models"),
 }
 LEARNED = {
     "00": "the paper in five sentences; what the model sees, answers and cannot do",
@@ -77,6 +79,21 @@ def format_minutes(run_dir):
     return f"{table.strip()}\n\n{format_speed(manifest['speed'])}"
 
 
+def format_training():
+    """Return how many chains the shipped stage 1 learned from, and its seconds."""
+    mixture = read_json(STAGE1 / "mixture.json")
+    chains = sum(row["chains"] for row in mixture["chains"])
+    rows = read_jsonl(STAGE1 / "training_log.jsonl")
+    clocks = [row["seconds"] for row in rows]  # from 0 again after an interruption
+    pairs = zip(clocks, [*clocks[1:], 0], strict=True)
+    minutes = sum(now for now, then in pairs if then < now) / 60
+    return (
+        f"{chains:,} chains (no candidate of {mixture['refused']:,} questions passed the "
+        f"checks), {rows[-1]['step']:,} updates, {minutes:.0f} minutes on a CPU beside "
+        "other work, data and features not counted."
+    )
+
+
 def format_models():
     """Return what the shipped models can do, from their committed evaluations."""
     made = {
@@ -116,6 +133,36 @@ def format_findings(run_dir):
     frame = exhibits.build_findings(exhibits.Runs([run_dir]))
     frame = findings.format_published(frame.drop(columns="why"))
     return format_markdown(frame, digits=1)
+
+
+def read_study():
+    """Return the verdicts of the recorded study, and how large it was."""
+    found = read_json(RECORDS / "study_tiny.json")
+    seeds = {name: len(ones) for name, ones in found["arms"].items()}
+    trained = {n: k for n, k in seeds.items() if found["study"]["arms"][n]["train"]}
+    size = (
+        f"{sum(trained.values())} trainings of {len(trained)} arms, "
+        f"{min(trained.values())} to {max(trained.values())} seeds of an arm, "
+        f"{sum(found['tasks'].values()):,} test items."
+    )
+    return pd.DataFrame(found["findings"]).set_index("claim"), size
+
+
+def format_study():
+    """Return the verdict on each claim over seeds."""
+    frame, size = read_study()
+    frame = findings.format_published(frame.drop(columns="why"))
+    return f"{format_markdown(frame, digits=2)}\n{size}"
+
+
+def format_verdicts():
+    """Return what the study says of each claim: the effect in points, the verdict."""
+    frame, size = read_study()
+    effects = [
+        f"{row.ours:+.1f} [{row.lo:+.1f}, {row.hi:+.1f}]" for row in frame.itertuples()
+    ]
+    short = pd.DataFrame({"points": effects, "verdict": frame["verdict"]}, frame.index)
+    return f"{format_markdown(short)}\n{size}"
 
 
 def format_bench():
@@ -195,10 +242,13 @@ def build_parts(run_dir):
     return {
         "results": results.read_text(encoding="utf-8"),
         "minutes": format_minutes(run_dir),
+        "training": format_training(),
         "bench": format_bench(),
         "gpu": format_gpu(),
         "gpu_line": format_gpu_line(),
         "findings": format_findings(run_dir),
+        "study": format_study(),
+        "verdicts": format_verdicts(),
         "models": format_models(),
     }
 

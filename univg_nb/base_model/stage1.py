@@ -33,7 +33,7 @@ from univg_nb.minimig.items import TASKS, make
 from univg_nb.train.sft import train
 
 SEED = 20  # of the items and of the teacher; the course and its tests use others
-ITEMS = 72_000  # of the ten tasks, with chains
+ITEMS = 52_000  # of the ten tasks, with chains
 SINGLE = 6_000  # single pictures without a chain, so that pointing is not forgotten
 SINGLE_COT = 8_000  # single pictures with a chain, so that it learns to reason on one
 ARMS = {

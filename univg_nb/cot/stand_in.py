@@ -136,13 +136,13 @@ STYLES: dict[str, Callable[[Draft], str]] = {
     "terse": lambda draft: f"The target is {draft.conclusion}.",
     "glance": lambda draft: f"I see it in image {draft.target_image}.",
 }
-# The habits of the course's teacher: where a question has to be understood or many
-# images told apart it says what it sees and why; where two pictures only have to be
-# compared it is often content with a glance.
-_COMPARISON = {
-    "thorough": 0.37,
+# The habits of the course's teacher: it says what it sees and why, but where one
+# picture asks for a thing that is there to be seen in the other, it is often content
+# with a glance.
+_LOOK_ALIKE = {
+    "thorough": 0.42,
     "terse": 0.05,
-    "glance": 0.54,
+    "glance": 0.49,
     "conclusion first": 0.04,
 }
 HABITS: dict[str, Any] = {
@@ -153,7 +153,7 @@ HABITS: dict[str, Any] = {
         "conclusion first": 0.01,
     },
     "task_styles": dict.fromkeys(
-        ("diff", "view_diff", "refer_grounding", "correspondence"), _COMPARISON
+        ("refer_grounding", "reasoning", "correspondence"), _LOOK_ALIKE
     ),
 }
 Selector = Literal["first", "form", "good"]

@@ -36,7 +36,8 @@ def build_data(run: runs.Run, study: Study) -> None:
     """
     drawn = {k: v for k, v in study.data.items() if k != "test_split"}
     seed, none = drawn.pop("seed", 0), dict.fromkeys(export.SIZES, 0)
-    stage = run.stage("data", {"sizes": drawn, "seed": seed})
+    made_of = {"sizes": drawn, "seed": seed, "habits": HABITS}
+    stage = run.stage("data", made_of)
     if not stage.done:
         paths = export.build(stage.dir, none | drawn, seed)
         habits: dict[str, Any] = HABITS
@@ -103,10 +104,11 @@ def run_arm(run: runs.Run, study: Study, arm: Arm, seed: int) -> None:
             if stage.done:
                 continue
             if needs[0] == "data":
-                stage.finish(**train_arm(run, study, arm, config, stage.dir, needs))
+                made = train_arm(run, study, arm, config, stage.dir, needs)
             else:
                 adapter = [run.dir / other / "adapter" for other in needs[1:]]
-                stage.finish(**evaluate(run, config, arm.style, adapter, stage.dir))
+                made = evaluate(run, config, arm.style, adapter, stage.dir)
+            stage.finish(**made, device=runs.device())  # arms may run on several
 
 
 def train_arm(
