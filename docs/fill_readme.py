@@ -88,9 +88,9 @@ def format_training():
     pairs = zip(clocks, [*clocks[1:], 0], strict=True)
     minutes = sum(now for now, then in pairs if then < now) / 60
     return (
-        f"{chains:,} chains (no candidate of {mixture['refused']:,} questions passed the "
-        f"checks), {rows[-1]['step']:,} updates, {minutes:.0f} minutes on a CPU beside "
-        "other work, data and features not counted."
+        f"{chains:,} chains (no candidate of {mixture['refused']:,} questions passed "
+        f"the checks), {rows[-1]['step']:,} updates, {minutes:.0f} minutes on a CPU "
+        "beside other work, data and features not counted."
     )
 
 
@@ -137,7 +137,11 @@ def format_findings(run_dir):
 
 def read_study():
     """Return the verdicts of the recorded study, and how large it was."""
-    found = read_json(RECORDS / "study_tiny.json")
+    path = RECORDS / "study_tiny.json"
+    if not path.is_file():
+        empty = pd.DataFrame({name: [] for name in ("ours", "lo", "hi", "verdict")})
+        return empty.assign(paper=[], why=[]), "No study is recorded yet."
+    found = read_json(path)
     seeds = {name: len(ones) for name, ones in found["arms"].items()}
     trained = {n: k for n, k in seeds.items() if found["study"]["arms"][n]["train"]}
     size = (
@@ -152,17 +156,18 @@ def format_study():
     """Return the verdict on each claim over seeds."""
     frame, size = read_study()
     frame = findings.format_published(frame.drop(columns="why"))
-    return f"{format_markdown(frame, digits=2)}\n{size}"
+    return f"{format_markdown(frame, digits=2)}\n{size}" if len(frame) else size
 
 
 def format_verdicts():
     """Return what the study says of each claim: the effect in points, the verdict."""
     frame, size = read_study()
+    frame = frame[frame["verdict"] != "not run"]
     effects = [
         f"{row.ours:+.1f} [{row.lo:+.1f}, {row.hi:+.1f}]" for row in frame.itertuples()
     ]
     short = pd.DataFrame({"points": effects, "verdict": frame["verdict"]}, frame.index)
-    return f"{format_markdown(short)}\n{size}"
+    return f"{format_markdown(short)}\n{size}" if len(short) else size
 
 
 def format_bench():
