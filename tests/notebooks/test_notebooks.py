@@ -9,6 +9,7 @@ import linecache
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 from univg_nb.launch import notebooks, runner
 
@@ -117,6 +118,7 @@ def test_solutions_pass_their_checks(path, capsys):
         lines = cell.source.splitlines(keepends=True)
         linecache.cache[name] = (len(cell.source), None, lines, name)
         exec(compile(cell.source, name, "exec"), names)
+    pyplot.close("all")  # what the solutions draw is no other test's
     said = capsys.readouterr().out
     assert " solved" in said and "not solved" not in said
     checks = [name for name in names if name.startswith("check_")]
