@@ -132,9 +132,9 @@ def test_vision_tokens_are_never_sampled(folder, tmp_path, shared):
     seen = []
     sample = sampling.sample_replies
 
-    def watch(model, prompts, count, config, seeds):
+    def watch(model, prompts, count, config, *others):
         seen.append(config.suppress_tokens)
-        return sample(model, prompts, count, config, seeds)
+        return sample(model, prompts, count, config, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "sample_replies", watch)
