@@ -68,6 +68,7 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys, monkeypatch):
 
     def train(run, study, arm, config, out, needs):
         io.write_text(out / "log", str(config["grpo"]["weight"]))
+        (out / "adapter").mkdir(exist_ok=True)
         return {"curves": curves}
 
     monkeypatch.setattr(arms, "train_arm", train)
@@ -117,6 +118,7 @@ def test_rates_are_the_best_on_validation(call, tmp_path, monkeypatch):
 
     def train(run, study, arm, config, out, needs):
         made.append(config[arm.train]["learning_rate"])
+        (out / "adapter").mkdir()
         curves = {"easy": [0.1, 0.2, 0.3], "hard": [0.5, 0.4, 0.4]}
         return {"curves": curves}
 
@@ -136,6 +138,41 @@ def test_rates_are_the_best_on_validation(call, tmp_path, monkeypatch):
     assert call("rates")[1] == []  # what is done is kept
     study = read_study(path, tmp_path / "run")
     assert study.make_config(study.arms["more"], 0)["sft"]["learning_rate"] == 4e-3
+
+
+def test_a_study_goes_on_from_its_record_alone(call, tmp_path, monkeypatch):
+    path, start = tmp_path / "study.yaml", checkpoints.SHIPPED
+    path.write_text(STUDY.replace("start: sft_a_0", f"start: {start}"))
+    curves = {"easy": [0.1, 0.2, 0.3], "hard": [0.5, 0.4, 0.4]}
+
+    def train(run, study, arm, config, out, needs):
+        io.write_text(out / "adapter" / "weights", "")
+        return {"curves": curves, "fair_constant": 1.5}
+
+    monkeypatch.setattr(arms, "evaluate", answer_at_random)
+    monkeypatch.setattr(arms, "train_arm", train)
+    names = ["base", "start", "grpo_none", "grpo_exp"]
+    assert len(call("run", "--only", *names)[1]) == 6
+    first = io.read_json(tmp_path / "out" / "study_smoke.json")
+    io.write_json(tmp_path / "run" / "rates.json", {"chosen": {"grpo_none": 3e-4}})
+    call("run", "--only", *names)  # at another rate: trained again
+    second = io.read_json(tmp_path / "out" / "study_smoke.json")
+    assert second["rates"] == {"chosen": {"grpo_none": 3e-4}}
+    assert (
+        first["arms"]["grpo_exp"]["0"]["hashes"]
+        != (second["arms"]["grpo_exp"]["0"]["hashes"])
+    )
+    other = ("--run-dir", str(tmp_path / "other"))
+    assert call("run", "--only", *names, *other)[1] == []
+    third = io.read_json(tmp_path / "out" / "study_smoke.json")
+    assert third["arms"] == second["arms"] and third["rates"] == second["rates"]
+    assert third["findings"] == second["findings"]
+    marker = tmp_path / "other" / "grpo_exp_1" / "stage.json"
+    assert io.read_json(marker)["results"]["fair_constant"] == 1.5
+    # another test: what is recorded has no weights to answer it
+    io.write_text(path, path.read_text().replace("items: 10", "items: 20"))
+    with pytest.raises(ValueError, match="grpo_exp_1 has no weights"):
+        call("run", "--only", "grpo_exp", "--seeds", "1", *other)
 
 
 @pytest.mark.slow

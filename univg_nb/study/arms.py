@@ -107,6 +107,11 @@ def run_arm(run: runs.Run, study: Study, arm: Arm, seed: int) -> None:
                 made = train_arm(run, study, arm, config, stage.dir, needs)
             else:
                 adapter = [run.dir / other / "adapter" for other in needs[1:]]
+                if lost := [path.parent for path in adapter if not path.exists()]:
+                    raise ValueError(
+                        f"{lost[0]} has no weights: its outcome came from a record, of "
+                        "another test; delete the folder, and it is trained again"
+                    )
                 made = evaluate(run, config, arm.style, adapter, stage.dir)
             stage.finish(**made, device=runs.device())  # arms may run on several
 
@@ -137,12 +142,15 @@ def train_arm(
         return sft.train(config | {"model": model}, out, rows, chains=arm.chains)
     facts: dict[str, Any] = {}
     if arm.constant_of:
-        groups = io.read_jsonl(run.dir / needs[-1] / "rollouts.jsonl")
-        constant = compute_fair_constant(groups)
-        config = config | {"grpo": config["grpo"] | {"constant": constant}}
+        other = io.read_json(run.dir / needs[-1] / "stage.json")["results"]
+        constant = {"constant": other["fair_constant"]}
+        config = config | {"grpo": config["grpo"] | constant}
     if arm.rejection:
         rows, facts = reject(config, begin, rows, arm.rejection, out)
     summary = grpo.train(config, out, rows, sft_adapter=begin)
+    if any(one.constant_of == arm.name for one in study.arms.values()):
+        groups = io.read_jsonl(out / "rollouts.jsonl")
+        facts["fair_constant"] = compute_fair_constant(groups)
     return summary | facts | {"curves": read_curves(out)}
 
 
@@ -201,10 +209,8 @@ def evaluate(
     does more than say that it sees the target).
     """
     bench = Benchmark.read(run.dir / "test" / "mig_bench.json", run.dir / "test")
-    path, options = (
-        out / "predictions.jsonl",
-        GenerationOptions(style, **config["evaluate"]),
-    )
+    path, keep = out / "predictions.jsonl", run.dir / "vision_features"
+    options = GenerationOptions(style, **config["evaluate"], keep=keep)
     cost = generate(*load_model(config, adapters), bench.items, path, options)
     replies = predictions.read_predictions(path, bench.items)
     scored = scoring.score_items(bench.items, replies)

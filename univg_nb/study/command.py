@@ -6,8 +6,9 @@
     python -m univg_nb study run
     python -m univg_nb study status
 
-Everything finished is kept: `run` after an interruption goes on. Its result is
-notebooks/reference_runs/study_SCALE.json. A study is a YAML file (see `design`).
+Everything finished is kept: `run` after an interruption goes on, and an empty run
+folder from what is recorded. Its result is notebooks/reference_runs/study_SCALE.json. A
+study is a YAML file (see `design`).
 """
 
 import argparse
@@ -159,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "plan":
         plan(run_dir, study, options.variance)
         return 0
+    folder = options.out or runs.repo_root() / "notebooks" / "reference_runs"
+    path = Path(folder) / f"study_{scale}.json"
+    record = io.read_json(path) if path.is_file() else {}
+    outcomes.restore_choices(run_dir, record)
     study = read_study(options.study, run_dir)
     if options.what == "status":
         print(outcomes.report_status(run_dir, study, options.jobs))
@@ -171,11 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 arms.run_arm(run, study, arm, seed)
             return 0
         arms.build_data(run, study)
+        count = outcomes.restore(run_dir, study, record)
+        print(f"{count} outcomes are taken from {path}")
         whole = run_jobs(run_dir, study, options)
     found = outcomes.collect(run_dir, study)
-    folder = options.out or runs.repo_root() / "notebooks" / "reference_runs"
     command = " ".join(["python -m univg_nb study", *typed])
-    path = Path(folder) / f"study_{scale}.json"
     verdicts = outcomes.write_results(path, run, study, found, command)
     print(verdicts.round(2).to_string())
     print(outcomes.report_status(run_dir, study, options.jobs))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import pandas as pd
 from univg_nb import io, runs
 from univg_nb.data import files
 from univg_nb.figures import findings
-from univg_nb.study.arms import list_stages
-from univg_nb.study.design import PLAN, Arm, Study
+from univg_nb.study.arms import Stages, list_stages
+from univg_nb.study.design import PLAN, RATES, Arm, Study
 
 Outcomes = dict[str, dict[int, dict[str, Any]]]  # arm, seed, what `read_outcome` gives
 PAGE = "status.md"
@@ -25,27 +25,73 @@ def _read_marker(run_dir: Path, stage: str) -> dict[str, Any]:
     return io.read_json(path) if path.is_file() else {"status": "missing"}
 
 
+def _make_marker(
+    run_dir: Path, name: str, settings: Any, needs: list[str]
+) -> dict[str, Any]:
+    """Return what `runs.Run.stage` writes when this stage of an arm begins."""
+    upstream = {other: _read_marker(run_dir, other).get("hash") for other in needs}
+    found = json.loads(json.dumps({"config": settings, "needs": upstream}, default=str))
+    return {"name": name, "hash": io.config_hash(found), **found}
+
+
 def read_outcome(
     run_dir: Path, study: Study, arm: Arm, seed: int
 ) -> dict[str, Any] | None:
     """Read what came of an arm with a seed; None if that is not finished.
 
-    Returns what `arms.evaluate` does, with training (its summary), and the seconds of
-    both.
+    Returns what `arms.evaluate` does, with training (its summary); and of both the
+    seconds and the hashes of what decides them.
     """
-    found: dict[str, Any] = {"training": {}, "seconds": []}
+    found: dict[str, Any] = {"training": {}, "seconds": [], "hashes": []}
     for name, (settings, needs) in list_stages(study, arm, seed).items():
         marker = _read_marker(run_dir, name)
-        upstream = {other: _read_marker(run_dir, other).get("hash") for other in needs}
-        same = json.loads(json.dumps([settings, upstream], default=str))
-        begun = [marker.get("config"), marker.get("needs")]
-        if marker["status"] != "finished" or begun != same:
+        same = _make_marker(run_dir, name, settings, needs)["hash"]
+        if marker["status"] != "finished" or marker["hash"] != same:
             return None
         found["seconds"].append(marker["seconds"])
+        found["hashes"].append(same)
         hidden = ("parameters", "sft_adapter", "fingerprint")
         results = {k: v for k, v in marker["results"].items() if k not in hidden}
         found |= results if needs[0] == "test" else {"training": results}
     return found
+
+
+def restore_choices(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Give a run folder without them the rates and the plan of a record."""
+    for name in (RATES, PLAN):
+        if record.get(Path(name).stem) and not (run_dir / name).exists():
+            io.write_json(run_dir / name, record[Path(name).stem])
+
+
+def restore(run_dir: Path, study: Study, record: Mapping[str, Any]) -> int:
+    """Give a run folder the recorded outcomes that it has not, as finished stages.
+
+    So a study goes on from its record. An outcome counts if all that decides it is the
+    same; weights do not come back. Returns their number.
+    """
+    count = 0
+    for name, ones in record.get("arms", {}).items():
+        for seed in map(int, ones if name in study.arms else ()):
+            if not read_outcome(run_dir, study, study.arms[name], seed):
+                stages = list_stages(study, study.arms[name], seed)
+                count += _restore_one(run_dir, stages, ones[str(seed)])
+    return count
+
+
+def _restore_one(run_dir: Path, stages: Stages, outcome: Mapping[str, Any]) -> bool:
+    took = zip(outcome["hashes"], outcome["seconds"], strict=True)
+    parts = ("hits", "thinks", "records_sha256", "truncated", "device")
+    answers = {key: outcome[key] for key in parts if key in outcome}
+    for (name, (settings, needs)), (wanted, seconds) in zip(
+        stages.items(), took, strict=True
+    ):
+        marker = _make_marker(run_dir, name, settings, needs)
+        if marker["hash"] != wanted:
+            return False
+        results = answers if needs[0] == "test" else outcome["training"]
+        done = {"status": "finished", "seconds": seconds, "results": results}
+        io.write_json(run_dir / name / "stage.json", marker | done)
+    return True
 
 
 def collect(run_dir: Path, study: Study, seeds: Collection[int] = ()) -> Outcomes:
@@ -110,12 +156,12 @@ def write_results(
     for outcome in (one for ones in found.values() for one in ones.values()):
         hits = pd.Series(list(map(float, outcome["hits"])))
         outcome["macro_acc_05"] = round(float(hits.groupby(tasks).mean().mean()), 6)
-    plan = run.dir / PLAN
+    choices = {Path(n).stem: run.dir / n for n in (RATES, PLAN)}
     facts = {
         "command": command,
         "config": run.config,
         "study": asdict(study),
-        "plan": io.read_json(plan) if plan.is_file() else None,
+        **{k: io.read_json(p) if p.is_file() else None for k, p in choices.items()},
         "versions": runs.versions(),
         "device": runs.device(),
         "speed": runs.measure_speed(0.2),
