@@ -86,6 +86,7 @@ def test_a_study_goes_on_where_it_stopped(call, tmp_path, capsys, monkeypatch):
     # cut off in the answers of one, and another made of something else
     marker = run_dir / "eval" / "grpo_none_1" / "stage.json"
     io.write_json(marker, io.read_json(marker) | {"status": "started"})
+    (tmp_path / "out" / "study_smoke.json").unlink()  # would give it back
     path = tmp_path / "study.yaml"
     path.write_text(path.read_text().replace("weight=exp]", "weight=power]"))
     again = ["grpo_exp_0", "grpo_none_1", "grpo_exp_1"]

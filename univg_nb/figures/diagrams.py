@@ -23,7 +23,7 @@ from univg_nb.data.boxes import Box, to_pixels
 from univg_nb.data.images import open_image
 from univg_nb.data.sample import GroundingSample
 from univg_nb.figures import drawing, plots
-from univg_nb.figures.drawing import GRAY, PURPLE, SKY
+from univg_nb.figures.drawing import SKY
 from univg_nb.io import read_asset
 
 
@@ -47,7 +47,9 @@ def plot_average_bars(
         ax.barh(y, row.acc, 0.7, **look)
         if row.hi > row.lo:
             ends = np.maximum([[row.acc - row.lo], [row.hi - row.acc]], 0)
-            ax.errorbar(row.acc, y, xerr=ends, color="black", capsize=2.5, lw=1.2)
+            bar = ax.errorbar(row.acc, y, xerr=ends, color="black", capsize=2.5, lw=1)
+            for line in bar.get_children():
+                line.set_path_effects(plots.RIM)
         ax.text(row.hi + 1.5, y, f"{row.acc:.1f}", va="center", fontsize="small")
     ax.set_yticks(range(len(rows)), rows["model"])
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -240,7 +242,7 @@ def draw_patches(
     return figure
 
 
-POSITION_COLORS = {"time": GRAY, "height": PURPLE, "width": SKY}
+POSITION_COLORS = {"time": "#4D4D4D", "height": "#A23B9A", "width": "#1A7F9C"}
 
 
 def plot_positions(positions: Tensor, image: Tensor) -> Figure:
@@ -253,7 +255,8 @@ def plot_positions(positions: Tensor, image: Tensor) -> Figure:
         ax.axvspan(place - 0.5, place + 0.5, color="0.92", lw=0, zorder=0)
     rows = zip(POSITION_COLORS.items(), positions.tolist(), strict=True)
     for k, ((name, color), values) in enumerate(rows):
-        ax.plot(values, ".-", color=color, lw=0.6, ms=9 - 2.5 * k, label=name)
+        look: dict[str, Any] = {"color": color, "lw": 0.6, "mfc": "none"}  # rings
+        ax.plot(values, "osD"[k], ls="-", ms=(7, 4, 2)[k], label=name, **look)
     ax.set(xlabel="token of the prompt (gray: of a picture)", ylabel="position")
     figure.legend(loc="outside right upper", frameon=False)
     return figure

@@ -12,7 +12,6 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -42,7 +41,6 @@ MODEL_OF_WORD = {
     "thorough": "sft_thorough",
 }
 PREDICTION_COLORS = (RED, BLUE, ORANGE, PURPLE, SKY)  # of other names
-COVERED = 0.7  # IoU from which on a box hides another
 LONG_SIDE = 448  # px; MiniMIG's 256 px images are enlarged, photographs reduced
 
 LabeledBox = tuple[Sequence[float], str, str]  # box, color, label
@@ -67,11 +65,12 @@ def draw_boxes(
     long_side: int = LONG_SIDE,
     label_size: int = 0,
 ) -> Image.Image:
-    """Draw boxes on a scaled copy of an image, later ones on top with thinner lines.
+    """Draw boxes on a scaled copy of an image, later ones with thinner lines.
 
     Args:
         image: the image.
         boxes: (box on 0..1000, color, label or "") each; they are clipped to the image.
+            A side that would lie on a line of an earlier box is drawn beside it.
         long_side: pixels of the copy's longer side.
         label_size: height of the labels' letters in pixels; 0 is a 28th of the side.
 
@@ -84,17 +83,14 @@ def draw_boxes(
     draw = ImageDraw.Draw(picture)
     labeled = list(boxes)
     corners = [_clip_box(box, width, height) for box, _, _ in labeled]
-    for index, (x1, y1, x2, y2) in enumerate(corners):
-        # thinner and thinner, so that boxes at the same place can all be seen
-        line = max(3, long_side // 64 - 2 * index)
-        # the first is thick enough; on others at its place a box is dashed
-        earlier = [box for box, _, _ in labeled[1:index]]
-        if any(iou(labeled[index][0], box) > COVERED for box in earlier):
-            _draw_dashes(draw, corners[index], labeled[index][1], line)
-            continue
+    widths = [max(3, long_side // 64 - 2 * index) for index in range(len(labeled))]
+    for index, (_, color, _) in enumerate(labeled):
+        x1, y1, x2, y2 = corners[index] = _shift_sides(
+            corners[: index + 1], widths, picture.size
+        )
         # a white rim, so that the line shows on a ground of its own color
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=1)
-        draw.rectangle((x1, y1, x2, y2), outline=labeled[index][1], width=line)
+        draw.rectangle((x1, y1, x2, y2), outline=color, width=widths[index])
     labels: list[Rectangle] = []
     for (_, color, label), corner in zip(labeled, corners, strict=True):
         if label:
@@ -105,18 +101,22 @@ def draw_boxes(
     return picture
 
 
-def _draw_dashes(
-    draw: ImageDraw.ImageDraw, corner: Rectangle, color: str, line: int
-) -> None:
-    """Draw a box whose gaps let another below it show."""
-    x1, y1, x2, y2 = corner
-    step = 9 * line  # a dash and a gap of about its length
-    for x in np.arange(x1, x2, step):
-        for y in (y1, y2 - line + 1):
-            draw.rectangle((x, y, min(x + step // 2, x2), y + line - 1), fill=color)
-    for y in np.arange(y1, y2, step):
-        for x in (x1, x2 - line + 1):
-            draw.rectangle((x, y, x + line - 1, min(y + step // 2, y2)), fill=color)
+def _shift_sides(
+    corners: Sequence[Rectangle], widths: Sequence[int], size: tuple[int, int]
+) -> Rectangle:
+    """Return the last box, its sides moved off the lines of boxes that it overlaps."""
+    *others, box = corners
+    line, moved = widths[len(others)], []
+    for side, sign in enumerate((1, 1, -1, -1)):  # outwards is less, times the sign
+        free = set(range(size[side % 2]))
+        for other, width in zip(others, widths, strict=False):
+            if _overlap(other, box):
+                at = sign * int(other[side])
+                free -= {sign * k for k in range(at - line, at + width + 1)}
+        ends = ((abs(place - box[side]), sign * place, place) for place in free)
+        moved.append(min(ends, default=(0, 0, box[side]))[-1])
+    (x1, x2), (y1, y2) = sorted(moved[::2]), sorted(moved[1::2])
+    return x1, y1, x2, y2
 
 
 def _clip_box(box: Sequence[float], width: int, height: int) -> Rectangle:
@@ -196,8 +196,10 @@ def show_sample(
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     size = 12 if side > 2 else 9  # points; titles stay as wide as their images
-    if side < 2:  # labels could not be read; the legend has what they say
-        boxes = [(box, color, "") for box, color, _ in boxes]
+    if side < 2:  # no room for labels but letters; the legend has what they say
+        letter = {c: chr(64 + k) if k else "" for k, c in enumerate(legend.values())}
+        boxes = [(box, color, letter[color]) for box, color, _ in boxes]
+        legend = {f"{letter[c]} {text}".strip(): c for text, c in legend.items()}
     letters = max(16, round(7.5 / 72 * LONG_SIDE / side))  # 7.5 points on the page
     shown = []
     for k, path in enumerate(sample.images):

@@ -48,14 +48,20 @@ BIN_LINES = {"easy": "-", "medium": ":", "hard": "-."}
 BIN_MARKS = {"easy": "^", "medium": "s", "hard": "v"}
 # Of what becomes of items, in the order of scoring.KINDS: green is right, gray is not.
 KIND_COLORS = (GREEN, "#8FD3BD", "#D6D2CA", "#A39C90", "#4D4D4D")
+# Parts of memory have colors that no model has, and hatches for prints in gray.
+MEMORY_LOOKS = {"weights": ("#37474F", ""), "gradients": ("#78909C", "")}
+MEMORY_LOOKS |= {"optimizer": ("#B0BEC5", ""), "activations": ("#E0C48C", "")}
+MEMORY_LOOKS |= {"buffers": ("#78909C", "////"), "logits": ("#A1782F", "")}
+MEMORY_LOOKS |= {"runtime": ("#E0C48C", "xxxx")}
 _SPARE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 # What colors say, lines and hatches say again: for prints in gray. Where two models
 # coincide, the dashes of the later one let the line of the earlier one through.
 MODEL_LINES = {"base": ":", "sft_nocot": "-.", "sft_qlora": "--", "grpo_exp": "--"}
+RIM: list[Any] = [withStroke(linewidth=2.2, foreground="white")]  # on dark bars
 INK = "#333333"  # a difference of two models has the color of neither
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKS = "o^sDv"
-_MOST_MARKS = 120  # of single updates in a panel, for each curve
+_MOST_MARKS = 150  # of single updates in a panel, for all curves together
 _HATCHES = ("", "////", "....", "xxxx", "")
 # What the trainers log, in words and with its unit or range.
 AXIS_TITLES = {
@@ -131,9 +137,9 @@ def plot_training_curves(
 ) -> Figure:
     """Plot logged values over the updates, a line for each run.
 
-    Marks are single updates, evenly chosen where there are many. A line is the mean of
-    a tenth of all updates, of fifty at most. A loss that falls to less than a third has
-    an axis of logarithms, so that its first values do not flatten the rest.
+    Marks are single updates, evenly chosen where there are many, of each run others. A
+    line is the mean of a tenth of all updates, of fifty at most. A loss that falls to
+    less than a third has a log axis: its first values do not flatten the rest.
 
     Args:
         runs: rows of metrics.jsonl by name; rows without a key are passed over.
@@ -160,8 +166,10 @@ def plot_training_curves(
             steps, values = zip(*points, strict=True)
             color = color_of(name, index)
             look: dict[str, Any] = {"marker": _MARKS[index % len(_MARKS)], "ls": ""}
-            look |= {"ms": 4, "mew": 0, "color": color, "alpha": 0.5}
-            some = slice(None, None, -(-len(values) // _MOST_MARKS))
+            look |= {"ms": 4, "mew": index % 2, "color": color, "alpha": 0.6}
+            look |= {"mfc": "none"} if index % 2 else {}  # open marks beside full ones
+            every = -(-len(values) * len(runs) // _MOST_MARKS)
+            some = slice(index * every // len(runs), None, every)
             ax.plot(steps[some], values[some], **look)
             line = smooth(values, min(50, max(1, len(values) // 10)))
             style = line_of(index, name)
@@ -172,8 +180,10 @@ def plot_training_curves(
         count_updates(ax)
     if len(runs) > 1:
         frame: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
-        lines = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*lines, ncols=spread_columns(len(runs), 3), **frame)
+        lines, names = figure.axes[0].get_legend_handles_labels()
+        lines += figure.axes[0].plot([], [], "o", color="0.6", ms=4)
+        names.append("marks: single updates")
+        figure.legend(lines, names, ncols=spread_columns(len(names), 4), **frame)
     return figure
 
 
@@ -280,8 +290,9 @@ def plot_memory_bars(parts: Mapping[str, Mapping[str, float]]) -> Figure:
     sizes = pd.DataFrame(parts).fillna(0) / 1000  # parts x bars, in order of appearance
     start = np.zeros(len(parts))
     for index, (name, row) in enumerate(sizes.iterrows()):
-        look: dict[str, Any] = {"color": _SPARE[index % len(_SPARE)], "label": name}
-        look |= {"hatch": "////", "linewidth": 0} if index >= len(_SPARE) else {}
+        spare = ("#BCAAA4", "#5D4037")[index % 2], ""
+        color, hatch = MEMORY_LOOKS.get(str(name), spare)
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "label": name}
         ax.barh(list(parts), row, 0.6, left=start, edgecolor="white", **look)
         start += row.to_numpy()
     for place, total in enumerate(start):
@@ -318,8 +329,8 @@ def plot_accuracy_bars(results: pd.DataFrame) -> Figure:
         color = color_of(model, index)
         ax.bar(x, rows["acc"], width * 0.94, label=model, color=color)
         whiskers = ax.errorbar(x, rows["acc"], errors, fmt="none", **style)
-        for line in whiskers.get_children():  # to be seen on dark bars
-            line.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        for line in whiskers.get_children():
+            line.set_path_effects(RIM)
     if "AVG" in columns and len(columns) > 1:
         ax.axvline(columns.index("AVG") - 0.5, color="0.6", linewidth=0.8)
     ax.set_xticks(range(len(columns)), columns)
