@@ -145,9 +145,8 @@ def read_study():
     seeds = {name: len(ones) for name, ones in found["arms"].items()}
     trained = {n: k for n, k in seeds.items() if found["study"]["arms"][n]["train"]}
     size = (
-        f"{sum(trained.values())} trainings of {len(trained)} arms, "
-        f"{min(trained.values())} to {max(trained.values())} seeds of an arm, "
-        f"{sum(found['tasks'].values()):,} test items."
+        f"{sum(trained.values())} trainings, up to {max(trained.values())} seeds of an "
+        f"arm, {sum(found['tasks'].values()):,} test items."
     )
     return pd.DataFrame(found["findings"]).set_index("claim"), size
 
