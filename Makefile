@@ -113,7 +113,7 @@ base: $(STAMP) ## train the shipped tiny model again, from nothing
 stage1: $(STAMP) ## train the shipped model of stage 1 again, from the shipped base
 	$(BIN)/python -m univg_nb.base_model.stage1 --out runs/stage1
 	$(BIN)/python -m univg_nb.base_model.evaluate runs/stage1/mixture/shipped \
-	    --style univg --groups 30
+	    --style univg --groups 100
 
 bench: $(STAMP) ## measurements (tests/bench), printed
 	$(BIN)/python -m pytest -m bench -s tests

@@ -144,7 +144,10 @@ def judge(found: Outcomes, study: Study, tasks: list[str]) -> pd.DataFrame:
     if curves:
         means = {k: np.mean([c[k] for c in curves], axis=0) for k in ("easy", "hard")}
         shares = pd.DataFrame(means)
-    return findings.judge_claims(effects, names, shares)
+    judged = findings.judge_claims(effects, names, shares)
+    for claim, own in study.claims.items():
+        judged["arms"] = judged["arms"].str.replace(rf"\b{claim}\b", own, regex=True)
+    return judged
 
 
 def write_results(
