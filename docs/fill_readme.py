@@ -117,7 +117,8 @@ def format_models():
         label = (
             "groups of eight: mean IoU" if key == "expected_iou" else f"{key} groups"
         )
-        rows[label] = {"items": next(iter(groups.values()))["n"]}
+        counts = dict.fromkeys(str(found["n"]) for found in groups.values())
+        rows[label] = {"items": ", ".join(counts)}
         rows[label] |= {m: f"{found[key]:.2f}" for m, found in groups.items()}
     frame = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
     return format_markdown(frame.rename_axis("held-out scenes, `Acc@0.5` in %"))
