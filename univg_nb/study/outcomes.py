@@ -145,8 +145,8 @@ def judge(found: Outcomes, study: Study, tasks: list[str]) -> pd.DataFrame:
         means = {k: np.mean([c[k] for c in curves], axis=0) for k in ("easy", "hard")}
         shares = pd.DataFrame(means)
     judged = findings.judge_claims(effects, names, shares)
-    for claim, own in study.claims.items():
-        judged["arms"] = judged["arms"].str.replace(rf"\b{claim}\b", own, regex=True)
+    for name, own in study.claims.items():
+        judged["arms"] = judged["arms"].str.replace(rf"\b{name}\b", own, regex=True)
     return judged
 
 
