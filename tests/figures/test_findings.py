@@ -130,6 +130,16 @@ def test_trend():
         findings.compute_trend([0.1, 0.2])
 
 
+def test_a_trend_of_several_trainings_knows_how_they_differ():
+    """Each line is exact, so that all of the interval is the spread of the slopes."""
+    rise = np.linspace(0.0, 1.0, 5)
+    effect = findings.compute_trend([0.1 * rise, 0.3 * rise, 0.2 * rise])
+    assert effect.mean == pytest.approx(0.2) and effect.seeds == 3
+    assert effect.hi - effect.mean == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    one = findings.compute_trend(0.1 * rise)
+    assert one.hi - one.lo == pytest.approx(0, abs=1e-9)
+
+
 def test_table_of_claims_says_what_was_not_run():
     def score(hits):
         return [

@@ -170,6 +170,13 @@ def test_a_study_goes_on_from_its_record_alone(call, tmp_path, monkeypatch):
     assert third["findings"] == second["findings"]
     marker = tmp_path / "other" / "grpo_exp_1" / "stage.json"
     assert io.read_json(marker)["results"]["fair_constant"] == 1.5
+    # rates and plan are those of the very arms they were found with
+    study = read_study(path)
+    for changed in ({"data": {}}, {"rates": {}, "plan": {}}, {"arms": {}}):
+        given = {"plan": {"seeds": 9}, **third, "study": third["study"] | changed}
+        outcomes.restore_choices(tmp_path / "bare", study, given)
+        assert not (tmp_path / "bare" / "rates.json").exists() or "arms" in changed
+        assert not (tmp_path / "bare" / "plan.json").exists()
     # another test: what is recorded has no weights to answer it
     io.write_text(path, path.read_text().replace("items: 10", "items: 20"))
     with pytest.raises(ValueError, match="grpo_exp_1 has no weights"):

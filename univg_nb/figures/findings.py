@@ -164,17 +164,25 @@ def compute_item_effect(
 def compute_trend(values: ArrayLike) -> Effect:
     """Compute the change of a straight line through shares, first to last update.
 
-    Raises ValueError for fewer than three values.
+    Of one training, (updates,), the interval knows how updates scatter about the line;
+    of several, (trainings, updates), how their lines differ, which is the luck of the
+    training too. Raises ValueError for fewer than three updates.
     """
-    y = np.asarray(values, dtype=float)
-    if len(y) < 3:
-        raise ValueError(f"{len(y)} updates are too few for a trend: it takes three")
-    x = np.linspace(-0.5, 0.5, len(y))
-    slope = float(x @ y / (x @ x))
-    rest = y - y.mean() - slope * x
-    error = math.sqrt(rest @ rest / (len(y) - 2) / (x @ x))
-    half = find_t_quantile(len(y) - 2) * error
-    return Effect(slope, max(-1.0, slope - half), min(1.0, slope + half), len(y))
+    y = np.atleast_2d(np.asarray(values, dtype=float))  # (S, T)
+    seeds, updates = y.shape
+    if updates < 3:
+        raise ValueError(f"{updates} updates are too few for a trend: it takes three")
+    x = np.linspace(-0.5, 0.5, updates)
+    slopes = y @ x / (x @ x)  # (S,)
+    slope = float(slopes.mean())
+    if seeds > 1:
+        free, error = seeds - 1, float(slopes.std(ddof=1)) / math.sqrt(seeds)
+    else:
+        rest = y[0] - y[0].mean() - slope * x
+        free, error = updates - 2, math.sqrt(rest @ rest / (updates - 2) / (x @ x))
+    half = find_t_quantile(free) * error
+    low, high = max(-1.0, slope - half), min(1.0, slope + half)
+    return Effect(slope, low, high, updates, seeds)
 
 
 def judge(effect: Effect, matters: float = MATTERS) -> str:
@@ -252,11 +260,12 @@ def build_findings(
 def judge_claims(
     effects: Mapping[str, Effect],
     arms: Collection[str],
-    shares: pd.DataFrame | None = None,
+    shares: Mapping[str, ArrayLike] | None = None,
 ) -> pd.DataFrame:
     """Build the table of `build_findings` from the effects of claims, by their text.
 
     `arms` are those that were run: a claim without an effect says which are missing.
+    `shares` has easy and hard as `compute_trend` takes them, of `TREND_ARM`.
     """
     rows = {}
     published = paper.TABLE_4.to_frame()["AVG"]
@@ -273,11 +282,12 @@ def judge_claims(
         rows[claim.text] = row
     for text, (column, sign, (begin, end)) in TRENDS.items():
         row = {"arms": TREND_ARM, "paper": round(100 * sign * (end - begin), 1)}
-        if shares is None or len(shares) < 3:
+        if shares is None or np.shape(shares[column])[-1] < 3:
             why = f"fewer than three updates of {TREND_ARM}"
             rows[text] = row | {"verdict": "not run", "why": why}
         else:
-            rows[text] = row | _describe(compute_trend(sign * shares[column]), 0.0)
+            trend = compute_trend(sign * np.asarray(shares[column]))
+            rows[text] = row | _describe(trend, 0.0)
     order = ["arms", "paper", "ours", "lo", "hi", "smallest seen", "verdict", "why"]
     frame = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order)
     return frame.rename_axis("claim")

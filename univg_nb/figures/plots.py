@@ -167,7 +167,7 @@ def plot_training_curves(
             color = color_of(name, index)
             look: dict[str, Any] = {"marker": _MARKS[index % len(_MARKS)], "ls": ""}
             look |= {"ms": 4, "mew": index % 2, "color": color, "alpha": 0.6}
-            look |= {"mfc": "none"} if index % 2 else {}  # open marks beside full ones
+            look["mfc"] = "none" if index % 2 else color  # open marks beside full ones
             every = -(-len(values) * len(runs) // _MOST_MARKS)
             some = slice(index * every // len(runs), None, every)
             ax.plot(steps[some], values[some], **look)
@@ -289,9 +289,8 @@ def plot_memory_bars(parts: Mapping[str, Mapping[str, float]]) -> Figure:
     figure, ax = create_axes(None, 7.0, 0.62 * len(parts) + 1.6)
     sizes = pd.DataFrame(parts).fillna(0) / 1000  # parts x bars, in order of appearance
     start = np.zeros(len(parts))
-    for index, (name, row) in enumerate(sizes.iterrows()):
-        spare = ("#BCAAA4", "#5D4037")[index % 2], ""
-        color, hatch = MEMORY_LOOKS.get(str(name), spare)
+    for name, row in sizes.iterrows():
+        color, hatch = MEMORY_LOOKS.get(str(name), ("#BCAAA4", ""))
         look: dict[str, Any] = {"color": color, "hatch": hatch, "label": name}
         ax.barh(list(parts), row, 0.6, left=start, edgecolor="white", **look)
         start += row.to_numpy()

@@ -108,10 +108,9 @@ def run_arm(run: runs.Run, study: Study, arm: Arm, seed: int) -> None:
             else:
                 adapter = [run.dir / other / "adapter" for other in needs[1:]]
                 if lost := [path.parent for path in adapter if not path.exists()]:
-                    raise ValueError(
-                        f"{lost[0]} has no weights: its outcome came from a record, of "
-                        "another test; delete the folder, and it is trained again"
-                    )
+                    cause = "its outcome came from a record, of another test"
+                    cure = "delete the folder, and it is trained again"
+                    raise ValueError(f"{lost[0]} has no weights: {cause}; {cure}")
                 made = evaluate(run, config, arm.style, adapter, stage.dir)
             stage.finish(**made, device=runs.device())  # arms may run on several
 

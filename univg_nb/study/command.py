@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out or runs.repo_root() / "notebooks" / "reference_runs"
     path = Path(folder) / f"study_{scale}.json"
     record = io.read_json(path) if path.is_file() else {}
-    outcomes.restore_choices(run_dir, record)
+    if not options.job:
+        outcomes.restore_choices(run_dir, study, record)
     study = read_study(options.study, run_dir)
     if options.what == "status":
         print(outcomes.report_status(run_dir, study, options.jobs))

@@ -56,11 +56,18 @@ def read_outcome(
     return found
 
 
-def restore_choices(run_dir: Path, record: Mapping[str, Any]) -> None:
-    """Give a run folder without them the rates and the plan of a record."""
-    for name in (RATES, PLAN):
-        if record.get(Path(name).stem) and not (run_dir / name).exists():
-            io.write_json(run_dir / name, record[Path(name).stem])
+def restore_choices(run_dir: Path, study: Study, record: Mapping[str, Any]) -> None:
+    """Give a run folder the rates and the plan of a record, if it has none.
+
+    Only those of the same arms, chosen the same way; other arms may be new.
+    """
+    now, then = json.loads(json.dumps(asdict(study))), record.get("study", {})
+    for name, arms in ((RATES, study.rates.arms), (PLAN, study.plan.pair)):
+        key = Path(name).stem
+        same = [then.get(k) == now[k] for k in ("scale", "set", "start", "data", key)]
+        same += [then["arms"].get(arm) == now["arms"].get(arm) for arm in arms if then]
+        if all(same) and record.get(key) and not (run_dir / name).exists():
+            io.write_json(run_dir / name, record[key])
 
 
 def restore(run_dir: Path, study: Study, record: Mapping[str, Any]) -> int:
@@ -79,18 +86,17 @@ def restore(run_dir: Path, study: Study, record: Mapping[str, Any]) -> int:
 
 
 def _restore_one(run_dir: Path, stages: Stages, outcome: Mapping[str, Any]) -> bool:
-    took = zip(outcome["hashes"], outcome["seconds"], strict=True)
-    parts = ("hits", "thinks", "records_sha256", "truncated", "device")
-    answers = {key: outcome[key] for key in parts if key in outcome}
-    for (name, (settings, needs)), (wanted, seconds) in zip(
-        stages.items(), took, strict=True
-    ):
+    about = ("training", "seconds", "hashes", "macro_acc_05")
+    answers = {key: value for key, value in outcome.items() if key not in about}
+    for index, (name, (settings, needs)) in enumerate(stages.items()):
         marker = _make_marker(run_dir, name, settings, needs)
-        if marker["hash"] != wanted:
+        if marker["hash"] != outcome["hashes"][index]:
             return False
         results = answers if needs[0] == "test" else outcome["training"]
-        done = {"status": "finished", "seconds": seconds, "results": results}
-        io.write_json(run_dir / name / "stage.json", marker | done)
+        done = {"status": "finished", "seconds": outcome["seconds"][index]}
+        io.write_json(
+            run_dir / name / "stage.json", marker | done | {"results": results}
+        )
     return True
 
 
@@ -142,8 +148,7 @@ def judge(found: Outcomes, study: Study, tasks: list[str]) -> pd.DataFrame:
     ]
     shares = None
     if curves:
-        means = {k: np.mean([c[k] for c in curves], axis=0) for k in ("easy", "hard")}
-        shares = pd.DataFrame(means)
+        shares = {k: [c[k] for c in curves] for k in ("easy", "hard")}
     judged = findings.judge_claims(effects, names, shares)
     for name, own in study.claims.items():
         judged["arms"] = judged["arms"].str.replace(rf"\b{name}\b", own, regex=True)
