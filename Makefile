@@ -9,10 +9,11 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 COURSE := $(BIN)/python -m univg_nb run --scale $(SCALE) --run-dir "$(RUN_DIR)"
-# `make figures` takes any run folders: RUN="runs/a runs/b"
+# `make figures` takes any run folders, and those of studies: RUN="runs/a runs/b"
 RUN ?=
 OUT ?= $(or $(firstword $(RUN)),$(RUN_DIR))/paper
 WIDTH ?= column
+RECORDS := notebooks/reference_runs
 
 # glibc keeps freed memory: torch on a CPU is much faster with it (see launch/runner.py).
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
@@ -82,7 +83,8 @@ book: $(STAMP) ## the notebooks as one HTML site in BOOK=runs/book
 	@$(BIN)/python docs/make_book.py "$(BOOK)"
 
 figures: $(STAMP) ## every table and figure of RUN for a paper, to OUT (WIDTH=page)
-	@$(BIN)/python -m univg_nb figures $(or $(RUN),"$(RUN_DIR)") --out "$(OUT)" --width $(WIDTH)
+	@$(BIN)/python -m univg_nb figures $(or $(RUN),"$(RUN_DIR)" $(RECORDS)) \
+		--out "$(OUT)" --width $(WIDTH)
 
 figures-check: $(STAMP) ## fails if a file in OUT, README or a notebook is stale
 	@$(BIN)/python -m univg_nb figures --check "$(OUT)"

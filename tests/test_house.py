@@ -205,10 +205,10 @@ def test_the_package_stays_small():
     are kept and the page that asks, 150 for exercises that never raise, 150 for weights
     of the reader and findings said, 250 for photographs and drawings of the primer, 120
     for records of a GPU, 30 for single pictures with a chain and adjusted trends, 50
-    for a study that goes on from its record.
+    for a study that goes on from its record, 50 for its weights as a table and figure.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 17_950
+    assert sum(sizes.values()) <= 18_000
 
 
 # ---------------------------------------------------------------- references

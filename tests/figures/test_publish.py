@@ -167,6 +167,36 @@ def test_an_average_of_too_few_columns_is_not_given(run):
     assert ("Migician", "Table 3, second-hand") in TABLES["table3"](Runs([run])).index
 
 
+def test_the_record_of_a_study_becomes_a_table_and_a_forest(run, tmp_path):
+    def say(arms, ours, claim=None):
+        row = {"arms": arms, "ours": ours, "lo": ours - 1, "hi": ours + 1}
+        return row | {"claim": claim, "paper": None, "verdict": "undecided"}
+
+    record = {"findings": [say("a over b", 1.5, "it gains"), say("b", 4.0, "a trend")]}
+    record["weights"] = [say("c over b", -2.0)]
+    write_json(tmp_path / "records" / "study_x.json", record)
+    runs = Runs([run, tmp_path / "records"])
+    frame = TABLES["study"](runs)
+    assert list(frame.index) == ["a over b", "b", "c over b"]
+    assert list(frame["ours"]) == [1.5, 4.0, -2.0]
+    (ax,) = exhibits.draw("ablation", runs, 3.25).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a\nover b", "c\nover b"]
+    # models keep their names: only one of the two folders is a run
+    assert TABLES["table4"](runs).equals(TABLES["table4"](Runs([run])))
+    assert list(TABLES["study"](Runs([run])).index) == ["not run"]
+    assert "not run" in exhibits.draw("ablation", Runs([run]), 3.25).texts[0].get_text()
+
+
+@pytest.mark.parametrize("name", ["failures", "curves", "groups", "iou_curve"])
+def test_legends_of_a_column_stay_inside_it(run, name):
+    with mpl.rc_context(publish.STYLE):
+        figure = exhibits.draw(name, Runs([run]), 3.25)
+        figure.draw_without_rendering()
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_latex_has_rules_and_as_many_cells_in_every_row(written, name):
     text = (written / f"{name}.tex").read_text()

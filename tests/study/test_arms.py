@@ -206,6 +206,11 @@ def test_all_arms_and_the_record_of_a_study(call, tmp_path, grpo_folder, monkeyp
     assert verdicts["RL without a cold start is behind"] == "not run"
     assert verdicts["chains gain over plain SFT"] != "not run"
     assert {"command", "config", "versions", "device", "speed"} <= record.keys()
+    compared = [row["arms"].split(" over ") for row in record["weights"]]
+    # all that is trained as plain GRPO is, and no other
+    assert {before for _, before in compared} == {"grpo_none"}
+    assert "grpo_constant" in [after for after, _ in compared]
+    assert not {"sft_a", "grpo_none", "grpo_cold"} & {after for after, _ in compared}
 
 
 def test_rejection_keeps_what_is_sometimes_right(tmp_path, monkeypatch):

@@ -56,10 +56,9 @@ def plot_average_bars(
     ax.set(xlabel="Acc@0.5, %", xlim=(0, 100))  # values may stand out on the right
     ax.grid(axis="y", visible=False)
     if published is not None:
-        first, *rest = (f"{k} {v[published]:.1f}" for k, v in paper.FIGURE_1.items())
-        source = ("paper", "paper, mean of its five")[published]
-        title = f"{source}: {first},\n{', '.join(rest)}"
-        ax.set_title(title, fontsize="small", color="0.35")
+        names = ", ".join(f"{k} {v[published]:.1f}" for k, v in paper.FIGURE_1.items())
+        source = ("paper, MIG-Bench", "paper, mean of five zero-shot sets")[published]
+        ax.set_title(f"{source}:\n{names}", fontsize="small", color="0.35")
     return figure
 
 

@@ -35,15 +35,19 @@ Counts = Mapping[str, Mapping[str, tuple[int, int]]]  # hits and items by model,
 class Runs:
     """Run folders, and what they hold by model; of several, it is called RUN/MODEL.
 
-    Raises ValueError for a folder that is missing or no run, and for two of one name.
+    A folder may hold the record of a study instead. Raises ValueError for a folder that
+    is missing or has neither, and for two of one name.
     """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
         self.folders = [Path(folder).resolve() for folder in folders]
+        self.studies = [p for f in self.folders for p in sorted(f.glob("study_*.json"))]
+        self.trained = [f for f in self.folders if not any(f.glob("study_*.json"))]
         for folder in self.folders:
-            if not any((folder / name).exists() for name in ("manifest.json", "eval")):
+            kinds = ("manifest.json", "eval", "study_*.json")
+            if not any(any(folder.glob(kind)) for kind in kinds):
                 raise ValueError(
-                    f"{folder}: no run folder: it has neither manifest.json nor eval/"
+                    f"{folder}: no run folder: it has none of {', '.join(kinds)}"
                 )
         names = [folder.name for folder in self.folders]
         if len(set(names)) < len(names):
@@ -58,7 +62,7 @@ class Runs:
                 p.relative_to(folder).parts[place]: p for p in folder.glob(pattern)
             }
             order = [*benchmarks.MODELS, *sorted(files.keys() - set(benchmarks.MODELS))]
-            prefix = f"{folder.name}/" if len(self.folders) > 1 else ""
+            prefix = f"{folder.name}/" if len(self.trained) > 1 else ""
             found |= {prefix + m: files[m] for m in order if m in files}
         return found
 
@@ -194,10 +198,20 @@ def build_table_3(runs: Runs) -> pd.DataFrame:
 
 def build_findings(runs: Runs) -> pd.DataFrame:
     """Build the table of the paper's claims; with several runs, of the first."""
-    first = Runs(runs.folders[:1])
+    first = Runs(runs.trained[:1])
     rows = first.read_logs("rollouts").get(findings.TREND_ARM)
     shares = tables.compute_difficulty_shares(rows, adjusted=True) if rows else None
     return findings.build_findings(first.items, shares)
+
+
+def build_study(runs: Runs) -> pd.DataFrame:
+    """Build the table of what a study says: claims, then other weights against none."""
+    found = read_json(runs.studies[0]) if runs.studies else {}
+    rows = [*found.get("findings", []), *found.get("weights", [])]
+    weight = {"claim": "a weight gains over none"}
+    frame = pd.DataFrame([weight | row for row in rows] or [{"arms": NOT_RUN}])
+    columns = ["claim", "paper", "ours", "lo", "hi", "smallest seen", "verdict"]
+    return frame.set_index("arms").reindex(columns=columns)
 
 
 # ---------------------------------------------------------------- figures
@@ -240,9 +254,9 @@ def _draw_panels(
 
 def _share_legend(figure: Figure, columns: int = 2) -> Figure:
     """Put the legend of the first axes above all of them, away from the data."""
-    for ax in figure.axes:
-        if legend := ax.get_legend():
-            legend.remove()
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes)]
+    for legend in filter(None, legends):
+        legend.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     look: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
     figure.legend(handles, labels, ncols=columns, **look)
@@ -285,14 +299,15 @@ def draw_curves(runs: Runs, width: float) -> Figure:
     )
     for ax, name in zip(figure.axes, names.values(), strict=True):
         ax.set_ylabel(name)
-    return _resize(figure, width, 2.2 if wide else 4.6)
+    _resize(figure, width, 2.2 if wide else 4.6)
+    return figure if wide else _share_legend(figure)
 
 
 def draw_forest(runs: Runs, width: float) -> Figure:
     """Draw what each model gains over the one before, paired over the items of MIG."""
     published = paper.TABLE_4.to_frame()["AVG"]
     rows = {}
-    for folder in runs.folders:
+    for folder in runs.trained:
         scored = Runs([folder]).items
         for after, before in find_pairs(folder, scored).items():
             row = dict.fromkeys(("ours", "lo", "hi", "paper"), math.nan)
@@ -303,10 +318,18 @@ def draw_forest(runs: Runs, width: float) -> Figure:
             stages = [paper.STAGE_OF_MODEL.get(model) for model in (after, before)]
             if all(stages):
                 row["paper"] = published[stages[0]] - published[stages[1]]
-            prefix = f"{folder.name}: " if len(runs.folders) > 1 else ""
+            prefix = f"{folder.name}: " if len(runs.trained) > 1 else ""
             rows[f"{prefix}{after}\nover {before}"] = row
     figure = plots.plot_forest(pd.DataFrame.from_dict(rows, orient="index"))
     return _resize(figure, width, 0.36 * len(rows) + 0.8)
+
+
+def draw_study(runs: Runs, width: float) -> Figure:
+    """Draw the gains of `build_study`, without the trends."""
+    frame = build_study(runs)
+    frame = frame[frame.index.str.contains(" over ") & frame["ours"].notna()]
+    frame.index = frame.index.str.replace(" over ", "\nover ")
+    return _resize(plots.plot_forest(frame), width, 0.36 * len(frame) + 0.8)
 
 
 def find_pairs(folder: Path, scored: Iterable[str]) -> dict[str, str]:
@@ -337,12 +360,13 @@ def draw_failures(runs: Runs, width: float) -> Figure:
     }
     rows |= dict.fromkeys(find_missing(rows), pd.Series(0, index=kinds))
     figure = plots.plot_kinds(pd.DataFrame(rows).T[kinds])
-    return _resize(figure, width, 0.2 * len(rows) + 1.1)
+    _resize(figure, width, 0.2 * len(rows) + 1.2)
+    return _share_legend(figure, columns=3 if width > _WIDE else 2)
 
 
 def draw_cases(runs: Runs, width: float) -> Figure:
     """Draw two items of the first run that its last model won or lost over the base."""
-    folder, scored = runs.folders[0], Runs(runs.folders[:1]).items
+    folder, scored = runs.trained[0], Runs(runs.trained[:1]).items
     main = [model for model in ("base", "shipped", "grpo_exp") if model in scored]
     shown = {model: scored[model] for model in main or scored}
     config = {"data": read_json(folder / "data" / "stage.json")["config"]}
@@ -371,6 +395,7 @@ TABLES: dict[str, Callable[[Runs], pd.DataFrame]] = {
     "table3": build_table_3,
     "table4": lambda runs: build_table(paper.TABLE_4, *count_mig(runs), pairs=True),
     "findings": build_findings,
+    "study": build_study,
 }
 FIGURES: dict[str, Callable[[Runs, float], Figure]] = {
     "figure1": draw_bars,
@@ -380,6 +405,7 @@ FIGURES: dict[str, Callable[[Runs, float], Figure]] = {
     "curves": draw_curves,
     "weights": lambda _, width: _resize(plots.plot_weight_functions(), width, 2.3),
     "forest": draw_forest,
+    "ablation": draw_study,
     "iou_curve": draw_iou_curve,
     "failures": draw_failures,
     "groups": draw_groups,

@@ -276,7 +276,7 @@ def judge_claims(
             row["paper"] = round(after - before, 2)
         missing = [m for m in (claim.after, claim.before) if m not in arms]
         if claim.text in effects:
-            row |= _describe(effects[claim.text], MATTERS)
+            row |= describe(effects[claim.text])
         else:
             row |= {"verdict": "not run", "why": f"no scores of {', '.join(missing)}"}
         rows[claim.text] = row
@@ -287,7 +287,7 @@ def judge_claims(
             rows[text] = row | {"verdict": "not run", "why": why}
         else:
             trend = compute_trend(sign * np.asarray(shares[column]))
-            rows[text] = row | _describe(trend, 0.0)
+            rows[text] = row | describe(trend, 0.0)
     order = ["arms", "paper", "ours", "lo", "hi", "smallest seen", "verdict", "why"]
     frame = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=order)
     return frame.rename_axis("claim")
@@ -306,7 +306,8 @@ def format_published(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(paper=shown)
 
 
-def _describe(effect: Effect, matters: float) -> dict[str, object]:
+def describe(effect: Effect, matters: float = MATTERS) -> dict[str, object]:
+    """Return an effect in points, the verdict and why, as columns of a table."""
     points = {"ours": effect.mean, "lo": effect.lo, "hi": effect.hi}
     points["smallest seen"] = effect.find_smallest_detectable()
     row: dict[str, object] = {name: 100 * value for name, value in points.items()}

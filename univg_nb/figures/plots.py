@@ -180,9 +180,13 @@ def plot_training_curves(
         count_updates(ax)
     if len(runs) > 1:
         frame: dict[str, Any] = {"loc": "outside upper center", "frameon": False}
+        each: dict[str, Any] = {
+            "color": "0.6",
+            "ms": 4,
+            "label": "marks: single updates",
+        }
+        figure.axes[0].plot([], [], "o", **each)
         lines, names = figure.axes[0].get_legend_handles_labels()
-        lines += figure.axes[0].plot([], [], "o", color="0.6", ms=4)
-        names.append("marks: single updates")
         figure.legend(lines, names, ncols=spread_columns(len(names), 4), **frame)
     return figure
 

@@ -155,6 +155,25 @@ def judge(found: Outcomes, study: Study, tasks: list[str]) -> pd.DataFrame:
     return judged
 
 
+def judge_weights(
+    found: Outcomes, study: Study, tasks: list[str]
+) -> list[dict[str, Any]]:
+    """Judge that each other GRPO from the same start gains over `plan.pair`'s second.
+
+    Rows have columns of `judge`; intervals are not widened for the number of arms.
+    """
+    plain = study.plan.pair[1]
+    kinds = {name: (arm.train, arm.begins) for name, arm in study.arms.items()}
+    rows = []
+    for name in found if plain in found else ():
+        if name in study.plan.pair or kinds[name] != kinds[plain]:
+            continue
+        if effect := compute_effect(found, study, (name, plain), tasks):
+            row = {"arms": f"{name} over {plain}", "seeds": effect.seeds}
+            rows.append(row | findings.describe(effect))
+    return rows
+
+
 def write_results(
     path: Path, run: runs.Run, study: Study, found: Outcomes, command: str
 ) -> pd.DataFrame:
@@ -177,6 +196,7 @@ def write_results(
         "records_sha256": io.sha256_of(run.dir / "test" / "mig_bench.json"),
         "tasks": pd.Series(tasks).value_counts(sort=False).to_dict(),  # in their order
         "findings": json.loads(verdicts.reset_index().to_json(orient="records")),
+        "weights": judge_weights(found, study, tasks),
         "arms": found,
     }
     io.write_json(path, facts)
