@@ -153,10 +153,15 @@ def read_study():
 
 
 def format_study():
-    """Return the verdict on each claim over seeds."""
+    """Return the verdict on each claim over seeds, then on each other weight."""
     frame, size = read_study()
     frame = findings.format_published(frame.drop(columns="why"))
-    return f"{format_markdown(frame, digits=2)}\n{size}" if len(frame) else size
+    if not len(frame):
+        return size
+    weights = pd.DataFrame(read_json(RECORDS / "study_tiny.json")["weights"])
+    weights = weights.drop(columns="why").set_index("arms")
+    tables = [format_markdown(one, digits=2) for one in (frame, weights)]
+    return "\n".join([*tables[:1], size, "", *tables[1:]])
 
 
 def format_verdicts():
