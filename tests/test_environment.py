@@ -116,7 +116,7 @@ def test_the_makefile_installs_torch_first_from_the_constraints():
         (["record", "RUN_DIR=runs/my run"], '--record "runs/my run"'),
         (
             ["figures", "RUN_DIR=runs/my run"],
-            'figures "runs/my run" --out "runs/my run/',
+            'figures "runs/my run" notebooks/reference_runs --out "runs/my run/paper"',
         ),
         (["figures", "RUN=a b"], 'figures a b --out "a/paper"'),
         (["lab", "ARGS=--no-browser --port 1"], "lab notebooks --no-browser --port 1"),
@@ -127,4 +127,5 @@ def test_the_makefile_installs_torch_first_from_the_constraints():
 def test_make_takes_folders_with_spaces_and_passes_options_on(words, said):
     command = ["make", "-n", "-C", str(ROOT), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert said in done.stdout
+    printed = re.sub(r"\s*\\\n\s*", " ", done.stdout)  # a recipe may go on
+    assert said in printed
