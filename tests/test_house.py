@@ -204,11 +204,11 @@ def test_the_package_stays_small():
     in one file with its power, 500 for newer bases and their boxes, 300 for stages that
     are kept and the page that asks, 150 for exercises that never raise, 150 for weights
     of the reader and findings said, 250 for photographs and drawings of the primer, 120
-    for records of a GPU, 30 for single pictures with a chain and adjusted trends, 50
+    for records of a GPU, 50 for single pictures with a chain and adjusted trends, 50
     for a study that goes on from its record, 50 for its weights as a table and figure.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 18_000
+    assert sum(sizes.values()) <= 18_020
 
 
 # ---------------------------------------------------------------- references

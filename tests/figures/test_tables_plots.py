@@ -132,6 +132,41 @@ def test_adjusted_shares_leave_out_which_tasks_an_update_drew():
     assert adjusted["easy"].iloc[0] < adjusted["easy"].iloc[1]
 
 
+def test_adjusted_shares_know_the_levels_that_ids_tell():
+    draws = {1: "easy hard hard", 2: "easy easy hard", 3: "easy easy hard"}
+    rows = [
+        {
+            "step": step,
+            "task": "diff",
+            "sample_id": f"minimig-diff-train-{level}-{step:06d}",
+            "mean_iou": float(level == "easy"),
+        }
+        for step, levels in draws.items()
+        for level in levels.split()
+    ]
+    adjusted = tables.compute_difficulty_shares(rows, adjusted=True)
+    assert adjusted["easy"].to_numpy() == pytest.approx([5 / 9] * 3)
+    other = [row | {"sample_id": f"row {k}"} for k, row in enumerate(rows)]
+    plain = tables.compute_difficulty_shares(other)
+    adjusted = tables.compute_difficulty_shares(other, adjusted=True)
+    assert adjusted.to_numpy() == pytest.approx(plain.to_numpy())
+
+
+def test_the_line_through_adjusted_shares_is_that_of_one_fit_of_kinds_and_line():
+    """A kind drawn late must not explain away that all groups become easier."""
+    drawn = ["aaab"] * 10 + ["aabb"] * 10 + ["abbb"] * 10
+    rows = [
+        {"step": step, "task": task, "mean_iou": float(step > 6 * k + 6)}
+        for step, tasks in enumerate(drawn)
+        for k, task in enumerate(tasks)
+    ]
+    terms = [(1, row["step"], row["task"] == "b") for row in rows]
+    hits = [row["mean_iou"] for row in rows]
+    wanted = np.linalg.lstsq(np.array(terms, float), hits)[0][1]
+    easy = tables.compute_difficulty_shares(rows, adjusted=True)["easy"]
+    assert np.polyfit(easy.index, easy, 1)[0] == pytest.approx(wanted)
+
+
 def test_markdown():
     frame = pd.DataFrame(
         {"name": ["a|b", "two\nlines"], "x": [1.25, math.nan], "n": [3, 4]}

@@ -243,8 +243,8 @@ def build_findings(
     Args:
         scored: item scores by model; a claim whose models are not all here is "not
             run".
-        shares: of the groups of `TREND_ARM`, adjusted for the tasks that its updates
-            drew (`tables.compute_difficulty_shares`).
+        shares: of the groups of `TREND_ARM`, adjusted for the kinds of questions that
+            its updates drew (`tables.compute_difficulty_shares`).
 
     Returns:
         Index claim; columns arms, paper, ours, lo, hi, smallest seen, verdict, why.

@@ -4,12 +4,14 @@ Accuracies are Acc@0.5 in percent with 95 % intervals. They come from the scores
 files of a run folder, published numbers from `univg_nb.paper`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from univg_nb import paper
@@ -195,23 +197,32 @@ def compute_difficulty_shares(
 
     Args:
         rows: rows of rollouts.jsonl, one for each group, with "step" and "mean_iou".
-        adjusted: as if every update drew the same tasks, for trends: some tasks are
-            nearly always hard, and which ones an update draws is chance. The rows
-            then have "task" too, and shares may leave 0..1 a little.
+        adjusted: as if every update drew the same kinds of questions, for trends: some
+            are nearly always hard, and which ones an update draws is chance. A kind is
+            "task" and, where "sample_id" tells it as MiniMIG's do, the level; its share
+            is fitted beside a straight line over the updates. The adjusted shares may
+            leave 0..1 a little.
 
     Returns:
         Index step; columns easy, medium, hard (0..1) and groups (their number).
     """
-    groups = [
-        (row["step"], row["task"] if adjusted else "", difficulty_bin(row["mean_iou"]))
-        for row in rows
-    ]
-    frame = pd.DataFrame(groups, columns=["step", "task", "bin"])
-    hits = pd.DataFrame({name: frame["bin"] == name for name in SHARES}, dtype=float)
+    rows = list(rows)
+    steps = np.array([row["step"] for row in rows])  # (N,)
+    bins = np.array([difficulty_bin(row["mean_iou"]) for row in rows])
+    hits = (bins[:, None] == SHARES).astype(float)  # (N, 3)
     if adjusted:
-        hits += hits.mean() - hits.groupby(frame["task"]).transform("mean")
-    shares = hits.groupby(frame["step"]).mean()
-    return shares.assign(groups=frame.groupby("step").size())
+        kinds = pd.get_dummies([_find_kind(row) for row in rows]).to_numpy(float)
+        fitted = np.c_[steps - steps.mean(), kinds]  # (N, 1 + kinds)
+        of_kind = kinds @ np.linalg.lstsq(fitted, hits)[0][1:]  # (N, 3)
+        hits += of_kind.mean(0) - of_kind
+    by_step = pd.DataFrame(hits, columns=SHARES).groupby(steps)
+    return by_step.mean().rename_axis("step").assign(groups=by_step.size())
+
+
+def _find_kind(row: Mapping[str, Any]) -> str:
+    """Return a group's task and, if its sample's id tells it, the level."""
+    level = re.search(r"-(easy|medium|hard)-\d+$", row.get("sample_id", ""))
+    return f"{row['task']} {level[1] if level else ''}"
 
 
 # ---------------------------------------------------------------- writing
