@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import openai
 from transformers import ProcessorMixin
 
 from univg_nb.data import prompts
@@ -50,6 +49,8 @@ def reply(
     Raises:
         ValueError: an image is unreadable, or the server unreachable or unwilling.
     """
+    import openai  # half a second that only those who ask a server should wait
+
     # A proxy of the environment does not lead to this machine.
     local = urlsplit(model.base_url).hostname in ("localhost", "127.0.0.1", "::1")
     client = openai.OpenAI(
