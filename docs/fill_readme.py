@@ -158,10 +158,11 @@ def format_study():
     frame = findings.format_published(frame.drop(columns="why"))
     if not len(frame):
         return size
-    weights = pd.DataFrame(read_json(RECORDS / "study_tiny.json")["weights"])
-    weights = weights.drop(columns="why").set_index("arms")
-    tables = [format_markdown(one, digits=2) for one in (frame, weights)]
-    return "\n".join([*tables[:1], size, "", *tables[1:]])
+    parts = [format_markdown(frame, digits=2), size]
+    if weights := read_json(RECORDS / "study_tiny.json")["weights"]:
+        shown = pd.DataFrame(weights).drop(columns="why").set_index("arms")
+        parts += ["", format_markdown(shown, digits=2)]
+    return "\n".join(parts)
 
 
 def format_verdicts():

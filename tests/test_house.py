@@ -203,12 +203,12 @@ def test_the_package_stays_small():
     step, 100 for a teacher with habits and the shipped stage 1, 400 for a study of arms
     in one file with its power, 500 for newer bases and their boxes, 300 for stages that
     are kept and the page that asks, 150 for exercises that never raise, 150 for weights
-    of the reader and findings said, 250 for photographs and drawings of the primer, 120
+    of the reader and findings said, 260 for photographs and drawings of the primer, 120
     for records of a GPU, 50 for single pictures with a chain and adjusted trends, 50
-    for a study that goes on from its record, 50 for its weights as a table and figure.
+    for a study that goes on from its record, 60 for its weights as a table and figure.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
-    assert sum(sizes.values()) <= 18_020
+    assert sum(sizes.values()) <= 18_040
 
 
 # ---------------------------------------------------------------- references

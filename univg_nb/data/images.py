@@ -8,9 +8,11 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,9 @@ _TURNS = {  # by the EXIF orientation; from 5 on, they exchange width and height
 _DARKEST = 1 / 16  # of white: below, a gray picture has fewer than 16 of 256 levels
 
 
+_filters = Lock()  # those of warnings are one for all threads
+
+
 class _RefusedError(Exception):
     """An image that Pillow can read and a model cannot use."""
 
@@ -66,7 +71,7 @@ def _opened(
         if not Path(path).is_file():
             problem = "is no file" if Path(path).exists() else "does not exist"
             raise _RefusedError(f"{problem}; check image_root and the download")
-        with warnings.catch_warnings():
+        with _filters, warnings.catch_warnings():
             # an error from Pillow's own limit on, not from twice as many pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
@@ -314,9 +319,13 @@ def check_images(
             f"{samples[index].id!r} (index {index}): {path} does not exist; set the "
             "image root, or leave these samples out (generate: --allow-missing)"
         )
+    new: dict[tuple[str, int], str] = {}
     for index in wanted:
         for path in samples[index].images:
             version = (path, Path(path).stat().st_mtime_ns)
             if version not in _usable:
-                open_image(path, samples[index].id)
-                _usable.add(version)
+                new.setdefault(version, samples[index].id)
+    with ThreadPoolExecutor() as pool:
+        # sizes: pictures that wait for their turn would fill the memory
+        sizes = pool.map(lambda one: open_image(one[0], new[one]).size, new)
+        _usable.update(version for version, _ in zip(new, sizes, strict=True))

@@ -74,12 +74,21 @@ def make_plan(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Find the fewest seeds, and with them the fewest items, that reach the goal.
 
-    Seeds are to be few first because a training takes longer than its answers. `seeds`
-    and `items`, of all tasks, are the least numbers; `seconds` are of one seed of both
-    arms: the trainings, and the answers to one item. Returns the plan; and for numbers
-    of seeds the items they take, the half-width and the smallest effect seen, both in
-    points, and the hours of all one after another. ValueError if `MOST_SEEDS` are too
-    few.
+    Seeds are to be few first because a training takes longer than its answers.
+
+    Args:
+        spread: the variances of a pilot.
+        goal: what is to be resolved, and how surely.
+        seeds: the least number of seeds.
+        items: the least number of items, of all tasks.
+        seconds: of one seed of both arms: the trainings, and the answers to one item.
+
+    Returns:
+        The plan; and for numbers of seeds the items they take, the half-width and the
+        smallest effect seen, both in points, and the hours of all one after another.
+
+    Raises:
+        ValueError: `MOST_SEEDS` are too few.
     """
     needed = {s: find_items(spread, s, goal, items) for s in range(seeds, MOST_SEEDS)}
     enough = next((s for s, n in needed.items() if n), None)
