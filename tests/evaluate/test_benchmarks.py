@@ -4,8 +4,10 @@ import dataclasses
 
 import builders
 import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
 
-from univg_nb import io, runs
+from univg_nb import io, models, runs
 from univg_nb.config import load_scale
 from univg_nb.data import files
 from univg_nb.evaluate import benchmarks
@@ -60,6 +62,26 @@ def test_a_sampled_benchmark_has_the_same_items_and_other_replies(run):
     out = benchmarks.get_predictions_path(run, "base", "mig_sampled")
     settings = io.read_json(out.with_name("predictions.settings.json"))
     assert settings["temperature"] == 3.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps four bits")
+def test_on_a_cpu_rounded_weights_are_written_out_and_the_adapter_merged(run):
+    section = run.config["model"]
+    model = models.add_lora(models.load_for_inference(section)[0], {"r": 4})
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(run.dir / "sft_qlora" / "adapter")
+    loaded = benchmarks.load_model(run, "sft_qlora")[0]
+    assert not any("lora" in name or "quant" in name for name in loaded.state_dict())
+    rounded, _ = models.load_for_inference(section, quantize="nf4")
+    change = model.base_model.model  # its layers know what the adapter adds
+    for name in models.find_language_linears(loaded):
+        layer = rounded.get_submodule(name)
+        wanted = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        wanted = wanted + change.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(loaded.get_submodule(name).weight, wanted)
 
 
 def test_a_late_benchmark_is_looked_at_before_the_first_is_generated(run, items):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from univg_nb import io, models, paper, runs
@@ -25,15 +26,8 @@ from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.runs import Run
 
 # The models of a run in training order.
-MODELS = (
-    "base",
-    "sft_nocot",
-    "sft_lora",
-    "sft_qlora",
-    "shipped",
-    "grpo_none",
-    "grpo_exp",
-)
+MODELS: tuple[str, ...] = ("base", "sft_nocot", "sft_lora", "sft_qlora")
+MODELS += ("shipped", "grpo_none", "grpo_exp")
 # Zero-shot benchmarks and the key of the scale's `data` section that names their file.
 ZERO_SHOT_FILES = {
     "lisa": "lisa_file",
@@ -136,9 +130,14 @@ def load_model(run: Run, model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load the weights and the processor of a model of the run, to generate with."""
     adapters = [] if model == "base" else [run.dir / model / "adapter"]
     four_bit = run.config["sft"].get("adapter") == "qlora" or model == "sft_qlora"
-    return models.load_for_inference(
+    network, processor = models.load_for_inference(
         run.config["model"], adapters, "nf4" if four_bit and adapters else None
     )
+    if isinstance(network, PeftModel) and models.get_device().type == "cpu":
+        # Faster, and in fp32 as in training: bitsandbytes' layers may take bf16 here.
+        network = models.load_adapter(network.unload().dequantize(), adapters[0])
+        network = network.merge_and_unload().requires_grad_(False).eval()
+    return network, processor
 
 
 def evaluate(
