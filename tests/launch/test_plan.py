@@ -167,14 +167,29 @@ def test_public_anchors_in_kind(full):
 
 
 def test_knobs_are_ranked_by_what_they_save(full):
-    made = plan(full, card="A100-40G", processes=2)
+    made = plan(full, "grpo", card="A100-40G", processes=2, tokens=2500)
     assert not made.fits
     gpu_rows = cost.rank_variants(made)
-    peaks = [other.peak for _, other in gpu_rows]
-    assert len(peaks) == 3 and peaks == sorted(peaks) and peaks[-1] < made.peak
+    kept = [not name.startswith(cost.OTHER_RECIPE) for name, _ in gpu_rows]
+    assert kept == sorted(kept, reverse=True) and 0 < sum(kept) < len(kept)
+    for kind in (True, False):
+        peaks = [p.peak for k, (_, p) in zip(kept, gpu_rows, strict=True) if k is kind]
+        assert peaks == sorted(peaks) and peaks[-1] < made.peak
     text = planning.format_plan(made, "A100-40G", 2.0)
     assert "DOES NOT FIT" in text and "at 2 a GPU hour" in text
-    assert "sft.adapter=" in planning.format_variants(made, gpu_rows)
+    told = planning.format_variants(made, gpu_rows)
+    first, second = (kept.index(kind) for kind in (True, False))
+    for place, kind in ((first, "same recipe"), (second, "another recipe")):
+        name, other = gpu_rows[place]
+        line = next(line for line in told.splitlines() if line.strip().startswith(name))
+        assert f"needs {other.peak / 1e9:.3g} GB" in line and line.endswith(kind)
+    assert "sft.adapter=" in told
+
+
+def test_tight_is_what_leaves_little_of_a_card_free():
+    card, most = cost.find_gpu("RTX4090-24G"), (1 - cost.SPARE) * 24e9
+    said = [card.judge(peak) for peak in (0.99 * most, 1.01 * most, 24e9, 24.1e9)]
+    assert said == ["fits", "tight", "tight", "does not fit"]
 
 
 # ---------------------------------------------------------------- against a training

@@ -6,7 +6,7 @@ backward pass is counted by sending meta tensors through one decoder layer. Byte
 those of one process, which has one GPU.
 
 Times are a model, not a measurement: FLOPs over the card's peak times a stated share
-of it (MFU), plus generation, which is bound by reading the weights once per token.
+of it (MFU), plus generation: the weights are read once per token, at READING.
 """
 
 import functools
@@ -34,6 +34,8 @@ TILE = 32_768  # TRL scores this many words of the vocabulary at a time
 TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a CPU)
 RUNTIME = 1.5e9  # bytes of CUDA context, libraries, fragmentation: an assumption
 READING = 0.5  # share of the memory bandwidth that generation reaches: an assumption
+SPARE = 0.15  # share of a card that should stay free, as a plan may be too low
+OTHER_RECIPE = ("sft.adapter", "model.")  # options that change what is trained
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Gpu:
     memory_gb: float
     flops: float  # dense
     bandwidth: float
+
+    def judge(self, peak: float) -> str:
+        """Return "fits", "tight" (less than SPARE of it is free) or "does not fit"."""
+        free = 1 - peak / (self.memory_gb * 1e9)
+        return "fits" if free >= SPARE else "tight" if free >= 0 else "does not fit"
 
 
 GPUS = {name: Gpu(*sheet) for name, sheet in read_asset("gpus.yaml").items()}
@@ -190,8 +197,7 @@ class Plan:
         tokens = prompts * (layout.typical - layout.reply) + rows * layout.reply
         self.batch = {"rows": rows, "prompts": prompts, "tokens": tokens}
         epochs, limit = section.get("num_train_epochs", 3), section.get("max_steps", 0)
-        whole = math.ceil(epochs * samples / prompts)
-        self.updates = limit if limit > 0 else whole
+        self.updates = limit if limit > 0 else math.ceil(epochs * samples / prompts)
         self.flops = self._count_flops()
         speed = layout.processes * gpu.flops * mfu
         self.seconds = {name: number / speed for name, number in self.flops.items()}
@@ -279,9 +285,8 @@ class Plan:
             packed, generated = max(1, prompts), max(1, generated // self.group)
         size, layers = self.base.lm_head.weight.element_size(), text.num_hidden_layers
         kept = self._count_kept(packed, tokens)
-        if section.get(
-            "activation_checkpointing", section.get("gradient_checkpointing", True)
-        ):
+        checkpointing = section.get("gradient_checkpointing", True)
+        if section.get("activation_checkpointing", checkpointing):
             kept += layers * packed * tokens * text.hidden_size * size
         else:
             kept *= layers
@@ -295,8 +300,7 @@ class Plan:
             "vision": float(patches * self.tower * 10 * size),
             "runtime": 0.0 if self.gpu is CPU else RUNTIME,
         }
-        mode = section.get("vllm_mode", "colocate")
-        if vllm and mode == "colocate":
+        if vllm and section.get("vllm_mode", "colocate") == "colocate":
             share = section.get("vllm_gpu_memory_utilization", 0.3)
             memory["vLLM"] = share * self.gpu.memory_gb * 1e9
         return memory
@@ -370,9 +374,9 @@ class Plan:
 
 
 def rank_variants(plan: Plan) -> list[tuple[str, Plan]]:
-    """Return the three single changes that lower the peak most, with their plans.
+    """Return the single changes that lower the peak, by the option to set, and plans.
 
-    Each is named by the option to set.
+    Those that keep the recipe come first, then by the peak.
     """
     stage, layout, section = plan.stage, plan.layout, plan.section
     found: dict[str, Plan] = {}
@@ -403,13 +407,9 @@ def rank_variants(plan: Plan) -> list[tuple[str, Plan]]:
         processes = f"launch.processes={wider.processes}"
         add(processes, accumulation, note=f" ({strategy})", layout=wider)
     if pixels := plan.config["model"].get("max_pixels"):
-        fewer = layout.images // 2
-        shorter = replace(
-            layout,
-            images=fewer,
-            tokens=layout.tokens - fewer,
-            typical=max(layout.reply + 1, layout.typical - fewer),
-        )
-        add(f"model.max_pixels={pixels // 2}", layout=shorter)
+        fewer, tokens = layout.images // 2, layout.tokens - layout.images // 2
+        usual = max(layout.typical - fewer, (layout.typical + layout.reply) // 2)
+        other = replace(layout, images=fewer, tokens=tokens, typical=usual)
+        add(f"model.max_pixels={pixels // 2}", layout=other)
     better = [item for item in found.items() if item[1].peak < plan.peak]
-    return sorted(better, key=lambda item: item[1].peak)[:3]
+    return sorted(better, key=lambda x: (x[0].startswith(OTHER_RECIPE), x[1].peak))

@@ -101,7 +101,7 @@ def account_by_precision(
 
     Returns:
         {way: {"weights", "gradients", "optimizer", "buffers", "rest", "peak"}}; rest is
-        activations, logits, vision and runtime.
+        activations, logits and runtime (the tower works before them).
     """
     ways = {
         "pure bf16, 1 GPU": ("single", 1),
@@ -127,7 +127,7 @@ def account_by_precision(
 def format_plan(plan: Plan, gpu: str, price: float | None = None) -> str:
     """Return the account of a stage as text; `price` is that of a GPU hour."""
     where, total = plan.layout, plan.parameters["total"]
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = plan.gpu.judge(plan.peak).replace("does not fit", "DOES NOT FIT")
     parts = ", ".join(f"{k} {v:.2g}" for k, v in plan.seconds.items())
     total_price = plan.hours * where.processes * (price or 0)
     money = f", {total_price:,.0f} at {price:g} a GPU hour" if price else ""
@@ -151,12 +151,12 @@ def format_plan(plan: Plan, gpu: str, price: float | None = None) -> str:
 def format_variants(plan: Plan, better: Sequence[tuple[str, Plan]]) -> str:
     """Return what would help most, with its predicted effect, as text."""
     lines = ["  what lowers the peak most:"]
+    width = max((len(name) for name, _ in better), default=0)
     for name, other in better:
-        fits = "fits" if other.fits else "does not fit"
-        less, slower = plan.peak - other.peak, other.hours / plan.hours
-        lines.append(
-            f"    {name:<48} -{less / 1e9:.3g} GB ({fits}), hours x {slower:.2f}"
-        )
+        kind = "another recipe" if name.startswith(cost.OTHER_RECIPE) else "same recipe"
+        needed = f"needs {other.peak / 1e9:.3g} GB ({plan.gpu.judge(other.peak)})"
+        slower = f"hours x {other.hours / plan.hours:.2f}"
+        lines.append(f"    {name:<{width}}  {needed}, {slower}, {kind}")
     return "\n".join(lines)
 
 
@@ -352,12 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if took:
             print(compare(plan, took))
         print()
-    print(f"assumed: MFU {options.mfu:g}; hours are a model, not a measurement")
+    print(f"assumed: MFU {options.mfu:g}, {cost.READING:.0%} of the bandwidth read")
+    print(f"tight: under {cost.SPARE:.0%} free; hours are a model, not a measurement")
     if not options.account_only:
         needed = sum(map(count_disk_bytes, plans))
         checks += [*check_machine(config, layout), check_disk(options.out, needed)]
     for check in checks:
-        mark = "ok" if check.ok else "NO"
-        print(f"  {mark:<3} {check.name:<24} {check.detail}")
+        print(f"  {'ok' if check.ok else 'NO':<3} {check.name:<24} {check.detail}")
     good = all(plan.fits for plan in plans) and all(check.ok for check in checks)
     return int(not good)
