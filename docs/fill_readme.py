@@ -99,6 +99,7 @@ def format_models():
     made = {
         "base": read_json(ASSETS / "evaluation.json"),
         "stage 1": read_json(STAGE1 / "evaluation.json"),
+        "on other scenes": read_json(RECORDS / "stage1_seed_1.json"),
         "thorough chains only": read_json(STAGE1 / "evaluation_thorough.json"),
     }
     rows = {}
