@@ -24,6 +24,11 @@ import psutil
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from papermill.engines import (
+    NBClientEngine,
+    NotebookExecutionManager,
+    papermill_engines,
+)
 from papermill.exceptions import PapermillExecutionError, strip_color
 
 from univg_nb.config import (
@@ -53,6 +58,7 @@ from univg_nb.runs import (
 )
 
 COURSE = "[0-9][0-9]_*.ipynb"
+SAVE_EVERY = 5  # seconds
 # Without this a kernel dies at SIGTERM; with it the cell ends as at Ctrl-C.
 STARTUP = (
     "import signal, sys; signal.signal(signal.SIGTERM, lambda n, _: sys.exit(128 + n))"
@@ -86,6 +92,35 @@ class Kernel(AsyncKernelManager):
         cls.signals.append(number)
         if cls.running is not None and cls.running.has_kernel:
             os.killpg(cls.running.provisioner.process.pid, number)
+
+
+class PatientEngine(NBClientEngine):
+    """papermill's engine, but it writes the copy every few seconds and at the end.
+
+    Written before and after every cell, copies full of pictures took half a minute of
+    the course.
+    """
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, **options: Any
+    ) -> None:
+        """Execute the cells; how they went is in the file, also after a failure."""
+        save = nb_man.save
+
+        def save_if_due(**_: Any) -> None:
+            if (nb_man.now() - nb_man.last_save_time).total_seconds() >= SAVE_EVERY:
+                save()
+
+        nb_man.save = save_if_due
+        try:
+            super().execute_managed_notebook(nb_man, kernel_name, **options)
+        finally:
+            nb_man.save = save
+            save()
+
+
+papermill_engines.register("patient", PatientEngine)
 
 
 def find_notebooks(names: Sequence[str], folder: Path) -> list[Path]:
@@ -132,6 +167,7 @@ def execute(
             path,
             out,
             parameters,
+            engine_name="patient",
             kernel_name="python3",
             language="python",
             kernel_manager_class=Kernel,
