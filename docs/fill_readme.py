@@ -6,7 +6,8 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
-verdicts of one run on the paper's claims, ``study`` and, shorter, ``verdicts`` by those
+verdicts of one run on the paper's claims, ``other_seed`` by those of one on another
+seed that were run, ``study`` and, shorter, ``verdicts`` by those
 of the recorded study, ``training`` by the records of the shipped stage 1, ``models`` by
 the evaluations of the shipped models,
 ``bench`` by what `make bench` measured of an update, ``gpu`` by what was measured on
@@ -32,7 +33,7 @@ from univg_nb.runs import format_speed
 ROOT = Path(__file__).parents[1]
 PAGES = {  # parts of each page
     "README.md": ("minutes", "results", "verdicts", "gpu_line"),
-    "docs/results.md": ("study", "findings"),
+    "docs/results.md": ("study", "findings", "other_seed"),
     "docs/fast_step.md": ("bench", "gpu"),
     "docs/model_card.md": ("training", "models"),
 }
@@ -135,6 +136,13 @@ def format_findings(run_dir):
     frame = exhibits.build_findings(exhibits.Runs([run_dir]))
     frame = findings.format_published(frame.drop(columns="why"))
     return format_markdown(frame, digits=1)
+
+
+def format_other_seed():
+    """Return the recorded verdicts of a run on another seed, on the claims it ran."""
+    frame = pd.read_csv(RECORDS / "findings_seed_1.csv", index_col="claim")
+    frame = findings.format_published(frame[frame["verdict"] != "not run"])
+    return format_markdown(frame.drop(columns="why"), digits=1)
 
 
 def read_study():
@@ -259,6 +267,7 @@ def build_parts(run_dir):
         "gpu": format_gpu(),
         "gpu_line": format_gpu_line(),
         "findings": format_findings(run_dir),
+        "other_seed": format_other_seed(),
         "study": format_study(),
         "verdicts": format_verdicts(),
         "models": format_models(),

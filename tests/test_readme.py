@@ -27,6 +27,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/**/*.ipynb"))
     ("page", "part"),
     [
         ("docs/model_card.md", "models"),
+        ("docs/results.md", "other_seed"),
         ("docs/fast_step.md", "bench"),
         ("docs/fast_step.md", "gpu"),
         ("README.md", "gpu_line"),
