@@ -205,8 +205,8 @@ def test_the_package_stays_small():
     are kept and the page that asks, 150 for exercises that never raise, 150 for weights
     of the reader and findings said, 260 for photographs and drawings of the primer, 120
     for records of a GPU, 50 for single pictures with a chain and adjusted trends, 50
-    for a study that goes on from its record, 60 for its weights as a table and figure, 30
-    for copies that are not written at every cell.
+    for a study that goes on from its record, 60 for its weights as a table and figure,
+    30 for copies that are not written at every cell.
     """
     sizes = {m: count_lines(p) for m, p in MODULES.items() if room(m) != "base_model"}
     assert sum(sizes.values()) <= 18_070
