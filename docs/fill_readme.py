@@ -6,12 +6,12 @@
 
 Everything between ``<!-- name -->`` and ``<!-- /name -->`` is replaced: ``results``
 by the run's result table, ``minutes`` by the time of each notebook, ``findings`` by the
-verdicts of one run on the paper's claims, ``other_seed`` by those of one on another
-seed that were run, ``study`` and, shorter, ``verdicts`` by those
-of the recorded study, ``training`` by the records of the shipped stage 1, ``models`` by
-the evaluations of the shipped models,
-``bench`` by what `make bench` measured of an update, ``gpu`` by what was measured on
-GPUs, ``gpu_line`` by their names and a picture of it. No number in them is typed.
+verdicts of one run on the paper's claims, ``other_seed`` by those recorded of another
+seed, ``study`` and, shorter, ``verdicts`` by those of the recorded study, ``training``
+by the records of the shipped stage 1, ``models`` by the evaluations of the shipped
+models, ``bench`` by what `make bench` measured of an update, ``gpu`` by what was
+measured on GPUs, ``gpu_line`` by their names and a picture of it. No number in them is
+typed.
 """
 
 import re

@@ -26,8 +26,10 @@ from univg_nb.evaluate.score import Benchmark, score
 from univg_nb.runs import Run
 
 # The models of a run in training order.
-MODELS: tuple[str, ...] = ("base", "sft_nocot", "sft_lora", "sft_qlora")
-MODELS += ("shipped", "grpo_none", "grpo_exp")
+MODELS = (
+    *("base", "sft_nocot", "sft_lora", "sft_qlora"),
+    *("shipped", "grpo_none", "grpo_exp"),
+)
 # Zero-shot benchmarks and the key of the scale's `data` section that names their file.
 ZERO_SHOT_FILES = {
     "lisa": "lisa_file",
