@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from interrupted import held_by_another_process
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill import engines
 
 from univg_nb import io, runs
 from univg_nb.__main__ import main
@@ -169,6 +170,24 @@ def test_parameters_reach_the_cells_and_outputs_are_recorded(repo, capsys):
     nbformat.write(recorded, path)
     assert call("--record", run_dir) == 2
     assert "made from other code" in capsys.readouterr().err
+
+
+def test_a_copy_is_not_written_at_every_cell_and_is_whole_at_the_end(repo, monkeypatch):
+    write(repo, "00_a", "from pathlib import Path", *["print('ran')"] * 8)
+    written, original = [], engines.write_ipynb
+
+    def count(notebook, path):
+        written.append(path)
+        original(notebook, path)
+
+    monkeypatch.setattr(engines, "write_ipynb", count)
+    monkeypatch.setattr(runner, "SAVE_EVERY", 600)
+    assert call() == 0
+    few, copy = len(written), repo / "runs" / "smoke" / "notebooks" / "00_a.ipynb"
+    assert notebooks.ran_to_end(notebooks.read_notebook(copy))
+    monkeypatch.setattr(runner, "SAVE_EVERY", 0)
+    assert call() == 0
+    assert few < 4 < 16 < len(written) - few  # papermill alone writes twice a cell
 
 
 def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
