@@ -117,6 +117,21 @@ def test_what_a_strategy_shards(full):
     assert total == pytest.approx((2 * VISION + 16 * LANGUAGE) / 8)
 
 
+def test_a_gpu_that_samples_under_zero3_holds_the_whole_model(full):
+    whole, made = 2 * (LANGUAGE + VISION), plan(full, "grpo", tokens=2500)
+    parts = made.memory
+    assert parts["weights"] + parts["gathered"] == pytest.approx(whole)
+    sampling = ("KV cache", "vision", "gathered")
+    training = ("activations", "logits")
+    always = sum(parts[k] for k in parts.keys() - {*sampling, *training})
+    assert made.peak == pytest.approx(always + sum(parts[k] for k in sampling))
+    spread = {"ds3_gather_for_generation": False}
+    for other in ({"use_vllm": True, "vllm_mode": "server"}, spread):
+        assert not plan(changed(full, grpo=other), "grpo").memory["gathered"]
+    for stage, strategy in (("sft", "zero3"), ("grpo", "fsdp2"), ("grpo", "ddp")):
+        assert not plan(full, stage, strategy=strategy).memory["gathered"]
+
+
 def test_full_fine_tuning_in_pure_bf16_and_in_mixed_precision(full):
     table = planning.account_by_precision(full, cost.find_gpu("H100-80G"))
     pure, ddp, mixed, zero2, zero3 = table.values()

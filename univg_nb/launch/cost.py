@@ -28,7 +28,8 @@ from univg_nb.loading import explain_loading
 
 Stage = Literal["sft", "grpo"]
 STRATEGIES = ("single", "ddp", "zero2", "zero3", "fsdp2")
-PHASES = ("activations", "logits", "KV cache", "vision")  # not all at the same time
+# Not all at the same time: the last three while replies are sampled.
+PHASES = ("activations", "logits", "KV cache", "vision", "gathered")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # code, 8-bit scale, and its fp32 scale
 TILE = 32_768  # TRL scores this many words of the vocabulary at a time
 TILE_COPIES = 7  # fp32 temporaries of a tile where there is no Triton kernel (a CPU)
@@ -191,7 +192,8 @@ class Plan:
         # In Qwen2-VL, hidden_size is the width behind the merger.
         self.tower = getattr(vision, "embed_dim", vision.hidden_size)
         self.parameters = models.count_parameters(self.model)
-        self.memory = self._count_static_memory() | self._count_passing_memory()
+        self.memory = self._count_static_memory()
+        self.memory |= self._count_passing_memory()
         rows = self.rows * self.steps * layout.processes
         prompts = rows // self.group
         tokens = prompts * (layout.typical - layout.reply) + rows * layout.reply
@@ -212,7 +214,8 @@ class Plan:
         parts = self.memory
         always = sum(size for name, size in parts.items() if name not in PHASES)
         training = parts["activations"] + parts["logits"]
-        return always + max(training, parts["KV cache"] + parts["vision"])
+        sampling = parts["KV cache"] + parts["vision"] + parts["gathered"]
+        return always + max(training, sampling)
 
     @property
     def fits(self) -> bool:
@@ -293,11 +296,15 @@ class Plan:
         per_token = 2 * layers * text.num_key_value_heads * self.head * size
         cached = self.stage == "grpo" and not vllm
         patches = prompts * layout.images * self.vision.spatial_merge_size**2
+        # Under ZeRO-3 TRL gathers the whole model on every GPU to sample with it.
+        gathers = cached and layout.strategy == "zero3"
+        gathers = gathers and section.get("ds3_gather_for_generation", True)
         memory = {
             "activations": float(kept),
             "logits": self._count_logits(),
             "KV cache": float(cached * generated * tokens * per_token),
             "vision": float(patches * self.tower * 10 * size),
+            "gathered": gathers * (layout.weight_shards - 1) * self.memory["weights"],
             "runtime": 0.0 if self.gpu is CPU else RUNTIME,
         }
         if vllm and section.get("vllm_mode", "colocate") == "colocate":
