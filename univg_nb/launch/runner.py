@@ -171,8 +171,9 @@ def execute(
             kernel_name="python3",
             language="python",
             kernel_manager_class=Kernel,
-            # Error messages only: no notices about its sockets.
-            extra_arguments=["--log-level=40", f"--IPKernelApp.exec_lines={STARTUP}"],
+            # No log: errors of cells are in the notebook, and what a kernel logs as an
+            # error when it is told to end is none.
+            extra_arguments=["--log-level=50", f"--IPKernelApp.exec_lines={STARTUP}"],
             cwd=path.resolve().parent,  # where JupyterLab would run it
             progress_bar=sys.stderr.isatty() and bar,
         )
