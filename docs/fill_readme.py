@@ -44,7 +44,7 @@ LEARNED = {
     "03": "where the loss of SFT is, what LoRA trains, whether chains help",
     "04": "what four bits save and cost",
     "05": "GRPO by hand, then trained: what eight tries of a question teach",
-    "06": "which groups teach, and whether weighting them by difficulty pays",
+    "06": "which groups push, and whether weighting them by difficulty pays",
     "07": "scoring with intervals; how parsers change a number",
     "08": "what carries over to questions that training never showed",
     "09": "every table and figure of the paper beside ours, with verdicts",
