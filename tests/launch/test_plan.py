@@ -326,7 +326,7 @@ def test_exit_code_tells(capsys):
     assert code("full", "--account-only") == 0
     assert "hours are a model, not a measurement" in capsys.readouterr().out
     assert code("full", "--account-only", "--gpus", "2", "--gpu", "L4-24G") == 1
-    assert "what lowers the peak most" in capsys.readouterr().out
+    assert "what lowers the peak, changes of the recipe last" in capsys.readouterr().out
     assert code("full", "--stage", "sft") == 1  # no data, no eight GPUs
     out = capsys.readouterr().out
     assert "stage1_cotsft.json is missing; make data" in out and "NO  GPUs" in out

@@ -150,7 +150,7 @@ def format_plan(plan: Plan, gpu: str, price: float | None = None) -> str:
 
 def format_variants(plan: Plan, better: Sequence[tuple[str, Plan]]) -> str:
     """Return what would help most, with its predicted effect, as text."""
-    lines = ["  what lowers the peak most:"]
+    lines = ["  what lowers the peak, changes of the recipe last:"]
     width = max((len(name) for name, _ in better), default=0)
     for name, other in better:
         kind = "another recipe" if name.startswith(cost.OTHER_RECIPE) else "same recipe"
