@@ -59,9 +59,12 @@ from univg_nb.runs import (
 
 COURSE = "[0-9][0-9]_*.ipynb"
 SAVE_EVERY = 5  # seconds
-# Without this a kernel dies at SIGTERM; with it the cell ends as at Ctrl-C.
+# A kernel dies at SIGTERM; with this the cell ends as at Ctrl-C. And bitsandbytes warns
+# of an optional kernel that is missing on newer CPUs.
 STARTUP = (
-    "import signal, sys; signal.signal(signal.SIGTERM, lambda n, _: sys.exit(128 + n))"
+    "import logging, signal, sys; "
+    "signal.signal(signal.SIGTERM, lambda n, _: sys.exit(128 + n)); "
+    "logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)"
 )
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
