@@ -190,6 +190,18 @@ def test_a_copy_is_not_written_at_every_cell_and_is_whole_at_the_end(repo, monke
     assert few < 4 < 16 < len(written) - few  # papermill alone writes twice a cell
 
 
+def test_a_kernel_is_silent_about_an_optional_package(repo):
+    name = "bitsandbytes.backends.cpu.ops"
+    write(
+        repo,
+        "00_a",
+        f"import logging; logger = logging.getLogger({name!r})",
+        "assert not logger.isEnabledFor(logging.WARNING)",
+        "assert logger.isEnabledFor(logging.ERROR)",
+    )
+    assert call() == 0
+
+
 def test_a_failure_stops_the_course_and_is_not_done(repo, capsys):
     write(repo, "00_a", "x = 1", "raise KeyError('box 7')", "x")
     write(repo, "01_b", "open('ran', 'w')")
